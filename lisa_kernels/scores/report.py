@@ -1,0 +1,55 @@
+"""One number per layer, as bars in the terminal or in a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lisa_kernels.errors import InputError
+
+
+def bar_chart(scores: Sequence[float], title: str, console: Console) -> None:
+    """Print a table of the layers with their scores and bars; the longest bar is the largest score."""
+    top = max((score for score in scores if math.isfinite(score)), default=0.0)
+    longest = max(10, min(60, console.width - 30))
+    mark = "█" if console.encoding.lower().startswith("utf") else "#"
+    table = Table(title=title)
+    table.add_column("layer", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("", no_wrap=True)
+    for layer, score in enumerate(scores):
+        length = round(longest * score / top) if top > 0 and math.isfinite(score) else 0
+        table.add_row(str(layer), f"{score:.4g}", mark * length)
+    console.print(table)
+
+
+def plot_scores(scores: Sequence[float], path: str | Path, title: str) -> None:
+    """Write a bar chart of the layers to a file whose suffix names the format, such as `.png` or `.svg`."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise InputError("a plot needs matplotlib: install it, or leave the plot out.") from error
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+    formats = FigureCanvasAgg(figure).get_supported_filetypes()
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in formats:
+        raise InputError(f"{str(path)!r} names no picture format: end it in one of .{', .'.join(sorted(formats))}.")
+    axes = figure.add_subplot()
+    axes.bar(range(len(scores)), list(scores))
+    axes.set_title(title)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("score")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(
+            f"the plot could not be written to {str(path)!r} ({error.strerror}): give a file in an existing folder "
+            f"that can be written."
+        ) from error
