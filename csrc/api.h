@@ -1,0 +1,65 @@
+// The C interface of the CPU kernels, called through ctypes by lisa_kernels/native.py.
+//
+// Every tensor is dense, and its pointer valid for the counts given; the caller checks. A change of any signature or
+// meaning here raises kAbiVersion. `threads` is an upper limit; the results are the same for every value of it.
+// `instruction_set` is one of lisa::InstructionSet; one that this machine lacks means the best that it has.
+#pragma once
+
+#include <cstdint>
+
+#define LISA_EXPORT __attribute__((visibility("default")))
+
+namespace lisa {
+
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// Scalars of one AdamW step, already rounded to float32 as the definition rounds them.
+struct Scalars {
+  float beta1, one_minus_beta1;
+  float beta2, one_minus_beta2;
+  float eps;
+  float decay;             // 1 - lr * weight_decay
+  float step_size;         // lr / (1 - beta1^t)
+  float root_correction2;  // sqrt(1 - beta2^t)
+  float grad_scale;
+};
+
+// What keys the random numbers of one tensor at one step.
+struct Stream {
+  int64_t seed, parameter, clock;
+};
+
+}  // namespace lisa
+
+extern "C" {
+
+LISA_EXPORT int32_t lisa_kernels_abi_version();
+
+LISA_EXPORT int32_t lisa_kernels_best_instruction_set();
+
+// One AdamW step on `count` elements whose moments are 8-bit codes with one absmax per `block_size` elements.
+LISA_EXPORT void lisa_kernels_adamw8(void* weight, const void* grad, uint8_t* m_codes, float* m_absmax,
+                                     uint8_t* v_codes, float* v_absmax, int64_t count, int64_t block_size,
+                                     const lisa::Scalars* scalars, const lisa::Stream* stream, int32_t weight_dtype,
+                                     int32_t grad_dtype, int32_t stochastic, int32_t threads, int32_t instruction_set);
+
+// One AdamW step on `count` elements with float32 moments.
+LISA_EXPORT void lisa_kernels_adamw32(void* weight, const void* grad, float* m, float* v, int64_t count,
+                                      const lisa::Scalars* scalars, const lisa::Stream* stream, int32_t weight_dtype,
+                                      int32_t grad_dtype, int32_t stochastic, int32_t threads, int32_t instruction_set);
+
+// Encode `count` float32 values; `key` keys the random numbers of `stochastic` rounding.
+LISA_EXPORT void lisa_kernels_quantize_blockwise(const float* values, uint8_t* codes, float* absmax, int64_t count,
+                                                 int64_t block_size, int32_t is_signed, int32_t stochastic,
+                                                 uint64_t key, int32_t threads, int32_t instruction_set);
+
+LISA_EXPORT void lisa_kernels_dequantize_blockwise(const uint8_t* codes, const float* absmax, float* values,
+                                                   int64_t count, int64_t block_size, int32_t is_signed,
+                                                   int32_t threads, int32_t instruction_set);
+
+// weight <- decay * weight + update, rounded once. `first_element` is the index of weight[0] in the whole tensor.
+LISA_EXPORT void lisa_kernels_fold(void* weight, const float* update, int64_t count, int64_t first_element, float decay,
+                                   const lisa::Stream* stream, int32_t weight_dtype, int32_t stochastic,
+                                   int32_t threads, int32_t instruction_set);
+}

@@ -1,0 +1,1 @@
+"""Pure functions on tensors, one folder per operation: contract, definition and kernels."""

@@ -1,0 +1,55 @@
+"""The 8-bit codec in plain PyTorch: the definition that every kernel equals bit for bit.
+
+A block of `block_size` values shares one float32 absmax. A magnitude code k with E = k >> 3 and M = k & 7 means
+
+    first moment  (E4M3, 7 bits, sign in bit 7):  2**(E − 16) · (1 + M/8) · absmax / 0.9375
+    second moment (E5M3, 8 bits, unsigned):       2**(E − 32) · (1 + M/8) · absmax / 0.9375
+
+and k = 0 means 0, so that absmax itself is the top code. Because the layout is float32's own, encoding is: add 20 random
+bits below the three kept mantissa bits, subtract the exponent offset, shift, clamp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOP = 0.9375
+# Below this a block's scale would overflow its reciprocal; such blocks keep their small values on a fixed scale.
+SMALLEST_ABSMAX = 2.0**-120
+_DROPPED_BITS = 20
+_OFFSET = {True: 111 << 23, False: 95 << 23}
+_HALF = 1 << (_DROPPED_BITS - 1)
+
+
+def block_absmax(values: Tensor, block_size: int) -> Tensor:
+    """Return float32 [ceil(n / block_size)], the largest magnitude of each block of `values` (float32 [n])."""
+    magnitude = values.abs()
+    tail = -values.numel() % block_size
+    if tail:
+        magnitude = torch.nn.functional.pad(magnitude, (0, tail))
+    return magnitude.view(-1, block_size).amax(dim=1).clamp_min(SMALLEST_ABSMAX)
+
+
+def _per_element(per_block: Tensor, block_size: int, count: int) -> Tensor:
+    return per_block.repeat_interleave(block_size)[:count]
+
+
+def quantize(values: Tensor, signed: bool, block_size: int, bits20: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (codes uint8 [n], absmax float32 [blocks]) of float32 `values` [n]; `bits20` None rounds to nearest."""
+    absmax = block_absmax(values, block_size)
+    scaled = values.abs() * _per_element(TOP / absmax, block_size, values.numel())
+    raw = scaled.view(torch.int32) + (_HALF if bits20 is None else bits20.to(torch.int32))
+    code = (raw - _OFFSET[signed]) >> _DROPPED_BITS
+    if signed:
+        return (code.clamp(0, 127) | ((values < 0).to(torch.int32) << 7)).to(torch.uint8), absmax
+    return torch.where(values > 0, code.clamp(1, 255), 0).to(torch.uint8), absmax
+
+
+def dequantize(codes: Tensor, absmax: Tensor, signed: bool, block_size: int) -> Tensor:
+    """Return float32 [n] of uint8 `codes` [n] and float32 `absmax` [blocks]."""
+    code = codes.to(torch.int32)
+    magnitude = code & 127 if signed else code
+    value = ((magnitude << _DROPPED_BITS) + _OFFSET[signed]).view(torch.float32)
+    value = torch.where(magnitude == 0, 0.0, value * _per_element(absmax / TOP, block_size, codes.numel()))
+    return torch.where(code > 127, -value, value) if signed else value

@@ -1,0 +1,50 @@
+"""Fold on CPUs: torch's product of a band, then decay, sum and rounding in one pass of C++.
+
+The bands and the products are the reference's own, so that the results are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lisa_kernels import native
+from lisa_kernels.native import DTYPE_CODES, Library, Stream, pointer
+from lisa_kernels.ops.fold import reference
+from lisa_kernels.ops.fold.reference import BAND_ELEMENTS
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
+
+
+def fold_(
+    library: Library, weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor,
+    stochastic: bool, seed: int, parameter: int,
+) -> None:  # fmt: skip
+    """Add leftᵀ · right to `decay` · weight in place; the contract is the package's. float64 weights stay in torch."""
+    if weight.dtype not in DTYPE_CODES:
+        reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter)
+        return
+    rows, columns = weight.shape
+    band = max(1, BAND_ELEMENTS // max(columns, 1))
+    stream, scale = Stream(seed, parameter, int(clock.item())), float(decay.item())
+    for start in range(0, rows, band):
+        target = weight[start : start + band]
+        update = left[:, start : start + band].to(torch.float32).t() @ right.to(torch.float32)
+        dense = target.contiguous()
+        library.call(
+            "fold", pointer("the weight", dense, weight.dtype), pointer("the update", update, torch.float32),
+            dense.numel(), start * columns, scale, stream, DTYPE_CODES[weight.dtype], stochastic,
+        )  # fmt: skip
+        if dense.data_ptr() != target.data_ptr():
+            target.copy_(dense)
+
+
+def register(fold_op: CustomOpDef) -> None:
+    """Run the op on CPU tensors through the compiled library; without one it keeps its definition."""
+    library = native.load()
+    if library is not None:
+        fold_op.register_kernel("cpu", partial(fold_, library))

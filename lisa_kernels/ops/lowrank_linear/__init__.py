@@ -1,0 +1,150 @@
+"""A linear layer with a low-rank slot beside its weight: contract, autograd and `torch.library` schema.
+
+What a low-rank layer keeps for its backward is x Pᵀ [tokens, r] in place of x [tokens, n], and the full gradient
+[m, n] is never formed. `capture_linear` is the exception, used by one backward when a basis is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisa_kernels.ops.lowrank_linear import reference
+
+__all__ = ["capture_linear", "lowrank_linear"]
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which products have their operands' dtype: autocast would make a float32 gradient 16-bit."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+@torch.library.custom_op("lisa_kernels::lowrank_linear", mutates_args=())
+def _lowrank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, basis: Tensor, scale: float, slot_is_zero: bool
+) -> tuple[Tensor, Tensor]:
+    with _no_autocast(x):
+        return reference.forward(x, weight, bias, slot, basis, scale, slot_is_zero)
+
+
+@_lowrank_linear.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, basis: Tensor, scale: float, slot_is_zero: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((*x.shape[:-1], basis.shape[0]))
+
+
+@torch.library.custom_op("lisa_kernels::lowrank_linear_backward", mutates_args=())
+def _lowrank_linear_backward(
+    dy: Tensor,
+    weight: Tensor,
+    projected: Tensor,
+    slot: Tensor | None,
+    basis: Tensor | None,
+    scale: float,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    with _no_autocast(dy):
+        dx = reference.input_gradient(dy, weight, slot, basis, scale) if needs_dx else dy.new_empty((0,))
+        return dx, reference.slot_gradient(dy, projected, scale)
+
+
+@_lowrank_linear_backward.register_fake
+def _(
+    dy: Tensor,
+    weight: Tensor,
+    projected: Tensor,
+    slot: Tensor | None,
+    basis: Tensor | None,
+    scale: float,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]) if needs_dx else (0,))
+    return dx, dy.new_empty((projected.shape[-1], weight.shape[0]), dtype=torch.float32)
+
+
+def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, weight, bias, slot, basis, scale, slot_is_zero = inputs
+    ctx.save_for_backward(weight, output[1], None if slot_is_zero else slot, None if slot_is_zero else basis)
+    ctx.scale = scale
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    weight, projected, slot, basis = ctx.saved_tensors
+    needs_dx, _, needs_bias, *_ = ctx.needs_input_grad
+    dx, db = _lowrank_linear_backward(dy, weight, projected, slot, basis, ctx.scale, needs_dx)
+    dbias = _bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
+    return (dx if needs_dx else None), None, dbias, db, None, None, None
+
+
+_lowrank_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
+
+
+def lowrank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, basis: Tensor,
+    scale: float = 1.0, slot_is_zero: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return y = x Wᵀ + b + scale · (x Pᵀ) B with gradients for x, the bias and the slot B only.
+
+    x: [..., n]; weight W: [m, n], frozen; bias: [m] or None; slot B: float32 [r, m]; basis P: [r, n] in the weight's
+    dtype. `slot_is_zero` promises that B is zero now and saves its product. Keeps x Pᵀ for the backward.
+    """
+    x_, weight_, bias_, basis_ = _autocast(x, weight, bias, basis)
+    y, _ = _lowrank_linear(x_, weight_, bias_, slot, basis_, scale, slot_is_zero)
+    return y  # type: ignore[no-any-return]
+
+
+class _CaptureLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, on_gradient: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.on_gradient = on_gradient
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needs_dx, _, needs_bias, needs_slot, _ = ctx.needs_input_grad
+        dslot = None
+        with _no_autocast(dy):
+            dx = reference.input_gradient(dy, weight, None, None, 1.0) if needs_dx else None
+            if needs_slot:
+                gradient = reference.weight_gradient(dy, x)
+                dslot = ctx.on_gradient(gradient).to(torch.float32) @ gradient.t()
+        dbias = _bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
+        return dx, None, dbias, dslot, None
+
+
+def capture_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, on_gradient: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return y = x Wᵀ + b; the backward forms G [m, n] once, asks `on_gradient(G)` for a basis P and gives dB = P Gᵀ.
+
+    The slot B must be zero. `on_gradient` takes float32 [m, n] and returns [r, n]; it decides what to keep.
+    """
+    x_, weight_, bias_ = _autocast(x, weight, bias)
+    return _CaptureLinear.apply(x_, weight_, bias_, slot, on_gradient)  # type: ignore[no-any-return,no-untyped-call]

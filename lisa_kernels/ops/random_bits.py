@@ -1,0 +1,80 @@
+"""Counter-based random words: a function of (seed, step, parameter, element) and of nothing else.
+
+Two 32-bit words per element, each a bijective integer hash of its input:
+
+    key   = mix64(mix64(seed) + parameter * GOLDEN + step * STEP)      once per parameter and step
+    low'  = mix32(low(key) + high(element) * GOLDEN32)                 once per 2**32 elements
+    first = mix32(low(element) xor low');  second = mix32(first xor high(key))
+
+The first word's top 20 bits round the first moment, the second word's top 20 bits the second moment; the 16 bits
+left over (12 low bits of the first word, 4 low bits of the second) round a bfloat16 weight. Every kernel computes the
+same integers, so results depend neither on block or grid shape nor on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15
+_STEP = 0xD1B54A32D192ED03
+_GOLDEN32 = 0x9E3779B9
+
+
+def _signed64(value: int) -> int:
+    """Return the two's complement reading of 64 bits, which is what torch's int64 holds."""
+    value &= _MASK64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _mix64_int(value: int) -> int:
+    value &= _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Shift int64 right as if it were unsigned."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix64(value: Tensor) -> Tensor:
+    value = (value ^ _shift_right(value, 30)) * _signed64(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift_right(value, 27)) * _signed64(0x94D049BB133111EB)
+    return value ^ _shift_right(value, 31)
+
+
+def _mix32(value: Tensor) -> Tensor:
+    """Hash int64 values that hold 32 bits to 32 bits."""
+    value = ((value ^ (value >> 16)) * 0x7FEB352D) & _MASK32
+    value = ((value ^ (value >> 15)) * 0x846CA68B) & _MASK32
+    return value ^ (value >> 16)
+
+
+def random_key(seed: int, parameter: int, step: Tensor) -> Tensor:
+    """Return the int64 key of one parameter at one step; `step` is an int64 0-d tensor, never read on the host."""
+    base = _mix64_int(_mix64_int(seed) + parameter * _GOLDEN)
+    return _mix64(step.to(torch.int64) * _signed64(_STEP) + _signed64(base))
+
+
+def random_words(key: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return two int64 [count] tensors of 32 random bits each, for the elements start … start + count − 1."""
+    element = torch.arange(start, start + count, dtype=torch.int64, device=key.device)
+    low = _mix32(((key & _MASK32) + (element >> 32) * _GOLDEN32) & _MASK32)
+    first = _mix32((element & _MASK32) ^ low)
+    second = _mix32(first ^ (_shift_right(key, 32)))
+    return first, second
+
+
+def round_to_bfloat16(value: Tensor, bits16: Tensor) -> Tensor:
+    """Round finite float32 to bfloat16 up or down with the odds that make the mean exact; `bits16`: int in [0, 2**16)."""
+    raw = value.contiguous().view(torch.int32) + bits16.to(torch.int32)
+    return (raw & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def weight_bits(first: Tensor, second: Tensor) -> Tensor:
+    """Return the 16 bits that round a weight: those that the two moments leave over."""
+    return ((first & 0xFFF) << 4) | (second & 0xF)

@@ -1,0 +1,315 @@
+"""AdamW with 8-bit moments as a drop-in `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.ops.adamw8 import FLOAT_DTYPES, Hyper, adamw8_, adamw32_
+from lisa_kernels.ops.blockwise8 import block_count, check_block_size, dequantize_blockwise, quantize_blockwise
+from lisa_kernels.ops.random_bits import random_key
+
+ROUNDINGS = ("stochastic", "nearest")
+# Tensors below this many elements, and all 1-D tensors, keep 32-bit moments: they are few bytes and the most sensitive.
+MIN_8BIT_ELEMENTS = 4096
+# A larger gradient's square overflows the float32 second moment, and an infinite scale would spoil its whole block.
+LARGEST_GRADIENT = 1e19
+
+
+def _as_number(value: Any) -> float:
+    """Return a float, NaN for what is no number: NaN passes no check."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
+
+
+def _check_hyper(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0.0 <= _as_number(group.get(name)) < math.inf:
+            raise InputError(f"{name} is {group.get(name)!r}; a finite number of at least 0 is wanted.")
+    betas = group.get("betas")
+    pair = [_as_number(beta) for beta in betas] if isinstance(betas, (tuple, list)) else []
+    if len(pair) != 2 or not all(0.0 <= beta < 1.0 for beta in pair):
+        raise InputError(f"betas are {betas!r}; two numbers are wanted, both at least 0 and below 1.")
+
+
+class AdamW8bit(Optimizer):
+    """AdamW whose moments take one byte each: `torch.optim.AdamW`'s update on E4M3 / E5M3 codes with block scales.
+
+    Bytes of state per element: 2 + 8 / block_size (2.03 at 256); 8 for tensors that are 1-D or below 4,096 elements.
+    Weights may be float32, bfloat16 or float16; bfloat16 weights and both moments are rounded stochastically by
+    default, with random numbers that depend on (seed, step, parameter index, element index) only. A step that meets a
+    NaN, an infinity or a magnitude above 1e19 in any gradient changes nothing and is counted in `skipped_steps`.
+    `step()` never waits for the device. Works with `GradScaler` (the unscaling is part of the step). Raises InputError
+    for values out of range.
+
+    Update: Loshchilov and Hutter, arXiv 1711.05101; decay first, eps outside the square root.
+    """
+
+    _step_supports_amp_scaling = True
+    # Set by GradScaler around step(), absent otherwise.
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, *, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
+    ) -> None:  # fmt: skip
+        check_block_size(block_size)
+        if rounding not in ROUNDINGS:
+            raise InputError(f"rounding is {rounding!r}; it must be one of {', '.join(ROUNDINGS)}.")
+        self.block_size = block_size
+        self.rounding = rounding
+        self.seed = seed
+        # Steps taken and steps skipped, int64 0-d on the device of the first gradient.
+        self._counters: tuple[Tensor, Tensor] | None = None
+        self._indices: dict[Tensor, int] = {}
+        self._last_skip: dict[torch.device, Tensor] = {}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle needs, torch's share and our own."""
+        own = {name: getattr(self, name) for name in ("block_size", "rounding", "seed", "_counters")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over `__getstate__`'s values; `load_state_dict` passes through here too."""
+        super().__setstate__(state)
+        self._indices = {param: index for index, param in enumerate(self._params())}
+        self._last_skip = {}
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer` does; its parameters take the next indices."""
+        _check_hyper({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.dtype not in FLOAT_DTYPES or param.layout is not torch.strided:
+                self.param_groups.pop()
+                raise InputError(
+                    f"a parameter is {param.layout} {param.dtype}; dense float32, bfloat16 or float16 is wanted."
+                )
+        self._indices = {param: index for index, param in enumerate(self._params())}
+
+    def index_of(self, param: Tensor) -> int:
+        """Return the parameter's position over all groups, which keys its random numbers."""
+        return self._indices[param]
+
+    def _counters_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return (steps taken, steps skipped), int64 0-d on `device`; to be read only."""
+        if self._counters is None:
+            zero = torch.zeros((), dtype=torch.int64, device=device)
+            self._counters = (zero, zero.clone())
+        return self._counters[0].to(device), self._counters[1].to(device)
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken; waits for the device."""
+        return int(self._counters[0]) if self._counters else 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because a gradient was not finite; waits for the device."""
+        return int(self._counters[1]) if self._counters else 0
+
+    def last_skip(self, device: torch.device) -> Tensor:
+        """Return a bool 0-d tensor on `device`: was the last step skipped? Costs no wait."""
+        return self._last_skip[device]
+
+    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+        n, device = param.numel(), param.device
+        state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
+        if param.dim() >= 2 and n >= MIN_8BIT_ELEMENTS:
+            blocks = block_count(n, self.block_size)
+            for name in ("m", "v"):
+                state[f"{name}_codes"] = torch.zeros(n, dtype=torch.uint8, device=device)
+                state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=device)
+        else:
+            for name in ("m", "v"):
+                state[name] = torch.zeros(n, dtype=torch.float32, device=device)
+        return state
+
+    def _unscaling(self, device: torch.device) -> Tensor:
+        """Return the float32 0-d factor that undoes GradScaler's scale: 1 where none is at work."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is None:
+            return torch.ones((), dtype=torch.float32, device=device)
+        return torch.reciprocal(scale.to(device, torch.float32).reshape(()))
+
+    def _skip_flags(self, grads: list[Tensor]) -> dict[torch.device, Tensor]:
+        """Return for each device a bool 0-d tensor: is any gradient, on whatever device, not finite or above 1e19?"""
+        devices = list(dict.fromkeys(grad.device for grad in grads))
+        # The infinity norm lets NaN and infinities through and needs no temporary.
+        largest = [get_total_norm([g for g in grads if g.device == device], math.inf) for device in devices]
+        magnitudes = torch.stack([value.to(devices[0], torch.float32) for value in largest])
+        # Compared so that a NaN counts as too large.
+        skip = ~(magnitudes * self._unscaling(devices[0]) <= LARGEST_GRADIENT).all()
+        if getattr(self, "found_inf", None) is not None:
+            skip = skip | (self.found_inf.to(devices[0]) > 0).any()  # type: ignore[union-attr]
+        return {device: skip.to(device) for device in devices}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._take_step()
+        return loss
+
+    @torch.no_grad()
+    def _take_step(self) -> None:
+        """Do the work of `step`: for subclasses, whose `super().step()` would run every step hook twice."""
+        updates = [
+            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()
+        ]
+        if not updates:
+            return
+        for param, _ in updates:
+            if param.grad.is_sparse:
+                raise InputError(
+                    "a gradient is sparse; AdamW8bit takes dense gradients: build the embedding with sparse=False."
+                )
+        skips = self._last_skip = self._skip_flags([param.grad for param, _ in updates])
+        first = next(iter(skips))
+        self._counters_on(first)
+        assert self._counters is not None
+        steps, skipped = self._counters
+        skip = skips[first].to(steps.device)
+        steps += ~skip
+        skipped += skip
+        common = {
+            device: {"skip": skip, "clock": self._counters_on(device)[0], "grad_scale": self._unscaling(device)}
+            for device, skip in skips.items()
+        }
+        for param, group in updates:
+            self._update(param, param.grad, group, common[param.device])
+
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], common: dict[str, Tensor]) -> None:
+        state = self.state[param]
+        if not state:
+            state.update(self._new_state(param))
+        state["step"] += ~common["skip"]
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        hyper = Hyper(float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]))
+        shared: dict[str, Any] = {
+            **common, "step": state["step"], "hyper": hyper, "stochastic": self.rounding == "stochastic",
+            "seed": self.seed, "parameter": self._indices[param],
+        }  # fmt: skip
+        if "m_codes" in state:
+            codes = (state["m_codes"], state["m_absmax"], state["v_codes"], state["v_absmax"])
+            adamw8_(param, grad, *codes, block_size=self.block_size, **shared)
+        else:
+            adamw32_(param, grad, state["m"], state["v"], **shared)
+
+    def moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float32 copies of (m, v) in the parameter's shape."""
+        state = self.state[param]
+        if "m" in state:
+            return state["m"].view(param.shape).clone(), state["v"].view(param.shape).clone()
+        m = dequantize_blockwise(state["m_codes"], state["m_absmax"], "m", self.block_size)
+        v = dequantize_blockwise(state["v_codes"], state["v_absmax"], "v", self.block_size)
+        return m.view(param.shape), v.view(param.shape)
+
+    def set_moments(self, param: Tensor, m: Tensor, v: Tensor) -> None:
+        """Replace the moments by float32 (m, v) of the parameter's shape, quantising them as a step would."""
+        state = self.state[param]
+        if "m" in state:
+            state["m"].copy_(m.reshape(-1))
+            state["v"].copy_(v.reshape(-1))
+            return
+        key = None
+        if self.rounding == "stochastic":
+            # Beyond the indices that parameters use, so that no step's random numbers are used twice.
+            key = random_key(self.seed, (1 << 32) + self._indices[param], self._counters_on(param.device)[0])
+        for name, value in (("m", m), ("v", v)):
+            codes, absmax = quantize_blockwise(value.reshape(-1).contiguous(), name, self.block_size, key)
+            state[f"{name}_codes"].copy_(codes)
+            state[f"{name}_absmax"].copy_(absmax)
+
+    def retire(self, params: Iterable[Tensor]) -> None:
+        """Forget the state of these parameters and free its memory."""
+        for param in params:
+            self.state.pop(param, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain tensors and numbers: codes stay uint8, scales float32."""
+        packed = super().state_dict()
+        names = ("steps", "skipped")
+        packed["counters"] = dict(zip(names, self._counters)) if self._counters else {}
+        packed["format"] = {"block_size": self.block_size}
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over `state_dict()`'s values with their dtypes as they are.
+
+        Refuses a state of another shape before it changes anything. The hyper-parameters of the groups are taken too,
+        as in every torch optimizer.
+        """
+        taken: dict[str, Any] = {}
+
+        def set_state_aside(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            self._check_loadable(given)
+            taken.update(given)
+            return {**given, "state": {}}
+
+        # torch's loader would cast codes and scales to the parameter's dtype: it gets the groups only. Ours runs after
+        # the user's hooks that change the state and before those that read the result.
+        aside = self.register_load_state_dict_pre_hook(set_state_aside)
+        fill = self.register_load_state_dict_post_hook(lambda _: self._take_state(taken), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            aside.remove()
+            fill.remove()
+
+    def _saved_params(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the parameter that each saved number stands for, by that number as a string."""
+        numbers = [str(number) for group in state_dict["param_groups"] for number in group["params"]]
+        return dict(zip(numbers, self._params()))
+
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
+        params = self._saved_params(state_dict)
+        for number, values in state_dict["state"].items():
+            param = params[str(number)]
+            self.state[param] = {name: value.to(param.device, copy=True) for name, value in values.items()}
+        counters = state_dict.get("counters")
+        self._counters = None
+        if counters:
+            device = self._params()[0].device
+            steps, skipped = (counters[name].to(device, copy=True) for name in ("steps", "skipped"))
+            self._counters = (steps, skipped)
+
+    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+        saved_block_size = state_dict.get("format", {}).get("block_size", self.block_size)
+        if saved_block_size != self.block_size:
+            raise InputError(
+                f"the state was saved with block_size={saved_block_size}; this optimizer has {self.block_size}."
+            )
+        saved = [len(group["params"]) for group in state_dict["param_groups"]]
+        here = [len(group["params"]) for group in self.param_groups]
+        if saved != here:
+            raise InputError(f"the state has parameter groups of {saved} parameters; this optimizer has {here}.")
+        for group in state_dict["param_groups"]:
+            _check_hyper(group)
+        params = self._saved_params(state_dict)
+        for number, values in state_dict["state"].items():
+            if str(number) not in params:
+                raise InputError(f"the state is of a parameter {number} that is in none of its groups.")
+            expected = self._new_state(params[str(number)].detach().to("meta"))
+            given = {name: (tuple(value.shape), value.dtype) for name, value in values.items()}
+            wanted = {name: (tuple(value.shape), value.dtype) for name, value in expected.items()}
+            if given and given != wanted:
+                raise InputError(f"the state of parameter {number} is {given}; this optimizer needs {wanted}.")

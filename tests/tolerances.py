@@ -1,0 +1,44 @@
+"""Every tolerance of the tests of the definitions, each with where it comes from."""
+
+from __future__ import annotations
+
+# Half a unit in the last place of float32, relative: 24 significant bits.
+FLOAT32_ROUNDING = 2.0**-24
+# Half a unit in the last place of bfloat16, relative: 8 significant bits.
+BFLOAT16_ROUNDING = 2.0**-8 / 2
+# Three mantissa bits: neighbours differ by at most 1/8; nearest errs by at most half of that, stochastic by all of it.
+CODEC_NEAREST = 1 / 16
+CODEC_STOCHASTIC = 1 / 8
+# Scaling into and out of a block costs four float32 roundings (two reciprocals, two products), relative.
+CODEC_SCALING = 4 * FLOAT32_ROUNDING
+# 4 standard errors: a fair test fails with odds of 6e-5; seeds are fixed, so it fails always or never.
+STANDARD_ERRORS = 4.0
+# The same for chi-square statistics, in standard deviations √(2k) of k degrees of freedom; the tail is heavier.
+CHI_SQUARE_DEVIATIONS = 5.0
+
+# One AdamW step: a weight is rounded three times (decay, product, difference), relative to its size …
+ADAMW_WEIGHT = 3 * FLOAT32_ROUNDING
+# … and the update nine times (two moments of up to three, root, quotient, two products), relative to itself.
+ADAMW_UPDATE = 12 * FLOAT32_ROUNDING
+# 100 steps against torch, which rounds as often in another order: both errors twice per step, weights up to 4, updates
+# up to lr = 1e-2 (the update's share is small beside the weight's and is covered by rounding 4 up to 5).
+ADAMW_100_STEPS = 100 * 2 * ADAMW_WEIGHT * 5
+# 800 unsynchronised steps: the design's own figures are 1.5e-3 · 1.7 at worst; a third more for another problem.
+TRAJECTORY_NMSE = 2e-3
+TRAJECTORY_WORST_UPDATE = 3.0
+# First moments span 4.8 decades. Where the scales of a block spread over 5, up to the twentieth of the coordinates that
+# lies below, and a crest factor of 3 more, moves late or never: a tenth of the update may be missing.
+TRAJECTORY_NMSE_BEYOND_RANGE = 0.1
+
+# A product of up to 512 terms summed in float32 errs by up to 512 roundings of the sum of magnitudes; the bound is
+# taken relative to the result's norm, and errors of random signs are √512 ≈ 23 of them.
+PRODUCT = 64 * FLOAT32_ROUNDING
+# bfloat16 inputs and outputs: each of the up to three roundings on the way is one half unit, relative to the norm.
+BFLOAT16_PRODUCT = 3 * BFLOAT16_ROUNDING
+
+# Householder QR in float32: |QQᵀ − 1| is a modest multiple (here 50) of a rounding.
+ORTHONORMAL = 50 * FLOAT32_ROUNDING
+# What a first or refreshed basis keeps of the energy that the exact SVD of the same rank keeps.
+BASIS_ENERGY = 0.99
+# Transport back and forth through the bias corrections and one product of rank terms.
+TRANSPORT = PRODUCT
