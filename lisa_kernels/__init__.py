@@ -1,1 +1,19 @@
 """Fine-tune language models by layer sampling and low-rank gradients, with optimizer state in 8 bits."""
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.methods import LISA, OWS, BAdam, FullFineTune, GaLore, LoRAFA, OwLore, attach, layer_scores
+from lisa_kernels.optim import AdamW8bit
+
+__all__ = [
+    "LISA",
+    "OWS",
+    "AdamW8bit",
+    "BAdam",
+    "FullFineTune",
+    "GaLore",
+    "InputError",
+    "LoRAFA",
+    "OwLore",
+    "attach",
+    "layer_scores",
+]

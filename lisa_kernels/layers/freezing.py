@@ -1,0 +1,129 @@
+"""Keep frozen what is frozen, and refuse the wrappers and settings under which layer sampling cannot work."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lisa_kernels.errors import InputError
+
+TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FreezeGuard:
+    """A forward pre-hook that restores `requires_grad` before each graph is built.
+
+    Trainers, gradient checkpointing and user code switch gradients on behind a sampler's back; memory then creeps back
+    to full fine-tuning without a word. The guard puts the flags right, says so once, and removes the hook that
+    Hugging Face's gradient checkpointing puts on the embeddings (with it every frozen layer stays in the graph).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.before = {name: param.requires_grad for name, param in model.named_parameters()}
+        self.trainable: set[nn.Parameter] = set()
+        self._warned = False
+        self._handle = model.register_forward_pre_hook(self)
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Check the model, as a forward pre-hook is called."""
+        check_checkpointing(model)
+        drop_input_gradients(model)
+        self.enforce(model)
+
+    def set_trainable(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
+        """Make exactly these parameters require gradients; the others lose theirs."""
+        self.trainable = set(params)
+        for param in model.parameters():
+            wanted = param in self.trainable
+            param.requires_grad_(wanted)
+            if not wanted:
+                param.grad = None
+
+    def enforce(self, model: nn.Module) -> None:
+        """Put right every parameter whose `requires_grad` was changed by someone else; warns once."""
+        changed = []
+        for name, param in model.named_parameters():
+            wanted = param in self.trainable
+            if param.requires_grad != wanted:
+                param.requires_grad_(wanted)
+                changed.append(name)
+            if not wanted and param.grad is not None:
+                param.grad = None
+        if changed and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"requires_grad of {len(changed)} parameters (first: {changed[0]}) was changed outside the sampler; it "
+                "is put back before every forward. Do not freeze or unfreeze parameters of an attached model.",
+                stacklevel=2,
+            )
+
+    def remove(self, model: nn.Module) -> None:
+        """Take the hook off and give every parameter the flag it had before."""
+        self._handle.remove()
+        for name, param in model.named_parameters():
+            param.requires_grad_(self.before.get(name, True))
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Return whether a guard is on the model or on a part of it."""
+    return any(isinstance(hook, FreezeGuard) for part in model.modules() for hook in part._forward_pre_hooks.values())
+
+
+def check_attachable(model: nn.Module) -> None:
+    """Refuse models that cannot be attached, each with the reason and what works instead."""
+    if is_attached(model):
+        raise InputError("this model is already attached; call detach() on its optimizer first.")
+    if isinstance(model, (DistributedDataParallel, DataParallel)):
+        raise InputError(
+            f"the model is wrapped in {type(model).__name__}, which fixes the set of gradients once and fails after "
+            "the first switch; attach the bare model and all-reduce the active gradients (every rank draws the same "
+            "layers), or use FSDP2."
+        )
+    params = list(model.parameters())
+    if type(model).__module__.partition(".")[0] == "deepspeed" or any(hasattr(param, "ds_id") for param in params):
+        raise InputError(
+            "the model is under DeepSpeed ZeRO, which flattens parameters at initialisation and cannot follow a "
+            "changing set; attach the bare model on one GPU, or use FSDP2."
+        )
+    for name, param in model.named_parameters():
+        if param.dtype not in TRAINABLE_DTYPES:
+            raise InputError(
+                f"{name} holds {param.dtype}; float32, bfloat16 or float16 is wanted: load the model in one of these, "
+                "without quantisation."
+            )
+    meta = next((name for name, param in model.named_parameters() if param.is_meta), None)
+    if meta is not None:
+        raise InputError(f"{meta} is on the meta device and has no values; load the weights before attaching.")
+    check_checkpointing(model)
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Refuse re-entrant gradient checkpointing."""
+    for module in model.modules():
+        if not getattr(module, "gradient_checkpointing", False):
+            continue
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        # torch's own default is re-entrant, so only an explicit False is safe.
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
+            raise InputError(
+                "gradient checkpointing is re-entrant: its lowest active layer would get no gradient while the layers "
+                "below are frozen; use "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+            )
+
+
+def drop_input_gradients(model: nn.Module) -> None:
+    """Remove the hooks that make embeddings' outputs require gradients, whoever installed them and however often."""
+    if getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None) is not None:
+        model.disable_input_require_grads()  # type: ignore[operator]
+    # Enabling gradient checkpointing twice leaves a hook that no handle reaches; transformers and peft name it alike.
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[key]

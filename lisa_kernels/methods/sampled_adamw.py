@@ -1,0 +1,265 @@
+"""The optimizer of an attached model: AdamW in 8 bits whose step also folds slots and switches layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.layers import FreezeGuard, LowRankLinear
+from lisa_kernels.methods.definitions import Method
+from lisa_kernels.methods.slots import (
+    check_slots_state,
+    fold_slots,
+    slots_in_shape,
+    slots_state,
+    stagger,
+    take_slots_state,
+    transport_slots,
+)
+from lisa_kernels.methods.units import Plan, Unit
+from lisa_kernels.optim import AdamW8bit
+from lisa_kernels.samplers import AdaptiveSampler, Sampler, sampler_from_state
+
+
+class SampledAdamW(AdamW8bit):
+    """An ordinary torch optimizer over all layers of a model, a few of which train at a time.
+
+    Every parameter that may ever train is in its groups from the start: full-rank matrices, low-rank slots, vectors
+    (without weight decay); the number of groups never changes. Layers are switched inside `step()`, every `period`
+    calls; a step skipped for a non-finite gradient counts as a call, for the device is not asked. Made by `attach`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        plan: Plan,
+        sampler: Sampler | None,
+        *,
+        lr: float,
+        weight_decay: float,
+        **settings: Any,
+    ) -> None:
+        self.model, self.method, self.plan, self.sampler = model, method, plan, sampler
+        self.calls = 0
+        self.visits = [0] * len(plan.drawn)
+        self.history: list[list[int]] = []
+        self._active: list[int] = []
+        self._norms: dict[int, Tensor] = {}
+        self._guard: FreezeGuard | None = None
+        super().__init__(self._groups(lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings)
+        self._guard = FreezeGuard(model)
+        try:
+            self._activate_always()
+            self._begin_period()
+        except BaseException:
+            self._guard.remove(model)
+            raise
+
+    def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        full = [param for unit in self.plan.units() for param in unit.full]
+        slots = [layer.slot for unit in self.plan.units() for layer in unit.lowrank.values()]
+        scale = self.method.get("scale", 1.0)
+        groups = [
+            {"params": [param for param in full if param.dim() >= 2], "name": "matrices"},
+            # scale is for the update only: the decay of the weight stays lr · weight_decay.
+            {"params": slots, "lr": lr * scale, "weight_decay": weight_decay / scale, "name": "slots"},
+            {"params": [param for param in full if param.dim() < 2], "weight_decay": 0.0, "name": "vectors"},
+        ]
+        return [group for group in groups if group["params"]]
+
+    # Which layers train
+
+    @property
+    def active_layers(self) -> list[int]:
+        """The layers that the next `step()` moves, ascending; embedding and head, where drawn, follow the blocks."""
+        return list(self._active)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The path of each layer that can be drawn."""
+        return [unit.name for unit in self.plan.drawn]
+
+    @property
+    def period(self) -> int | None:
+        """How many calls of `step()` lie between two switches; None if there is no sampler."""
+        return self.method.get("period", None) if self.sampler else None
+
+    def _draw(self) -> list[int]:
+        if self.sampler is None or self.period is None:
+            return list(range(len(self.plan.drawn)))
+        return list(self.sampler.draw(self.calls // self.period))
+
+    def _begin_period(self) -> None:
+        self._switch_to(self._draw())
+        self.history.append(self.active_layers)
+
+    def _active_units(self) -> list[Unit]:
+        return [*(self.plan.drawn[index] for index in self._active), self.plan.always]
+
+    def _active_slots(self) -> list[LowRankLinear]:
+        return [layer for unit in self._active_units() for layer in unit.lowrank.values()]
+
+    def _layers(self) -> dict[str, LowRankLinear]:
+        return {path: layer for unit in self.plan.units() for path, layer in unit.lowrank.items()}
+
+    def _activate_always(self) -> None:
+        """Give slots outside the draw their storage (adapters already have it)."""
+        for layer in self.plan.always.lowrank.values():
+            if not layer.active:
+                layer.activate()
+
+    def _switch_to(self, layers: list[int]) -> None:
+        """Retire the layers that leave, give those that come their slots, and freeze all others."""
+        leaving = [self.plan.drawn[index] for index in self._active if index not in layers]
+        coming = [self.plan.drawn[index] for index in layers if index not in self._active]
+        keep = self.method.get("retired_state", "drop") == "keep"
+        for unit in leaving:
+            if not keep:
+                self.retire(unit.params())
+            for layer in unit.lowrank.values():
+                layer.deactivate(keep_basis=keep)
+        for unit in coming:
+            for layer in unit.lowrank.values():
+                kept = layer.basis if layer.basis.numel() else None
+                layer.activate(kept)
+                if layer.tracker is not None and kept is None:
+                    layer.tracker.start(self.calls)
+                elif layer.tracker is not None:
+                    layer.tracker.due = True
+        self._active = sorted(layers)
+        stagger(self._active_slots())
+        self._arm()
+        self._norms = {}
+        if self._guard is not None:
+            self._guard.set_trainable(self.model, [param for unit in self._active_units() for param in unit.params()])
+
+    def _arm(self) -> None:
+        for layer in self._active_slots():
+            layer.arm()
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the active layers, fold their slots, and switch layers when the period is over."""
+        if self._guard is None:
+            raise InputError("this optimizer was detached; attach the model again to train on.")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._guard.enforce(self.model)
+        if isinstance(self.sampler, AdaptiveSampler):
+            self._note_gradient_norms()
+        active = self._active_slots()
+        transport_slots(self, active)
+        stepped = any(param.grad is not None for unit in self._active_units() for param in unit.params())
+        self._take_step()
+        if not stepped:
+            return loss
+        fold_slots(self, [layer for layer in active if layer.slot.grad is not None])
+        for layer in active:
+            if layer.tracker is not None:
+                layer.tracker.advance()
+        self._arm()
+        self._count()
+        return loss
+
+    def _note_gradient_norms(self) -> None:
+        """Add each active layer's gradient norm to its (sum, count) of this period; only finite ones count."""
+        for index in self._active:
+            grads = [param.grad for param in self.plan.drawn[index].params() if param.grad is not None]
+            if grads:
+                norm = get_total_norm(grads).to(torch.float32)
+                norm = norm * self._unscaling(norm.device)
+                seen = torch.stack([norm, torch.ones_like(norm)]) * torch.isfinite(norm)
+                seen = torch.nan_to_num(seen, nan=0.0, posinf=0.0)
+                self._norms[index] = self._norms[index] + seen if index in self._norms else seen
+
+    def _count(self) -> None:
+        for index in self._active:
+            self.visits[index] += 1
+        self.calls += 1
+        if self.sampler is None or self.period is None or self.calls % self.period:
+            return
+        sums = {index: seen.tolist() for index, seen in self._norms.items()}
+        self.sampler.observe({index: total / count for index, (total, count) in sums.items() if count})
+        self._begin_period()
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state together with sampler, active layers, bases and adapters."""
+        packed = super().state_dict()
+        packed["attachment"] = {
+            "method": self.method.settings(),
+            "seed": self.seed,
+            "sampler": None if self.sampler is None else self.sampler.state_dict(),
+            "calls": self.calls,
+            "active_layers": self.active_layers,
+            "visits": list(self.visits),
+            "history": [list(row) for row in self.history],
+            "norms": {str(index): seen for index, seen in self._norms.items()},
+            "slots": slots_state(self._layers()),
+        }
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict()` was taken, with its seed.
+
+        Refuses another method's or another model's state before it changes anything.
+        """
+        saved = state_dict.get("attachment")
+        if saved is None:
+            raise InputError("this state is not of an attached model (it has no 'attachment'); load it into AdamW8bit.")
+        if self._guard is None:
+            raise InputError("this optimizer was detached; attach the model again to load a state.")
+        if saved["method"] != self.method.settings():
+            raise InputError(f"the state was saved with {saved['method']}; this run has {self.method.settings()}.")
+        layers = self._layers()
+        sampler = None if saved["sampler"] is None else sampler_from_state(saved["sampler"])
+        drawn = len(self.plan.drawn) if sampler is None else sampler.layers
+        if len(saved["visits"]) != len(self.plan.drawn) or drawn != len(self.plan.drawn):
+            raise InputError(f"the state is of {len(saved['visits'])} layers; this model has {len(self.plan.drawn)}.")
+        check_slots_state(layers, saved["slots"])
+        with slots_in_shape(layers.values()):
+            self._check_loadable(state_dict)
+        self.sampler, self.seed = sampler, saved["seed"]
+        self._switch_to(list(saved["active_layers"]))
+        with slots_in_shape(layers.values()):
+            super().load_state_dict(state_dict)
+        self.calls, self.visits = saved["calls"], list(saved["visits"])
+        self.history = [list(row) for row in saved["history"]]
+        devices = {int(index): self.plan.drawn[int(index)].params()[0].device for index in saved["norms"]}
+        self._norms = {int(index): seen.to(devices[int(index)], copy=True) for index, seen in saved["norms"].items()}
+        for layer in layers.values():
+            if layer.tracker is not None:
+                layer.tracker.seed = self.seed
+        take_slots_state(layers, saved["slots"])
+        self._arm()
+
+    # The end
+
+    @torch.no_grad()
+    def detach(self) -> nn.Module:
+        """Merge adapters, put plain layers back with `requires_grad` as it was, free the state; returns the model."""
+        if self._guard is None:
+            return self.model
+        if self.method.form == "adapter":
+            fold_slots(self, list(self.plan.always.lowrank.values()), merge=True)
+        self._guard.remove(self.model)
+        for swap in self.plan.swaps:
+            swap.layer.deactivate()
+            swap.undo()
+        for group in self.param_groups:
+            self.retire(group["params"])
+        self._guard = None
+        self._active = []
+        return self.model

@@ -1,0 +1,120 @@
+"""What the optimizer does with low-rank slots around its step: carry moments over, fold, save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lisa_kernels.basis import transport_moments
+from lisa_kernels.errors import InputError
+from lisa_kernels.layers import LowRankLinear
+from lisa_kernels.ops.fold import fold_
+from lisa_kernels.optim import AdamW8bit
+
+
+def stagger(layers: Sequence[LowRankLinear]) -> None:
+    """Spread the basis refreshes of the active layers evenly over their gap, so that no step pays for all."""
+    tracked = [layer.tracker for layer in layers if layer.tracker is not None]
+    for index, tracker in enumerate(tracked):
+        tracker.offset = index * tracker.gap // len(tracked)
+
+
+def _group_of(optimizer: AdamW8bit, layer: LowRankLinear) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(param is layer.slot for param in group["params"]))
+
+
+def transport_slots(optimizer: AdamW8bit, layers: Sequence[LowRankLinear]) -> None:
+    """Carry the moments of every slot whose basis was refreshed by the last backward into the new basis."""
+    for layer in layers:
+        tracker = layer.tracker
+        if tracker is None or tracker.rotation is None:
+            continue
+        rotation, tracker.rotation = tracker.rotation, None
+        if layer.slot in optimizer.state:
+            betas = _group_of(optimizer, layer)["betas"]
+            m, v = optimizer.moments(layer.slot)
+            step = optimizer.state[layer.slot]["step"]
+            optimizer.set_moments(layer.slot, *transport_moments(m, v, rotation, step, betas))
+
+
+def fold_slots(optimizer: AdamW8bit, layers: Sequence[LowRankLinear], merge: bool = False) -> None:
+    """W ← (1 − lr·wd) W + scale · Bᵀ P and B ← 0, for slots that fold after each step, or for all with `merge`.
+
+    A skipped step left B at zero; its decay is then left out on the device, so that W stays as it was.
+    """
+    for layer in layers:
+        if layer.tracker is None and not merge:
+            continue
+        clock, _ = optimizer._counters_on(layer.slot.device)
+        decay = torch.ones((), device=layer.slot.device)
+        if not merge:
+            group = _group_of(optimizer, layer)
+            decay = torch.where(optimizer.last_skip(layer.slot.device), 1.0, 1.0 - group["lr"] * group["weight_decay"])
+        slot = layer.slot.data if layer.scale == 1.0 else layer.slot.data * layer.scale
+        left, right = (layer.basis, slot) if layer.transposed else (slot, layer.basis)
+        fold_(
+            layer.weight.data, left, right, decay=decay, clock=clock, stochastic=optimizer.rounding == "stochastic",
+            seed=optimizer.seed, parameter=optimizer.index_of(layer.slot),
+        )  # fmt: skip
+        layer.slot.data.zero_()
+
+
+def slots_state(layers: Mapping[str, LowRankLinear]) -> dict[str, dict[str, Any]]:
+    """Return basis, tracker and (for adapters) slot of every layer that holds a basis."""
+    state: dict[str, dict[str, Any]] = {}
+    for path, layer in layers.items():
+        if layer.basis.numel():
+            entry: dict[str, Any] = {"basis": layer.basis}
+            if layer.tracker is None:
+                entry["slot"] = layer.slot.detach()
+            else:
+                entry["tracker"] = layer.tracker.state_dict()
+            state[path] = entry
+    return state
+
+
+def check_slots_state(layers: Mapping[str, LowRankLinear], state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise InputError unless `state` is what `slots_state` returns for layers of these shapes."""
+    for path, entry in state.items():
+        if path not in layers:
+            raise InputError(f"the state holds a basis for {path}, which this model does not have.")
+        layer = layers[path]
+        wanted = {"basis": (layer.rank, layer.in_features)}
+        if layer.tracker is None:
+            wanted["slot"] = (layer.rank, layer.out_features)
+        for name, shape in wanted.items():
+            given = tuple(entry[name].shape) if name in entry else ()
+            if given != shape:
+                raise InputError(f"the saved {name} of {path} is {list(given)}; this model needs {list(shape)}.")
+
+
+def take_slots_state(layers: Mapping[str, LowRankLinear], state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take over what `slots_state` returned; active layers already own their storage, bases not in it are freed."""
+    for path, layer in layers.items():
+        entry = state.get(path)
+        if entry is None:
+            if not layer.active:
+                layer.deactivate()
+            continue
+        layer.basis = entry["basis"].to(layer.weight.device, layer.weight.dtype, copy=True)  # type: ignore[union-attr,arg-type]
+        if layer.tracker is None:
+            layer.slot.data.copy_(entry["slot"])
+        else:
+            layer.tracker.load_state_dict(entry["tracker"])
+
+
+@contextmanager
+def slots_in_shape(layers: Iterable[LowRankLinear]) -> Iterator[None]:
+    """Give inactive slots their shape, without storage, so that kept moments can be checked against it."""
+    resting = [layer for layer in layers if not layer.active]
+    try:
+        for layer in resting:
+            shape = (layer.rank, layer.out_features)
+            layer.slot.data = torch.zeros((), device=layer.weight.device).expand(shape)  # type: ignore[union-attr,arg-type]
+        yield
+    finally:
+        for layer in resting:
+            layer.slot.data = torch.empty(0, device=layer.slot.device)

@@ -1,0 +1,183 @@
+"""What is frozen stays frozen, and models that cannot be attached are refused with the reason."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import llama, tokens
+from torch import nn
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.layers import FreezeGuard, check_attachable
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: param.requires_grad for name, param in model.named_parameters()}
+
+
+def test_flags_changed_by_others_are_put_back_with_one_warning() -> None:
+    """Whatever is switched on or off between forwards is as the guard wants it in the next one."""
+    model = llama()
+    guard = FreezeGuard(model)
+    guard.set_trainable(model, model.model.layers[1].parameters())
+    wanted = flags(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for value in (True, False):
+            model.requires_grad_(value)
+            model(**tokens())
+            assert flags(model) == wanted
+    assert len([w for w in caught if "outside the sampler" in str(w.message)]) == 1
+
+
+def test_nothing_is_said_when_nothing_was_changed() -> None:
+    """An ordinary forward warns of nothing."""
+    model = llama()
+    guard = FreezeGuard(model)
+    guard.set_trainable(model, model.model.layers[1].parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**tokens())
+
+
+def test_gradients_of_frozen_parameters_are_dropped() -> None:
+    """A gradient that slipped through would move a frozen weight and hold memory."""
+    model = llama()
+    guard = FreezeGuard(model)
+    guard.set_trainable(model, model.parameters())
+    model(**tokens()).loss.backward()
+    guard.set_trainable(model, model.model.layers[1].parameters())
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        f"model.layers.1.{name}" for name, _ in model.model.layers[1].named_parameters()
+    }
+
+
+def test_removing_gives_back_the_flags_of_before() -> None:
+    """Frozen parameters stay frozen and trainable ones trainable, as the user had them."""
+    model = llama()
+    model.model.layers[0].requires_grad_(False)
+    before = flags(model)
+    guard = FreezeGuard(model)
+    guard.set_trainable(model, [])
+    assert not any(flags(model).values())
+    guard.remove(model)
+    assert flags(model) == before
+    assert not model._forward_pre_hooks
+
+
+def enable_twice(model: Any) -> None:
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable()
+
+
+def peft_like(model: Any) -> None:
+    def make_inputs_require_grad(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        output.requires_grad_(True)
+
+    model.get_input_embeddings().register_forward_hook(make_inputs_require_grad)
+
+
+def enable(model: Any) -> None:
+    model.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("install", [enable, enable_twice, peft_like])
+def test_hooks_that_make_embeddings_require_gradients_go(install: Any) -> None:
+    """However they came and however often, after one forward the embeddings' output needs no gradient."""
+    model = llama()
+    guard = FreezeGuard(model)
+    guard.set_trainable(model, model.model.layers[2].parameters())
+    install(model)
+    seen: list[bool] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
+    model(**tokens())
+    assert seen == [False]
+
+
+def test_hooks_of_the_user_on_the_embeddings_stay() -> None:
+    """Only the gradient hooks are removed."""
+    model = llama()
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(1))
+    FreezeGuard(model).set_trainable(model, [])
+    model(**tokens())
+    assert seen == [1]
+
+
+def test_reentrant_checkpointing_is_refused_at_attach_and_at_forward() -> None:
+    """Switched on before or after, the reason and the right call are named."""
+    model = llama()
+    guard = FreezeGuard(model)
+    guard.set_trainable(model, model.model.layers[2].parameters())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(InputError, match=r"re-entrant.*use_reentrant.*False"):
+        model(**tokens())
+    guard.remove(model)
+    with pytest.raises(InputError, match="re-entrant"):
+        check_attachable(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={})
+    with pytest.raises(InputError, match="re-entrant"):
+        check_attachable(model)
+    model.gradient_checkpointing_disable()
+    check_attachable(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check_attachable(model)
+
+
+def test_a_guarded_model_or_part_is_refused() -> None:
+    """Attaching twice, to the model or to a wrapper around it, is refused."""
+    model = llama()
+    guard = FreezeGuard(model)
+    for wanted in (model, nn.Sequential(model)):
+        with pytest.raises(InputError, match="already attached"):
+            check_attachable(wanted)
+    guard.remove(model)
+    check_attachable(model)
+
+
+def test_a_ddp_model_is_refused(tmp_path: Path) -> None:
+    """DDP fixes its gradients once; the message says what works instead."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(InputError, match=r"DistributedDataParallel.*FSDP2"):
+            check_attachable(nn.parallel.DistributedDataParallel(llama()))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_data_parallel_model_is_refused() -> None:
+    """DataParallel as well."""
+    with pytest.raises(InputError, match="DataParallel"):
+        check_attachable(nn.DataParallel(llama()))
+
+
+def test_a_deepspeed_model_is_refused() -> None:
+    """ZeRO marks its parameters with `ds_id`."""
+    model = llama()
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(InputError, match="DeepSpeed ZeRO"):
+        check_attachable(model)
+
+
+def test_weights_on_meta_are_refused_by_name() -> None:
+    """A weight without values is named."""
+    model = llama()
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight is on the meta device"):
+        check_attachable(model)
+
+
+def test_quantised_weights_are_refused_by_name() -> None:
+    """A packed weight cannot be trained."""
+    model = llama()
+    packed = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[1].mlp.gate_proj.weight = packed
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight holds torch\.uint8"):
+        check_attachable(model)

@@ -1,0 +1,158 @@
+"""Who may import whom, read from the source with `ast`: the arrows between the package's rooms."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lisa_kernels"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# For each room, the rooms of the package that it may import.
+BOTTOM = {"errors", "native"}
+MIDDLE = {"optim", "basis", "samplers", "scores", "layers"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "native": {"errors"},
+    "ops": {"errors", "native", "ops"},
+    "paging": {"errors", "native", "paging"},
+    "optim": {*BOTTOM, "ops", "paging", "optim"},
+    "basis": {*BOTTOM, "ops", "basis"},
+    "samplers": {"errors", "samplers"},
+    "scores": {"errors", "scores"},
+    # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
+    "layers": {"errors", "ops", "basis", "layers"},
+    "methods": {"errors", "ops", "paging", *MIDDLE, "methods"},
+    "plan": {*BOTTOM, "ops", "paging", *MIDDLE, "methods", "plan"},
+    "train": {*BOTTOM, "ops", "paging", *MIDDLE, "methods", "train"},
+    "info": {*BOTTOM, "ops"},
+    "cli": {*BOTTOM, "ops", "paging", *MIDDLE, "methods", "plan", "train", "info"},
+    # The package's own names.
+    "__init__": {"errors", "optim", "methods", "plan"},
+}
+# Of these only the standard library may be imported.
+PURE = {"samplers", "errors"}
+# Modules of `train/` that subclass transformers' classes and are imported only where training starts.
+TRAINERS = {"train/trainer.py", "train/progress.py"}
+
+
+class Import(NamedTuple):
+    """One imported module: its dotted name, the line, and whether it is imported when the file is."""
+
+    name: str
+    line: int
+    at_module_level: bool
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def room_of(file: Path) -> str:
+    return relative(file).partition("/")[0].removesuffix(".py")
+
+
+def type_checking_only(node: ast.If) -> bool:
+    return "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports(tree: ast.AST, at_module_level: bool = True) -> Iterator[Import]:
+    """Yield every import; those in functions are not at module level, those for type checkers only are left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, at_module_level) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in line {node.lineno}"
+            names = [node.module] if node.module != "lisa_kernels" else [f"lisa_kernels.{a.name}" for a in node.names]
+            yield from (Import(str(name), node.lineno, at_module_level) for name in names)
+        elif isinstance(node, ast.If) and type_checking_only(node):
+            yield from imports(ast.Module(node.orelse, []), at_module_level)
+        else:
+            inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from imports(node, at_module_level and not inside)
+
+
+def imports_of(file: Path) -> list[Import]:
+    return list(imports(ast.parse(file.read_text())))
+
+
+def broken_arrows(room: str, found: list[Import]) -> list[Import]:
+    """Return the imports of other rooms that `room` may not make."""
+    inner = [(item, item.name.split(".")) for item in found if item.name.split(".")[0] == "lisa_kernels"]
+    return [item for item, parts in inner if len(parts) > 1 and parts[1] not in ALLOWED[room]]
+
+
+def test_every_room_is_known() -> None:
+    """A new room gets its arrows here before it is used."""
+    assert {room_of(file) for file in FILES} <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_arrows_point_down(file: Path) -> None:
+    """cli → {train, plan} → methods → {optim, basis, samplers, scores, layers} → {ops, paging} → torch."""
+    assert not broken_arrows(room_of(file), imports_of(file))
+
+
+def test_an_arrow_that_points_up_is_seen() -> None:
+    """Negative control: an operation that imports an optimizer, at the top or in a function."""
+    for source in ("from lisa_kernels.optim import AdamW8bit", "def f():\n    from lisa_kernels import optim"):
+        assert broken_arrows("ops", list(imports(ast.parse(source))))
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) in PURE], ids=relative)
+def test_samplers_know_the_standard_library_only(file: Path) -> None:
+    """Samplers need no torch and no numpy: they run wherever Python does."""
+    outer = {item.name.split(".")[0] for item in imports_of(file)} - {"lisa_kernels", "__future__"}
+    assert outer <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_outside_packages_are_imported_in_their_places(file: Path) -> None:
+    """Triton in kernels, ctypes at the edge of the native library, transformers only for training, planning, layers."""
+    for item in imports_of(file):
+        top = item.name.split(".")[0]
+        if top == "triton":
+            assert file.name == "triton_kernel.py", item
+        if top in ("ctypes", "cffi"):
+            assert file.name in ("native.py", "cpu_kernel.py"), item
+        if top in ("transformers", "datasets", "tokenizers", "accelerate", "peft"):
+            assert room_of(file) in ("train", "plan", "layers"), item
+            assert not item.at_module_level or relative(file) in TRAINERS, item
+        if top == "matplotlib":
+            assert not item.at_module_level, item
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_no_environment_variable_is_read(file: Path) -> None:
+    """Settings are arguments: nothing reads or writes `os.environ`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        assert name not in ("environ", "environb", "getenv", "putenv"), getattr(node, "lineno", 0)
+
+
+def test_importing_the_package_loads_no_optional_package() -> None:
+    """In a fresh process neither Triton nor the training stack comes with `import lisa_kernels`."""
+    optional = ["triton", "transformers", "datasets", "tokenizers", "accelerate", "peft", "matplotlib"]
+    program = f"import json, sys, lisa_kernels; print(json.dumps([n for n in {optional!r} if n in sys.modules]))"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, check=True, capture_output=True, text=True
+    )
+    assert json.loads(run.stdout) == []
+
+
+def test_the_public_names_are_there() -> None:
+    """What the documentation promises can be imported."""
+    import lisa_kernels
+
+    promised = (
+        "AdamW8bit", "attach", "LISA", "OwLore", "OWS", "BAdam", "GaLore", "LoRAFA", "FullFineTune", "layer_scores",
+    )  # fmt: skip
+    assert set(promised) <= set(lisa_kernels.__all__)
+    assert all(hasattr(lisa_kernels, name) for name in lisa_kernels.__all__)
