@@ -1,0 +1,55 @@
+"""The table of `bench/results/quality.jsonl`, printed and written into README.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.rows import read_rows
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- quality table: written by bench/quality.py -->", "<!-- end of quality table -->"
+
+
+def best_rows(rows: list[dict[str, Any]], name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return one row per seed at the contestant's best rate on the first seed; empty while seeds are missing."""
+    mine = [row for row in rows if row["contestant"] == name]
+    tuned = [row for row in mine if row["seed"] == seeds[0]]
+    if not tuned:
+        return []
+    best = min(tuned, key=lambda row: row["eval_loss"])
+    found = [next((row for row in mine if row["seed"] == seed and row["lr"] == best["lr"]), None) for seed in seeds]
+    return [row for row in found if row is not None] if None not in found else []
+
+
+def table(rows: list[dict[str, Any]], names: Sequence[str], seeds: Sequence[int]) -> str:
+    """Return the Markdown table, best mean first."""
+    lines = []
+    for name in names:
+        mine = best_rows(rows, name, seeds)
+        if not mine:
+            continue
+        losses = [row["eval_loss"] for row in mine]
+        mean, deviation = statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0
+        seconds = statistics.median(row["seconds_per_step"] for row in mine)
+        state = statistics.median(row["state_bytes"] for row in mine) / 1e6
+        lines.append(
+            (mean, f"| {name} | {mean:.4f} ± {deviation:.4f} | {mine[0]['lr']:g} | {state:.2f} | {seconds:.3f} |")
+        )
+    head = [
+        "| method | held-out loss, mean ± sd of 3 seeds | best rate | state at the end, MB | s / step |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *(line for _, line in sorted(lines))])
+
+
+def report(names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Print the table and put it between the markers of README.md, if they are there."""
+    text = table(read_rows("quality"), names, seeds)
+    print(text)
+    readme = README.read_text() if README.exists() else ""
+    if BEGIN in readme and END in readme:
+        before, rest = readme.split(BEGIN, 1)
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")

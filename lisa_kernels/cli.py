@@ -1,0 +1,179 @@
+"""The command line: `lisa-kernels finetune | scores | info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lisa_kernels.errors import InputError
+
+_MODEL_HELP = (
+    "directory, hub id, or preset:NAME (random weights): tiny, small, tinyllama-1.1b, llama-2-7b, llama-3.1-8b, "
+    "qwen2.5-7b, mistral-7b"
+)
+_DATA_HELP = (
+    ".jsonl (text, or prompt/completion, or messages), .txt, .parquet, hub id, or the text of Python's own standard "
+    "library: stdlib, stdlib:code, stdlib:docstrings"
+)
+_LR_HELP = (
+    "peak learning rate (default: lisa and ows 5e-5, owlore 3e-4, badam and full 1e-5, galore 1e-4, lora-fa 4e-4)"
+)
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except where there is none to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _add_model_and_data(parser: argparse.ArgumentParser, data_required: bool = True) -> None:
+    parser.add_argument("--model", required=True, help=_MODEL_HELP)
+    parser.add_argument("--data", required=data_required, help=_DATA_HELP)
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per row")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows per forward pass")
+    parser.add_argument(
+        "--dtype", default="auto", help="weights: fp32, bf16, or auto (bf16 on GPUs that have it, else fp32)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of data order, sampler, rounding and random weights")
+    parser.add_argument("--max-data-bytes", type=int, help="read at most this many bytes of text (default: all)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = commands.add_parser("finetune", formatter_class=_Formatter, help="fine-tune a model by layer sampling")
+    _add_model_and_data(parser)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder for the model, checkpoints and summary.json")
+    add("--method", default="owlore", help="lisa, ows, owlore, badam, galore, lora-fa or full")
+    add(
+        "--active-layers",
+        type=int,
+        help="layers trained at a time (default: 2 for lisa and ows, 5 for owlore, 1 for badam)",
+    )
+    add("--period", type=int, help="steps between switches (default: 20 for lisa, else 50)")
+    add("--rank", type=int, help="of low-rank layers (default: 128, lora-fa 16; less on small models)")
+    add("--alpha", type=float, help="scale of lora-fa's adapters, divided by the rank (default: 32)")
+    add("--embeddings", help="embedding and head: always, frozen or sampled (default: always; badam frozen)")
+    add(
+        "--scores",
+        help="what owlore and ows draw by: outlier, hill, weight-norm, gradient-norm or uniform (default: outlier)",
+    )
+    add(
+        "--calibration-rows",
+        type=int,
+        default=128,
+        help="rows of the training data that outlier scores are measured on",
+    )
+    add("--lr", type=float, help=_LR_HELP)
+    add("--lr-schedule", default="linear", help="linear, cosine or constant")
+    add("--warmup-steps", type=int, default=0, help="steps over which the rate rises from 0")
+    add("--weight-decay", type=float, default=0.01, help="decoupled, per unit of learning rate; vectors have none")
+    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")
+    add("--steps", type=int, help="optimizer steps (default: 200)")
+    add("--epochs", type=float, help="passes over the data, in place of --steps")
+    add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
+    add("--no-packing", dest="packing", action="store_false", help="one example per row")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
+        help="recompute activations (default: from 0.5e9 parameters)")  # fmt: skip
+    add("--eval-fraction", type=float, default=0.05, help="share of the data held out")
+    add("--eval-every", type=int, default=0, help="steps between evaluations; 0 for before and after only")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for none")
+    add("--max-checkpoints", type=int, default=2, help="checkpoints kept")
+    add("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
+    add("--overwrite", action="store_true", help="replace the run in --output")
+    add("--report-to", default="none", help="none or tensorboard (into OUTPUT/tensorboard)")
+    parser.set_defaults(run=_run_finetune)
+
+
+def _add_scores(commands: Any) -> None:
+    parser = commands.add_parser("scores", formatter_class=_Formatter, help="score a model's layers")
+    _add_model_and_data(parser, data_required=False)
+    add = parser.add_argument
+    add("--kind", default="outlier", help="outlier, hill, weight-norm, gradient-norm or uniform")
+    add("--threshold", type=float, default=13.0, help="an entry is an outlier above this many times the mean (outlier)")
+    add("--calibration-rows", type=int, default=128, help="rows of data to measure on")
+    add("--plot", type=Path, help="write a bar chart to this file (.png, .svg, .pdf)")
+    parser.set_defaults(run=_run_scores)
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="show versions and which kernel each operation uses here, and why")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=_run_info)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lisa-kernels", description="Fine-tune language models by layer sampling.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_finetune(commands)
+    _add_scores(commands)
+    _add_info(commands)
+    return parser
+
+
+def _run_finetune(arguments: argparse.Namespace, console: Console) -> int:
+    from lisa_kernels.train.options import FineTuneOptions
+
+    values = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "debug")}
+    options = FineTuneOptions(**values)
+    from lisa_kernels.train.finetune import finetune
+
+    code, summary = finetune(options, console)
+    if arguments.json:
+        print(json.dumps(summary))
+    return code
+
+
+def _run_scores(arguments: argparse.Namespace, console: Console) -> int:
+    from lisa_kernels.train.score_command import score
+
+    result = score(arguments, console)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _run_info(arguments: argparse.Namespace, console: Console) -> int:
+    from lisa_kernels.info import describe, print_info
+
+    if arguments.json:
+        print(json.dumps(describe()))
+    else:
+        print_info(describe(), Console())
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for a mistake in what was given, 130 after ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    console = Console(stderr=True)
+    try:
+        code: int = arguments.run(arguments, console)
+    except InputError as error:
+        if arguments.debug:
+            raise
+        print(f"lisa-kernels {arguments.command}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        print(f"lisa-kernels {arguments.command}: stopped", file=sys.stderr)
+        return INTERRUPTED
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

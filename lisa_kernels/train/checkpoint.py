@@ -1,0 +1,135 @@
+"""Checkpoints without pickle that are whole or not there: safetensors and JSON, written aside and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lisa_kernels.errors import InputError
+
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+_PARTIAL = ".partial"
+
+
+def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        # safetensors refuses views of one storage and strided tensors: each gets its own copy.
+        tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
+        return {"__tensor__": path}
+    if isinstance(tree, dict):
+        return {str(key): _split(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_split(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
+    return tree
+
+
+def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if set(tree) == {"__tensor__"}:
+            return tensors[tree["__tensor__"]]
+        return {key: _join(value, tensors) for key, value in tree.items()}
+    return [_join(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+def save_tree(tree: dict[str, Any], folder: Path, name: str) -> None:
+    """Write a tree of dicts, lists, numbers, strings and tensors as `name.json` and `name.safetensors`.
+
+    Keys become strings and tuples lists.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain = _split(tree, "", tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(plain, indent=1))
+
+
+def load_tree(folder: Path, name: str) -> dict[str, Any]:
+    """Read what `save_tree` wrote; raises InputError for files that are missing or broken."""
+    try:
+        tensors = load_file(folder / f"{name}.safetensors")
+        tree: dict[str, Any] = _join(json.loads((folder / f"{name}.json").read_text()), tensors)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} is not a whole checkpoint ({error}); resume from another, or start afresh."
+        ) from error
+    return tree
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes `target` when the block ends well, and never shows otherwise."""
+    partial = target.with_name(f".{target.name}{_PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in partial.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(partial)
+    if target.exists():
+        # A folder cannot be replaced in one move: the old one steps aside first.
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    else:
+        partial.rename(target)
+    _sync(target.parent)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Return the run's checkpoints, oldest first."""
+    found = [(int(match.group(1)), path) for path in folder.glob("checkpoint-*") if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what an interrupted write left behind."""
+    for path in [*folder.glob(f".checkpoint-*{_PARTIAL}"), *folder.glob(".checkpoint-*.old")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of Python's, numpy's and torch's global generators."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = list(torch.cuda.get_rng_state_all())
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.random.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,259 @@
+"""One fine-tuning run from options to a saved model and its summary."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lisa_kernels.layers import find_blocks, is_linear, linear_shape
+from lisa_kernels.layers.lowrank import MIN_SIDE
+from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
+from lisa_kernels.train.models import check_token_ids, load_model, load_tokenizer, parse_dtype
+from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions
+from lisa_kernels.train.records import load_records
+from lisa_kernels.train.run_folder import SUMMARY_FILE, open_run, save_final_model, start_run, write_json
+from lisa_kernels.train.tokenize import (
+    TokenizedData,
+    collate,
+    isolates_packed_examples,
+    pad_token_id,
+    preview,
+    split_records,
+    tokenize_records,
+)
+
+INTERRUPTED = 130
+# Above this many parameters activations outweigh what recomputing them costs.
+CHECKPOINTING_FROM = 500_000_000
+
+
+@dataclass
+class Prepared:
+    """Model, tokenizer and rows of one run."""
+
+    model: Any
+    tokenizer: Any
+    train: TokenizedData
+    held_out: TokenizedData
+    method: Method
+
+
+def device() -> torch.device:
+    """Return where to train: the first CUDA device, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def prepare_data(options: FineTuneOptions, console: Console) -> tuple[Any, TokenizedData, TokenizedData, Any]:
+    """Return (model, training rows, held-out rows, tokenizer); the first example is shown with its mask."""
+    records = load_records(options.data, max_bytes=options.max_data_bytes)
+    model = load_model(options.model, parse_dtype(options.dtype), options.seed)
+    tokenizer = load_tokenizer(options.model, records.texts(), model.config.get_text_config().vocab_size)
+    train_records, held_out_records = split_records(records, options.eval_fraction, options.seed)
+    packing = options.packing and (records.kind == "text" or isolates_packed_examples(model))
+    train = tokenize_records(train_records, tokenizer, options.seq_len, packing)
+    held_out = (
+        tokenize_records(held_out_records, tokenizer, options.seq_len, packing)
+        if len(held_out_records)
+        else TokenizedData()
+    )
+    check_token_ids(model, max(train.max_token_id, held_out.max_token_id if len(held_out) else 0))
+    for note in dict.fromkeys([*train.notes, *held_out.notes]):
+        console.print(f"note: {note}", highlight=False)
+    console.print(
+        f"{options.data}: {train.examples} examples, {len(train)} rows of up to {options.seq_len} tokens, "
+        f"{train.supervised_tokens:,} supervised; {len(held_out)} rows held out",
+        highlight=False,
+    )
+    console.print("first row, supervised text in ⟦ ⟧:", style="bold")
+    console.print(preview(train[0], tokenizer, max_tokens=80))
+    return model, train, held_out, tokenizer
+
+
+def build_method(options: FineTuneOptions, model: Any) -> Method:
+    """Return the method, its default rank and number of layers no more than the model can hold."""
+    if options.build_method().form == "adapter":
+        return options.build_method()
+    _, blocks = find_blocks(model)
+    sides = [min(linear_shape(layer)) for block in blocks for layer in block.modules() if is_linear(layer)]
+    smallest = min((side for side in sides if side >= MIN_SIDE), default=None)
+    return options.build_method(None if smallest is None else max(1, smallest // 4), len(blocks))
+
+
+def _scores(model: Any, method: Method, data: TokenizedData, options: FineTuneOptions, pad: int) -> list[float] | None:
+    """Return the layer scores that the method draws by, measured on the first training rows."""
+    kind = method.score_kind()
+    if kind is None:
+        return None
+    rows = [data[index] for index in range(min(len(data), options.calibration_rows))]
+    batches = [rows[start : start + options.batch_size] for start in range(0, len(rows), options.batch_size)]
+    calibration = [{name: value.to(device()) for name, value in collate(batch, pad).items()} for batch in batches]
+    return layer_scores(model, kind, calibration)
+
+
+def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool) -> Any:
+    from transformers import TrainingArguments
+
+    rows_per_step = options.batch_size * options.accumulate
+    steps = options.steps
+    if steps is None:
+        steps = math.ceil(options.epochs * rows / rows_per_step) if options.epochs is not None else DEFAULT_STEPS
+    steps = max(1, steps)
+    return TrainingArguments(
+        output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.learning_rate, lr_scheduler_type=SCHEDULES[options.lr_schedule],
+        warmup_steps=options.warmup_steps, max_grad_norm=options.max_grad_norm,
+        seed=options.seed, data_seed=options.seed,
+        logging_strategy="steps", logging_steps=max(1, steps // 50), logging_first_step=True,
+        eval_strategy="steps" if options.eval_every and has_held_out else "no", eval_steps=options.eval_every or None,
+        save_strategy="steps" if options.save_every else "no", save_steps=options.save_every or 500,
+        save_total_limit=options.max_checkpoints, remove_unused_columns=False, report_to="none", disable_tqdm=True,
+        use_cpu=device().type == "cpu", dataloader_pin_memory=device().type == "cuda", log_level="error",
+    )  # fmt: skip
+
+
+def _tensorboard(options: FineTuneOptions) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(options.output / "tensorboard")))
+
+
+def _enable_checkpointing(model: Any, options: FineTuneOptions) -> None:
+    wanted = options.gradient_checkpointing
+    if wanted is None:
+        wanted = sum(param.numel() for param in model.parameters()) >= CHECKPOINTING_FROM
+    if wanted:
+        # The new name came with transformers 5.20; the old one goes with 6.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def finetune(options: FineTuneOptions, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `options`; returns (exit code, summary): 0 when done, 130 when stopped by ctrl-C with a checkpoint."""
+    from transformers.utils import logging as transformers_logging
+
+    from lisa_kernels.train.progress import LiveProgress
+    from lisa_kernels.train.trainer import SamplingState, StopOnInterrupt, held_out_loss
+
+    transformers_logging.disable_progress_bar()
+    facts, checkpoint = open_run(options)
+    model, train, held_out, tokenizer = prepare_data(options, console)
+    method = build_method(options, model)
+    pad = pad_token_id(tokenizer)
+    arguments = _training_arguments(options, len(train), len(held_out) > 0)
+    model.to(device())
+    model.config.use_cache = False
+    _enable_checkpointing(model, options)
+    # A resumed run has its scores from the first start: the weights have moved on since they were measured.
+    scores = facts["scores"] if "scores" in facts else _scores(model, method, train, options, pad)
+    optimizer = attach(
+        model, method, lr=options.learning_rate, weight_decay=options.weight_decay, seed=options.seed, scores=scores
+    )
+    progress = LiveProgress(console, optimizer, options.batch_size * options.accumulate * train.tokens / len(train))
+    interrupt = StopOnInterrupt()
+    callbacks = [SamplingState(optimizer), interrupt, progress]
+    trainer = _trainer(model, arguments, train, held_out, tokenizer, optimizer, callbacks)
+    _describe(method, optimizer, arguments, console)
+    loader = trainer.get_eval_dataloader() if len(held_out) else []
+    if "eval_loss_before" not in facts:
+        facts = {"eval_loss_before": _finite(held_out_loss(model, loader)), "scores": scores}
+        start_run(options, facts)
+    if options.report_to == "tensorboard":
+        trainer.add_callback(_tensorboard(options))
+    if len(held_out):
+        console.print(f"held-out loss before: {facts['eval_loss_before']:.4f}", highlight=False)
+    with interrupt:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    steps = trainer.state.global_step
+    if interrupt.interrupted and steps < arguments.max_steps:
+        where = options.output / f"checkpoint-{steps}"
+        console.print(
+            f"stopped at step {steps}; continue with the same command and --resume ({where})", highlight=False
+        )
+        return INTERRUPTED, {"checkpoint": str(where), "steps": steps}
+    losses = facts["eval_loss_before"], _finite(held_out_loss(model, loader))
+    summary = _summary(options, trainer, optimizer, losses, progress.tokens_per_second)
+    _finish(options, trainer, optimizer, summary, console)
+    return 0, summary
+
+
+def _trainer(
+    model: Any, arguments: Any, train: TokenizedData, held_out: TokenizedData, tokenizer: Any, optimizer: SampledAdamW,
+    callbacks: list[Any],
+) -> Any:  # fmt: skip
+    from transformers import PrinterCallback, ProgressCallback
+
+    from lisa_kernels.train.trainer import FineTuneTrainer
+
+    trainer = FineTuneTrainer(
+        model=model, args=arguments, train_dataset=train, eval_dataset=held_out if len(held_out) else None,
+        data_collator=functools.partial(collate, pad_token_id=pad_token_id(tokenizer)), processing_class=tokenizer,
+        optimizers=(optimizer, None), callbacks=callbacks,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _summary(
+    options: FineTuneOptions, trainer: Any, optimizer: SampledAdamW, losses: tuple[float | None, float | None],
+    tokens_per_second: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what summary.json says; losses: held-out, before and after."""
+    from lisa_kernels.train.progress import peak_bytes
+
+    train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "method": optimizer.method.name, "settings": optimizer.method.settings(), "steps": trainer.state.global_step,
+        "lr": options.learning_rate, "train_loss_first": train_losses[0], "train_loss_last": train_losses[-1],
+        "eval_loss_before": losses[0], "eval_loss_after": losses[1], "tokens_per_second": tokens_per_second,
+        "peak_bytes_measured": peak_bytes(), "peak_bytes_planned": None, "skipped_steps": optimizer.skipped_steps,
+        "layer_visits": dict(zip(optimizer.layer_names, optimizer.visits)), "layer_history": optimizer.history,
+    }  # fmt: skip
+
+
+def _finite(loss: float) -> float | None:
+    """Return None for a loss that JSON cannot hold: that of a run without held-out rows, or one that diverged."""
+    return loss if math.isfinite(loss) else None
+
+
+def _describe(method: Method, optimizer: SampledAdamW, arguments: Any, console: Console) -> None:
+    settings = ", ".join(f"{key}={value}" for key, value in method.settings().items() if key != "method")
+    console.print(
+        f"method {method.name} ({settings}), lr {arguments.learning_rate:g}, {arguments.max_steps} steps",
+        highlight=False,
+    )
+
+
+def _finish(
+    options: FineTuneOptions, trainer: Any, optimizer: SampledAdamW, summary: dict[str, Any], console: Console
+) -> None:
+    from lisa_kernels.train.progress import plot_layer_history, print_layer_history
+
+    history, names, period = optimizer.history, optimizer.layer_names, optimizer.period
+    model = optimizer.detach()
+    model.config.use_cache = True  # type: ignore[union-attr]
+    save_final_model(model, trainer.processing_class, options.output)
+    if period is not None:
+        # The last draw belongs to a period that never began when the run ends on a switch.
+        shown = history[: math.ceil(summary["steps"] / period)]
+        print_layer_history(shown, names, period, console)
+        plot_layer_history(shown, names, period, options.output / "layers.png")
+    write_json(options.output / SUMMARY_FILE, summary)
+    if summary["eval_loss_before"] is not None and summary["eval_loss_after"] is not None:
+        console.print(
+            f"held-out loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after "
+            f"{summary['steps']} steps",
+            style="bold", highlight=False,
+        )  # fmt: skip
+    console.print(
+        f"peak memory {summary['peak_bytes_measured'] / 1e9:.2f} GB, {summary['tokens_per_second']:,.0f} tokens/s; "
+        f"model and summary in {options.output}",
+        highlight=False,
+    )

@@ -1,0 +1,112 @@
+"""Everything that one fine-tuning run is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.methods import METHODS, Method, method_by_name
+
+DEFAULT_STEPS = 200
+# Learning rates to begin with on 7-8B models: from the papers where they give one.
+DEFAULT_LR = {
+    "lisa": 5e-5, "ows": 5e-5, "owlore": 3e-4, "badam": 1e-5, "galore": 1e-4, "lora-fa": 4e-4, "full": 1e-5,
+}  # fmt: skip
+# Ours to transformers' names; its "constant" would ignore --warmup-steps.
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+REPORTERS = ("none", "tensorboard")
+# What may differ between a run and its resumption.
+_FREE = ("output", "resume", "overwrite", "save_every", "report_to", "eval_every", "json", "max_checkpoints")
+
+
+@dataclass(frozen=True)
+class FineTuneOptions:
+    """Options of `lisa-kernels finetune`, one field a flag; see its help for units and defaults.
+
+    None means: the method's own default, or one that depends on the model. Raises InputError for values out of range.
+    """
+
+    model: str
+    data: str
+    output: Path
+    method: str = "owlore"
+    active_layers: int | None = None
+    period: int | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    embeddings: str | None = None
+    scores: str | None = None
+    lr: float | None = None
+    lr_schedule: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 4
+    accumulate: int = 1
+    seq_len: int = 512
+    packing: bool = True
+    dtype: str = "auto"
+    gradient_checkpointing: bool | None = None
+    seed: int = 0
+    eval_fraction: float = 0.05
+    eval_every: int = 0
+    save_every: int = 0
+    max_checkpoints: int = 2
+    calibration_rows: int = 128
+    max_data_bytes: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    report_to: str = "none"
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the model and the data."""
+        for name, least in (("batch_size", 1), ("accumulate", 1), ("seq_len", 2), ("eval_every", 0), ("save_every", 0),
+                            ("max_checkpoints", 1), ("warmup_steps", 0), ("calibration_rows", 1)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is wanted.")
+        for name in ("steps", "epochs", "lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"--{name} is {value}; a number above 0 is wanted.")
+        if self.steps is not None and self.epochs is not None:
+            raise InputError("both --steps and --epochs are given; give one of them.")
+        if self.resume and self.overwrite:
+            raise InputError("both --resume and --overwrite are given; give one of them.")
+        if not 0 <= self.eval_fraction <= 0.5:
+            raise InputError(f"--eval-fraction is {self.eval_fraction}; a share from 0 to 0.5 is wanted.")
+        if self.max_grad_norm < 0:
+            raise InputError(f"--max-grad-norm is {self.max_grad_norm}; at least 0 is wanted (0: no clipping).")
+        for name, known in (("lr_schedule", SCHEDULES), ("report_to", REPORTERS)):
+            if getattr(self, name) not in known:
+                raise unknown_name(f"--{name.replace('_', '-')}", getattr(self, name), known)
+        self.build_method()
+
+    def build_method(self, default_rank: int | None = None, layers: int | None = None) -> Method:
+        """Return the method with the settings given; defaults shrink to what a small model holds."""
+        settings = {
+            "active_layers": self.active_layers, "period": self.period, "rank": self.rank, "alpha": self.alpha,
+            "embeddings": self.embeddings, "scores": self.scores,
+        }  # fmt: skip
+        method = method_by_name(self.method, **settings)
+        rank, active = method.get("rank", None), method.get("active_layers", None)
+        if rank is not None and self.rank is None and default_rank is not None:
+            settings["rank"] = min(rank, default_rank)
+        if active is not None and self.active_layers is None and layers is not None:
+            settings["active_layers"] = min(active, layers)
+        return method_by_name(self.method, **settings)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate."""
+        return self.lr if self.lr is not None else DEFAULT_LR[METHODS[self.method.lower()].name]
+
+    def fixed(self) -> dict[str, Any]:
+        """Return the options that a resumed run must share with the one it continues, as plain values."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in _FREE}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

@@ -1,0 +1,284 @@
+"""Read what `--data` names into records: plain texts, prompts with completions, or conversations."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lisa_kernels.errors import InputError, unknown_name
+
+ACCEPTED = "a .jsonl, .txt or .parquet file, a Hugging Face data set id, or stdlib, stdlib:code, stdlib:docstrings"
+FIELDS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
+WANTED_FIELDS = "'text', or 'prompt' and 'completion', or 'messages'"
+DATA_SUFFIXES = {".jsonl", ".txt", ".parquet"}
+OTHER_DATA_SUFFIXES = {".json", ".csv", ".tsv", ".arrow", ".md", ".py", ".gz", ".zst", ".zip", ".tar", ".xz", ".npy"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+MIN_DOCSTRING_CHARACTERS = 80
+
+
+@dataclass(frozen=True)
+class Records:
+    """The documents or examples of one data source, all of one kind.
+
+    kind: "text" (items: str), "prompt" (items: dict with str prompt and completion) or
+    "messages" (items: list of dict with str role and content, at least one from the assistant).
+    """
+
+    kind: str
+    items: list[Any]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def texts(self) -> list[str]:
+        """Return the text of each item, for training a tokenizer."""
+        if self.kind == "text":
+            return list(self.items)
+        if self.kind == "prompt":
+            return [item["prompt"] + item["completion"] for item in self.items]
+        return ["\n".join(message["content"] for message in item) for item in self.items]
+
+
+def load_records(spec: str, *, max_bytes: int | None = None) -> Records:
+    """Load the records that `spec` names, in their own order.
+
+    max_bytes: stop after this many bytes of UTF-8 text; the last text is cut, other examples are kept or left whole.
+    Raises InputError for anything that cannot be read as records.
+    """
+    if max_bytes is not None and max_bytes < 1:
+        raise InputError(f"max_bytes is {max_bytes}: give at least 1, or nothing for all of the data.")
+    head, _, part = spec.partition(":")
+    if head == "stdlib":
+        return _stdlib_records(spec, part, max_bytes)
+    path = Path(spec).expanduser()
+    try:
+        if path.is_dir():
+            raise InputError(f"data {spec!r} is a directory: give {ACCEPTED}.")
+        if path.exists():
+            return _file_records(spec, path, max_bytes)
+    except OSError as error:
+        raise InputError(f"data {spec!r} cannot be read ({error.strerror or error}): give {ACCEPTED}.") from error
+    if HUB_ID.fullmatch(spec) and path.suffix.lower() not in DATA_SUFFIXES | OTHER_DATA_SUFFIXES:
+        return _hub_records(spec, max_bytes)
+    raise InputError(f"data {spec!r} does not exist: give {ACCEPTED}.")
+
+
+def _file_records(spec: str, path: Path, max_bytes: int | None) -> Records:
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        with path.open("rb") as lines:
+            return _gather(spec, _jsonl_objects(spec, lines), max_bytes)
+    if suffix == ".parquet":
+        return _gather(spec, _parquet_objects(spec, path), max_bytes)
+    if suffix == ".txt":
+        text = _decode(path.read_bytes(), f"data {spec!r}")
+        return _gather(spec, [(f"data {spec!r}", {"text": text})], max_bytes)
+    raise InputError(f"data {spec!r} ends in {path.suffix or 'no suffix'!r}, which is not known: give {ACCEPTED}.")
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 at byte {error.start}: convert the file to UTF-8.") from error
+
+
+def _jsonl_objects(spec: str, lines: Iterable[bytes]) -> Iterator[tuple[str, object]]:
+    for number, raw in enumerate(lines, start=1):
+        where = f"data {spec!r}, line {number}"
+        line = _decode(raw, where)
+        if line.strip():
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where} is not JSON ({error}): give one JSON object per line.") from error
+
+
+def _parquet_objects(spec: str, path: Path) -> Iterator[tuple[str, object]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+
+    try:
+        table = parquet.ParquetFile(path)
+        wanted = [
+            name for name in table.schema_arrow.names if name in {f for fields in FIELDS.values() for f in fields}
+        ]
+        if not wanted:
+            found = ", ".join(map(repr, table.schema_arrow.names)) or "none"
+            raise InputError(f"data {spec!r} has the columns {found}: {WANTED_FIELDS} wanted; rename its columns.")
+        rows = (row for batch in table.iter_batches(columns=wanted) for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"data {spec!r}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"data {spec!r} cannot be read as parquet ({_first_line(error)}): write it again.") from error
+
+
+def _hub_records(spec: str, max_bytes: int | None) -> Records:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(spec, split="train")
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise InputError(
+            f"data {spec!r} is no local file, and the Hugging Face hub could not be reached or has no such data set"
+            f" ({_first_line(error)}): local .jsonl, .txt and .parquet files and stdlib work offline."
+        ) from error
+    return _gather(spec, ((f"data {spec!r}, row {n}", row) for n, row in enumerate(rows, start=1)), max_bytes)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _gather(source: str, objects: Iterable[tuple[str, object]], max_bytes: int | None) -> Records:
+    """Check each (place, object) and collect them up to `max_bytes`."""
+    kind, items, used_bytes = "", list[Any](), 0
+    for where, found in objects:
+        if not isinstance(found, dict):
+            raise InputError(f"{where} is not an object but {_type_name(found)}: {WANTED_FIELDS} wanted.")
+        own_kind = _kind_of(found)
+        kind = kind or own_kind
+        # A data set may carry columns of several kinds; what counts is that every row has those of the first row.
+        if not kind or not all(name in found for name in FIELDS[kind]):
+            if own_kind:
+                raise InputError(f"{where} holds {own_kind} but the lines before hold {kind}: use one kind per file.")
+            names = ", ".join(map(repr, found)) or "no fields"
+            raise InputError(f"{where} has {names}: {WANTED_FIELDS} wanted.")
+        item, size_bytes = CHECKS[kind](found, where)
+        if max_bytes is not None and used_bytes + size_bytes > max_bytes:
+            if kind == "text":
+                item = item.encode()[: max_bytes - used_bytes].decode(errors="ignore")
+            elif items:
+                break
+        if kind != "text" or item.strip():
+            items.append(item)
+        used_bytes += size_bytes
+        if max_bytes is not None and used_bytes >= max_bytes:
+            break
+    if not items:
+        raise InputError(f"data {source!r} is empty: at least one record that is not blank is wanted.")
+    return Records(kind, items, source)
+
+
+def _kind_of(found: dict[str, Any]) -> str:
+    return next((kind for kind, fields in FIELDS.items() if all(name in found for name in fields)), "")
+
+
+def _type_name(value: object) -> str:
+    names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _checked_string(value: object, name: str, where: str) -> tuple[str, int]:
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name} is {_type_name(value)}, a string is wanted.")
+    try:
+        return value, len(value.encode())
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {name} holds half a surrogate pair, which is no text: remove it.") from error
+
+
+def _check_text(found: dict[str, Any], where: str) -> tuple[str, int]:
+    return _checked_string(found["text"], "'text'", where)
+
+
+def _check_prompt(found: dict[str, Any], where: str) -> tuple[dict[str, str], int]:
+    checked = {name: _checked_string(found[name], repr(name), where) for name in FIELDS["prompt"]}
+    return {name: text for name, (text, _) in checked.items()}, sum(size for _, size in checked.values())
+
+
+def _check_messages(found: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], int]:
+    messages, size_bytes = found["messages"], 0
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        shape = "a list with something else in it" if isinstance(messages, list) else _type_name(messages)
+        raise InputError(f"{where}: 'messages' is {shape}, a list of objects with 'role' and 'content' is wanted.")
+    for index, message in enumerate(messages, start=1):
+        for name in ("role", "content"):
+            if name not in message:
+                names = ", ".join(map(repr, message)) or "no fields"
+                raise InputError(f"{where}: message {index} has {names}: 'role' and 'content' wanted.")
+            size_bytes += _checked_string(message[name], f"{name!r} of message {index}", where)[1]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{where}: no message has the role 'assistant', so there is nothing to learn: add its answer.")
+    return messages, size_bytes
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], str], tuple[Any, int]]] = {
+    "text": _check_text,
+    "prompt": _check_prompt,
+    "messages": _check_messages,
+}
+
+
+def _stdlib_records(spec: str, part: str, max_bytes: int | None) -> Records:
+    """Read the running Python's own library, one document per file that has any text of the part."""
+    parts: dict[str, Callable[[str], str]] = {"code": strip_comments, "docstrings": join_docstrings}
+    if spec != "stdlib" and part not in parts:
+        raise unknown_name("part of stdlib", part, parts)
+    objects = ((str(path), {"text": text}) for path, text in _stdlib_texts(parts.get(part, str)))
+    return _gather(spec, objects, max_bytes)
+
+
+def _stdlib_texts(extract: Callable[[str], str]) -> Iterator[tuple[Path, str]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    relatives = (path.relative_to(root) for path in root.rglob("*.py"))
+    for relative in sorted(path for path in relatives if not STDLIB_LEFT_OUT & set(path.parts)):
+        try:
+            with tokenize.open(root / relative) as file:
+                text = extract(file.read())
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue  # distributions ship a few files that are templates, or unreadable
+        yield relative, text
+
+
+def _documented(source: str) -> list[tuple[ast.AST, ast.Expr]]:
+    """Return each module, class and function that has a docstring, with its docstring's statement, in source order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old modules hold invalid escapes, which ast.parse reports
+        tree = ast.parse(source)
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [
+        (node, node.body[0])
+        for node in ast.walk(tree)
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None
+    ]
+    return sorted(((n, s) for n, s in found if isinstance(s, ast.Expr)), key=lambda pair: pair[1].lineno)
+
+
+def join_docstrings(source: str) -> str:
+    """Return the docstrings of at least 80 characters in a Python source, cleaned and joined by blank lines."""
+    texts = (ast.get_docstring(node, clean=True) or "" for node, _ in _documented(source))  # type: ignore[arg-type]
+    return "\n\n".join(text for text in texts if len(text) >= MIN_DOCSTRING_CHARACTERS)
+
+
+def strip_comments(source: str) -> str:
+    """Return a Python source without its docstrings and comments, otherwise in its own layout."""
+    lines = io.StringIO(source).readlines()
+    docstrings = {(s.lineno, s.col_offset): len(getattr(node, "body", [])) == 1 for node, s in _documented(source)}
+    cuts: list[tuple[tokenize.TokenInfo, str]] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
+        # ast counts columns in bytes, tokenize in characters
+        place = (row, len(lines[row - 1][:column].encode())) if token.type == tokenize.STRING else (0, 0)
+        if token.type == tokenize.COMMENT:
+            cuts.append((token, ""))
+        elif place in docstrings:
+            followed = lines[token.end[0] - 1][token.end[1] :].lstrip().startswith(";")
+            needed = followed or (docstrings[place] and row > 1)
+            cuts.append((token, "pass" if needed else ""))
+    for token, replacement in reversed(cuts):
+        (first, start), (last, end) = token.start, token.end
+        merged = (lines[first - 1][:start] + replacement + lines[last - 1][end:]).rstrip()
+        lines[first - 1 : last] = [merged + "\n"] if merged else []
+    return "".join(lines).strip("\n") + "\n" if lines else ""

@@ -1,0 +1,94 @@
+"""The folder of one run: whose it is, what it holds, and how the finished model gets there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.train.checkpoint import find_checkpoints, remove_leftovers, written_whole
+from lisa_kernels.train.options import FineTuneOptions
+
+RUN_FILE = "run.json"
+SUMMARY_FILE = "summary.json"
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def open_run(options: FineTuneOptions) -> tuple[dict[str, Any], Path | None]:
+    """Take the output folder for this run; returns (what run.json holds besides the options, last checkpoint or None).
+
+    Refuses a folder of another run unless it is resumed with the same options or may be overwritten.
+    """
+    folder, run_file = options.output, options.output / RUN_FILE
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file; give a folder.")
+    if not run_file.exists():
+        if options.resume:
+            raise InputError(
+                f"--resume: {folder} holds no run to continue; leave --resume out, or give the run's folder."
+            )
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"--output {folder} holds files that are not a run of this program; give an empty or new folder."
+            )
+        return {}, None
+    if options.resume:
+        return _resumed(options, json.loads(run_file.read_text()))
+    if not options.overwrite:
+        raise InputError(
+            f"--output {folder} holds another run; add --resume to continue it, --overwrite to replace it, "
+            "or give another folder."
+        )
+    for flag, given in (("--model", options.model), ("--data", options.data)):
+        if Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"--overwrite would delete {flag} {given}, which lies in --output {folder}; give another --output."
+            )
+    return {}, None
+
+
+def _resumed(options: FineTuneOptions, saved: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    before, now = saved["options"], json.loads(json.dumps(options.fixed()))
+    for name in now:
+        if before.get(name) != now[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"--resume: {options.output} was run with {flag} {before.get(name)}, this command says {now[name]}; "
+                "give the same options, or another --output."
+            )
+    remove_leftovers(options.output)
+    checkpoints = find_checkpoints(options.output)
+    return saved, checkpoints[-1] if checkpoints else None
+
+
+def start_run(options: FineTuneOptions, facts: dict[str, Any]) -> None:
+    """Begin a run in its folder, emptied if it may be: write run.json with what was measured before the first step.
+
+    Called when everything that was given has proved usable, so that a mistake never costs an older run.
+    """
+    if options.overwrite and (options.output / RUN_FILE).exists():
+        shutil.rmtree(options.output)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_json(options.output / RUN_FILE, {"options": options.fixed(), **facts})
+
+
+def save_final_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model, configuration and tokenizer into `folder`, file by file from a whole copy written aside."""
+    with written_whole(folder / "final") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    for path in sorted((folder / "final").iterdir()):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    (folder / "final").rmdir()

@@ -1,0 +1,177 @@
+"""transformers' Trainer with checkpoints that are whole, without pickle, and hold the sampler."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from lisa_kernels.methods import SampledAdamW
+from lisa_kernels.train.checkpoint import (
+    find_checkpoints,
+    load_tree,
+    random_state,
+    remove_leftovers,
+    save_tree,
+    set_random_state,
+    written_whole,
+)
+
+TRAINING_STATE = "training_state"
+
+
+class SamplingState(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Keeps sampler and schedule in `trainer_state.json` and logs which layers are active.
+
+    The optimizer's own state holds all that a resumed run needs, in this Trainer and in any other; this callback makes
+    it readable beside the losses.
+    """
+
+    def __init__(self, optimizer: SampledAdamW | None = None) -> None:
+        self.optimizer = optimizer
+        self.attachment: dict[str, Any] = {}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the active layers to the log that is being written."""
+        logs = kwargs.get("logs")
+        if self.optimizer is not None and logs is not None and "loss" in logs and state.log_history:
+            state.log_history[-1]["active_layers"] = self.optimizer.active_layers
+
+    def state(self) -> dict[str, Any]:
+        """Return the sampler, the active layers and the history of draws as plain values."""
+        if self.optimizer is not None:
+            sampler = self.optimizer.sampler
+            self.attachment = {
+                "method": self.optimizer.method.settings(),
+                "active_layers": self.optimizer.active_layers,
+                "visits": list(self.optimizer.visits),
+                "history": [list(row) for row in self.optimizer.history],
+                "sampler": None if sampler is None else sampler.state_dict(),
+            }
+        return {"args": {}, "attributes": {"attachment": self.attachment}}
+
+
+class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
+    """Turns the first ctrl-C into: finish this step, save a checkpoint, stop. The second stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+
+    def __enter__(self) -> StopOnInterrupt:
+        """Take over SIGINT."""
+        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Give SIGINT back."""
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint and the end of training after an interrupt."""
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class FineTuneTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer for an attached model: the optimizer is handed in, checkpoints are safetensors and JSON.
+
+    A checkpoint holds model, tokenizer, optimizer (with sampler, bases and slots), schedule, gradient scaler and random
+    state; it is written under another name, synced and renamed: a kill at any instant leaves the last one whole.
+    """
+
+    def _base_optimizer(self) -> SampledAdamW:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(inner, SampledAdamW)
+        return inner
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self.args.output_dir)
+        with written_whole(run / f"checkpoint-{self.state.global_step}") as folder:
+            self.model.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            scaler = getattr(self.accelerator, "scaler", None)
+            save_tree(
+                {
+                    "optimizer": self._base_optimizer().state_dict(),
+                    "scheduler": self.lr_scheduler.state_dict(),
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                    "random": random_state(),
+                },
+                folder, TRAINING_STATE,
+            )  # fmt: skip
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.args.save_total_limit:
+            for old in find_checkpoints(run)[: -self.args.save_total_limit]:
+                remove_checkpoint(old)
+        remove_leftovers(run)
+
+    def _load_callback_state(self) -> None:
+        # The optimizer restores the sampler; the callback made for this run stays.
+        pass
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        tree = load_tree(Path(checkpoint), TRAINING_STATE)
+        self._base_optimizer().load_state_dict(tree["optimizer"])
+        self.lr_scheduler.load_state_dict(tree["scheduler"])
+        if tree["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
+            self.accelerator.scaler.load_state_dict(tree["scaler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        pass
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(load_tree(Path(checkpoint), TRAINING_STATE)["random"])
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Return the token-weighted mean loss over the held-out rows."""
+        loss = held_out_loss(self.model, self.get_eval_dataloader())
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        handler, control = self.callback_handler, self.control
+        self.control: TrainerControl = handler.on_evaluate(self.args, self.state, control, metrics)
+        return metrics
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; it stops being one before its files go."""
+    doomed = path.with_name(f".{path.name}.old")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, loader: Any) -> float:
+    """Return the mean cross entropy in nats per supervised token over all batches; nan if there are none."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for batch in loader:
+        inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        count = int((inputs["labels"][..., 1:] != -100).sum())
+        if count:
+            total += model(**inputs).loss.double().cpu() * count
+            tokens += count
+    model.train(training)
+    return float(total) / tokens if tokens else float("nan")

@@ -1,0 +1,48 @@
+"""The options of a run: ranges, defaults that follow the model, and what a resumed run must share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lisa_kernels import InputError, OwLore
+from lisa_kernels.train.options import FineTuneOptions
+
+
+def _options(**values: Any) -> FineTuneOptions:
+    return FineTuneOptions(**{"model": "preset:tiny", "data": "stdlib", "output": Path("out"), **values})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("accumulate", 0), ("seq_len", 1), ("steps", 0), ("epochs", -1.0), ("lr", 0.0),
+     ("eval_fraction", 0.6), ("max_grad_norm", -1.0), ("save_every", -1), ("rank", 0),
+     ("active_layers", 0), ("period", 0)],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=name.replace("_", ".")):
+        _options(**{name: value})
+
+
+def test_only_what_is_given_replaces_the_methods_defaults() -> None:
+    assert _options(period=7).build_method() == OwLore(period=7)
+
+
+def test_default_rank_and_layers_shrink_to_the_model_but_given_ones_do_not() -> None:
+    method = _options().build_method(default_rank=8, layers=3)
+    assert (method.get("rank", 0), method.get("active_layers", 0)) == (8, 3)
+    method = _options(rank=64, active_layers=4).build_method(default_rank=8, layers=3)
+    assert (method.get("rank", 0), method.get("active_layers", 0)) == (64, 4)
+
+
+def test_each_method_begins_at_its_own_rate() -> None:
+    assert _options().learning_rate == 3e-4
+    assert _options(method="lisa").learning_rate == 5e-5
+    assert _options(lr=1.0).learning_rate == 1.0
+
+
+def test_where_it_writes_is_not_part_of_what_it_computes() -> None:
+    assert _options(output=Path("a"), save_every=3).fixed() == _options(output=Path("b"), resume=True).fixed()
+    assert _options(lr=1.0).fixed() != _options(lr=2.0).fixed()

@@ -1,0 +1,242 @@
+"""Reading what `--data` names: every accepted form, and one clear sentence for everything else."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import sys
+import tokenize
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.train.records import join_docstrings, load_records, strip_comments
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def write_jsonl(path: Path, *rows: Any) -> str:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", "utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "item"),
+    [
+        ("text", {"text": "a\nb", "id": 3}, "a\nb"),
+        ("prompt", {"prompt": "2+2=", "completion": "4"}, {"prompt": "2+2=", "completion": "4"}),
+        ("messages", {"messages": CHAT}, CHAT),
+        ("messages", {"messages": CHAT, "prompt": "p", "completion": "c", "text": "t"}, CHAT),
+    ],
+    ids=["text", "prompt", "messages", "several-kinds-in-each-row"],
+)
+def test_jsonl_and_parquet_give_the_same_items(kind: str, row: dict[str, Any], item: Any, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "d.parquet")
+    for spec in (write_jsonl(tmp_path / "d.jsonl", row, "", row), str(tmp_path / "d.parquet")):
+        records = load_records(spec)
+        assert (records.kind, records.items, records.source) == (kind, [item, item], spec)
+
+
+def test_a_txt_file_is_one_document_blank_lines_and_all(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_bytes("\ufeffdef f():\n\n\n    return 'é'\n".encode())
+    assert load_records(str(tmp_path / "d.txt")).items == ["def f():\n\n\n    return 'é'\n"]
+
+
+def test_texts_of_every_kind_are_strings_for_a_tokenizer(tmp_path: Path) -> None:
+    prompt = load_records(write_jsonl(tmp_path / "p.jsonl", {"prompt": "a", "completion": "b"}))
+    chat = load_records(write_jsonl(tmp_path / "m.jsonl", {"messages": CHAT}))
+    assert (prompt.texts(), chat.texts()) == (["ab"], ["hi\nhello"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"text": "a"}, '{"text": '], ["line 2", "not JSON", "char"]),
+        ([{"text": "a"}, "", "[1]"], ["line 3", "a list", "object"]),
+        ([{"body": "a", "id": 1}], ["line 1", "'body', 'id'", "'text'", "'prompt' and 'completion'", "'messages'"]),
+        ([{"": 1}], ["line 1", "wanted"]),
+        ([{"prompt": "a"}], ["line 1", "'prompt'", "'completion'"]),
+        ([{"text": "a"}, {"prompt": "a", "completion": "b"}], ["line 2", "prompt", "text", "one kind"]),
+        ([{"text": 5}], ["line 1", "'text'", "a number", "string"]),
+        ([{"text": "\ud800"}], ["line 1", "surrogate"]),
+        ([{"prompt": "a", "completion": None}], ["line 1", "'completion'", "null", "string"]),
+        ([{"messages": "hi"}], ["line 1", "'messages'", "a string", "list"]),
+        ([{"messages": [{"role": "user"}]}], ["line 1", "message 1", "'content'"]),
+        ([{"messages": [{"role": "assistant", "content": ["x"]}]}], ["line 1", "'content' of message 1", "a list"]),
+        ([{"messages": CHAT[:1]}], ["line 1", "assistant"]),
+        ([""], ["empty"]),
+        ([{"text": " \n"}], ["empty"]),
+    ],
+    ids=[
+        "malformed",
+        "not-an-object",
+        "field-missing",
+        "nameless-field",
+        "completion-missing",
+        "mixed-kinds",
+        "text-is-a-number",
+        "half-a-surrogate",
+        "completion-is-null",
+        "messages-is-a-string",
+        "content-missing",
+        "content-is-a-list",
+        "no-assistant-turn",
+        "empty",
+        "only-blank-text",
+    ],
+)
+def test_a_bad_line_is_named_with_what_it_has_and_what_is_wanted(
+    rows: list[Any], said: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as error:
+        load_records(write_jsonl(tmp_path / "d.jsonl", *rows))
+    assert [word for word in said if word not in str(error.value)] == []
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("gone.jsonl", None, "does not exist"),
+        ("no/such/place", None, "does not exist"),
+        ("table.csv", b"a,b", "'.csv'"),
+        ("noend", b"a", "'no suffix'"),
+        ("d.txt", b"", "empty"),
+        ("d.txt", b"caf\xe9", "UTF-8 at byte 3"),
+        ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2 is not UTF-8"),
+        ("d.parquet", b"PAR1 no", "cannot be read as parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(
+    name: str, content: bytes | None, said: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load_records(str(tmp_path / name))
+    assert said in str(error.value)
+    assert name in str(error.value)
+
+
+def test_a_missing_file_in_the_working_directory_is_not_taken_for_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for spec in ("train.jsonl", "data/train.csv", "./corpus", "a/b/c"):
+        with pytest.raises(InputError, match=r"does not exist: give a \.jsonl"):
+            load_records(spec)
+
+
+def test_a_directory_is_refused_with_what_is_accepted(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is a directory: give a \.jsonl, \.txt or \.parquet file"):
+        load_records(str(tmp_path))
+
+
+def test_parquet_without_a_known_column_names_its_columns(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match="columns 'body': 'text', or 'prompt'"):
+        load_records(str(tmp_path / "d.parquet"))
+
+
+def test_a_hub_id_is_loaded_by_datasets_and_its_failure_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(spec: str, split: str) -> list[dict[str, str]]:
+        if spec == "owner/good":
+            return [{"text": split}]
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert load_records("owner/good").items == ["train"]
+    with pytest.raises(InputError, match=r"hub could not be reached .*\(no route\).*stdlib work offline"):
+        load_records("owner/bad")
+
+
+def test_max_bytes_cuts_the_last_text_at_a_character_and_keeps_other_examples_whole(tmp_path: Path) -> None:
+    texts = write_jsonl(tmp_path / "t.jsonl", {"text": "abc"}, {"text": "dééf"}, {"text": "never"})
+    assert load_records(texts, max_bytes=7).items == ["abc", "dé"]
+    prompts = write_jsonl(tmp_path / "p.jsonl", *[{"prompt": "ab", "completion": "c"}] * 4)
+    assert len(load_records(prompts, max_bytes=8)) == 2
+    assert len(load_records(prompts, max_bytes=1)) == 1
+    with pytest.raises(InputError, match="max_bytes is 0"):
+        load_records(texts, max_bytes=0)
+
+
+def test_the_standard_library_is_capped_sorted_python_without_tests() -> None:
+    records = load_records("stdlib", max_bytes=200_000)
+    assert records.kind == "text"
+    assert sum(len(item.encode()) for item in records.items) == 200_000
+    assert records.items == load_records("stdlib", max_bytes=200_000).items
+    for item in records.items[:-1]:
+        ast.parse(item)
+
+
+def test_stdlib_code_is_python_without_comments_or_docstrings() -> None:
+    records = load_records("stdlib:code", max_bytes=150_000)
+    for item in records.items[:-1]:
+        assert_bare(item)
+
+
+def test_stdlib_docstrings_are_prose_of_some_length() -> None:
+    records = load_records("stdlib:docstrings", max_bytes=20_000)
+    assert all(len(item) >= 80 for item in records.items[:-1])
+    assert not any("def __init__(self" in item for item in records.items[:3])
+
+
+def test_an_unknown_part_of_stdlib_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean 'docstrings'"):
+        load_records("stdlib:docstring")
+    with pytest.raises(InputError, match="part of stdlib"):
+        load_records("stdlib:")
+
+
+SOURCE = '''#!/usr/bin/python
+"""Module docstring that is clearly longer than eighty characters, so that it counts as a text of its own."""
+import os  # a comment
+x = "# no comment"
+def sole():
+    """Only a docstring."""
+def one_line(): "é doc"
+class C:  # é
+    """Class docstring,
+    over two lines.
+    """  # after it
+
+    def f(self, a="é"): r"""raw doc"""; return a
+    async def g(self):
+        # alone on its line
+        "short"
+        return """not a docstring"""
+'''
+
+
+def test_strip_comments_keeps_code_and_strings_and_fills_empty_bodies() -> None:
+    bare = strip_comments(SOURCE)
+    assert_bare(bare)
+    assert '"# no comment"' in bare
+    assert '"""not a docstring"""' in bare
+    assert "def sole():\n    pass\n" in bare
+    assert "import os\n" in bare
+    assert bare.startswith("import os")
+    assert strip_comments("") == ""
+
+
+def test_join_docstrings_leaves_out_short_ones_and_cleans_indents() -> None:
+    long = "Word " * 20
+    source = f'class C:\n    """Short."""\n    def f(self):\n        """{long}\n\n        End.\n        """\n'
+    assert join_docstrings(source) == f"{long}\n\nEnd."
+    assert join_docstrings(SOURCE).startswith("Module docstring")
+
+
+def assert_bare(source: str) -> None:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    assert [token.string for token in tokens if token.type == tokenize.COMMENT] == []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    assert [ast.get_docstring(node) for node in nodes if ast.get_docstring(node)] == []
