@@ -82,6 +82,10 @@ constexpr uint32_t kHalf = 1u << (kDroppedBits - 1);
 inline float encode_scale(float absmax) { return (1.0f / absmax) * kTop; }
 inline float decode_scale(float absmax) { return absmax / kTop; }
 
+// The value of a first moment's code 1, and the factor that makes it 2^20: smaller magnitudes round to it or to 0.
+constexpr float kSmallestM = 1.125f / 65536.0f;
+constexpr float kBelowM = static_cast<float>(1048576.0 / (1.125 / 65536.0));
+
 // The code before clamping; `random20` is in [0, 2^20), or kHalf for rounding to nearest.
 template <class Moment>
 inline int32_t raw_code(float value, float scale, uint32_t random20) {
@@ -96,7 +100,11 @@ inline int32_t clamp(int32_t value, int32_t low, int32_t high) {
 
 inline uint32_t encode(FirstMoment, float value, float scale, uint32_t random20) {
   const int32_t sign = value < 0.0f ? 128 : 0;
-  return static_cast<uint32_t>(clamp(raw_code<FirstMoment>(value, scale, random20), 0, 127) | sign);
+  const float scaled = float_of(bits_of(value) & 0x7fffffff) * scale;
+  const float small = scaled < kSmallestM ? scaled : kSmallestM;
+  const int32_t below = (static_cast<int32_t>(small * kBelowM) + static_cast<int32_t>(random20)) >> kDroppedBits;
+  const int32_t code = clamp(raw_code<FirstMoment>(value, scale, random20), 0, 127);
+  return static_cast<uint32_t>((scaled < kSmallestM ? below : code) | sign);
 }
 
 inline uint32_t encode(SecondMoment, float value, float scale, uint32_t random20) {

@@ -26,10 +26,6 @@ ADAMW_100_STEPS = 100 * 2 * ADAMW_WEIGHT * 5
 # 800 unsynchronised steps: the design's own figures are 1.5e-3 · 1.7 at worst; a third more for another problem.
 TRAJECTORY_NMSE = 2e-3
 TRAJECTORY_WORST_UPDATE = 3.0
-# First moments span 4.8 decades. Where the scales of a block spread over 5, up to the twentieth of the coordinates that
-# lies below, and a crest factor of 3 more, moves late or never: a tenth of the update may be missing.
-TRAJECTORY_NMSE_BEYOND_RANGE = 0.1
-
 # A product of up to 512 terms summed in float32 errs by up to 512 roundings of the sum of magnitudes; the bound is
 # taken relative to the result's norm, and errors of random signs are √512 ≈ 23 of them.
 PRODUCT = 64 * FLOAT32_ROUNDING

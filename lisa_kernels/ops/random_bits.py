@@ -70,7 +70,7 @@ def random_words(key: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def round_to_bfloat16(value: Tensor, bits16: Tensor) -> Tensor:
-    """Round finite float32 to bfloat16 up or down with the odds that make the mean exact; `bits16`: int in [0, 2**16)."""
+    """Round finite float32 to bfloat16 up or down, with odds that make the mean exact; bits16: int in [0, 2**16)."""
     raw = value.contiguous().view(torch.int32) + bits16.to(torch.int32)
     return (raw & -65536).view(torch.float32).to(torch.bfloat16)
 

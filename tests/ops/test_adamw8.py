@@ -17,7 +17,6 @@ from tolerances import (
     CODEC_STOCHASTIC,
     STANDARD_ERRORS,
     TRAJECTORY_NMSE,
-    TRAJECTORY_NMSE_BEYOND_RANGE,
     TRAJECTORY_WORST_UPDATE,
 )
 from torch import Tensor
@@ -174,16 +173,16 @@ def follow(decades: float, take_step: Callable[[Moments, Tensor, Tensor, int], N
 
 
 @pytest.mark.parametrize(
-    ("decades", "most"),
-    [(1.0, TRAJECTORY_NMSE), (3.0, TRAJECTORY_NMSE), (4.0, TRAJECTORY_NMSE), (5.0, TRAJECTORY_NMSE_BEYOND_RANGE)],
+    "decades",
+    [1.0, 3.0, 4.0, 5.0],
     ids=["1-decade", "3-decades", "4-decades", "5-decades-beyond-the-range-of-m"],
 )
-def test_800_steps_that_are_never_synchronised_stay_near_float64(decades: float, most: float) -> None:
+def test_800_steps_that_are_never_synchronised_stay_near_float64(decades: float) -> None:
     def take_step(state: Moments, weight: Tensor, grad: Tensor, t: int) -> None:
         state.step(weight, grad, t, hyper=TRAJECTORY)
 
     error, worst = follow(decades, take_step)
-    assert error <= most
+    assert error <= TRAJECTORY_NMSE
     assert worst <= TRAJECTORY_WORST_UPDATE
 
 
@@ -205,7 +204,7 @@ def test_the_trajectory_check_sees_a_format_without_the_floor(monkeypatch: pytes
         reference.adamw8_(weight, grad, *state.tensors, *arguments, TRAJECTORY, 256, True, 0, 0)
 
     error, worst = follow(5.0, take_step)
-    assert error > 5 * TRAJECTORY_NMSE_BEYOND_RANGE
+    assert error > 100 * TRAJECTORY_NMSE
     assert worst > 100 * TRAJECTORY_WORST_UPDATE
 
 

@@ -41,7 +41,8 @@ def _adamw32(
 ) -> None:  # fmt: skip
     hyper = Hyper(lr, beta1, beta2, eps, weight_decay)
     reference.adamw32_(
-        param.view(-1), grad.view(-1), m.view(-1), v.view(-1), step, clock, skip, grad_scale, hyper, stochastic, seed, parameter
+        param.view(-1), grad.view(-1), m.view(-1), v.view(-1), step, clock, skip, grad_scale, hyper, stochastic, seed,
+        parameter,
     )  # fmt: skip
 
 
@@ -73,7 +74,8 @@ def _check(param: Tensor, grad: Tensor) -> None:
             )
     if param.shape != grad.shape or param.device != grad.device:
         raise InputError(
-            f"the gradient is {list(grad.shape)} on {grad.device}; its parameter is {list(param.shape)} on {param.device}."
+            f"the gradient is {list(grad.shape)} on {grad.device}; "
+            f"its parameter is {list(param.shape)} on {param.device}."
         )
 
 

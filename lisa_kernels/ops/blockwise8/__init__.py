@@ -21,7 +21,8 @@ def check_block_size(block_size: int) -> None:
     """Refuse a block size that is not a power of two in range."""
     if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE or block_size & (block_size - 1):
         raise InputError(
-            f"block_size is {block_size}; it must be a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE} (256 is usual)."
+            f"block_size is {block_size}; it must be a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE} "
+            "(256 is usual)."
         )
 
 
@@ -91,4 +92,5 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, kind: str, block_size: i
         raise InputError(
             f"absmax has shape {list(absmax.shape)}; {codes.numel()} codes in blocks of {block_size} need [{wanted}]."
         )
-    return _dequantize(codes, absmax, signed, block_size)
+    values: Tensor = _dequantize(codes, absmax, signed, block_size)
+    return values

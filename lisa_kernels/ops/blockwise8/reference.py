@@ -5,8 +5,9 @@ A block of `block_size` values shares one float32 absmax. A magnitude code k wit
     first moment  (E4M3, 7 bits, sign in bit 7):  2**(E − 16) · (1 + M/8) · absmax / 0.9375
     second moment (E5M3, 8 bits, unsigned):       2**(E − 32) · (1 + M/8) · absmax / 0.9375
 
-and k = 0 means 0, so that absmax itself is the top code. Because the layout is float32's own, encoding is: add 20 random
-bits below the three kept mantissa bits, subtract the exponent offset, shift, clamp.
+and k = 0 means 0, so that absmax itself is the top code. Because the layout is float32's own, encoding is: add 20
+random bits below the three kept mantissa bits, subtract the exponent offset, shift, clamp. A first
+moment below code 1 is the exception: it becomes code 1 or 0 with the odds that keep its mean.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import torch
 from torch import Tensor
 
 TOP = 0.9375
+# What code 1 of a first moment stands for, before the block's scale; smaller magnitudes round to it or to 0, with odds
+# that make the mean exact. (A second moment rounds up to code 1: as 0 it would let m / eps through.)
+SMALLEST_M = 1.125 * 2.0**-16
+BELOW_M = 2.0**20 / SMALLEST_M
 # Below this a block's scale would overflow its reciprocal; such blocks keep their small values on a fixed scale.
 SMALLEST_ABSMAX = 2.0**-120
 _DROPPED_BITS = 20
@@ -38,10 +43,12 @@ def _per_element(per_block: Tensor, block_size: int, count: int) -> Tensor:
 def quantize(values: Tensor, signed: bool, block_size: int, bits20: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return (codes uint8 [n], absmax float32 [blocks]) of float32 `values` [n]; `bits20` None rounds to nearest."""
     absmax = block_absmax(values, block_size)
-    scaled = values.abs() * _per_element(TOP / absmax, block_size, values.numel())
-    raw = scaled.view(torch.int32) + (_HALF if bits20 is None else bits20.to(torch.int32))
-    code = (raw - _OFFSET[signed]) >> _DROPPED_BITS
+    scaled = values.abs() * _per_element(absmax.reciprocal() * TOP, block_size, values.numel())
+    rounding = _HALF if bits20 is None else bits20.to(torch.int32)
+    code = (scaled.view(torch.int32) + rounding - _OFFSET[signed]) >> _DROPPED_BITS
     if signed:
+        below = ((scaled.clamp_max(SMALLEST_M) * BELOW_M).to(torch.int32) + rounding) >> _DROPPED_BITS
+        code = torch.where(scaled < SMALLEST_M, below, code)
         return (code.clamp(0, 127) | ((values < 0).to(torch.int32) << 7)).to(torch.uint8), absmax
     return torch.where(values > 0, code.clamp(1, 255), 0).to(torch.uint8), absmax
 

@@ -11,14 +11,16 @@ from lisa_kernels.ops.fold import cpu_kernel, reference
 
 @torch.library.custom_op("lisa_kernels::fold_", mutates_args=("weight",))
 def _fold(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int, parameter: int
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int,
+    parameter: int,
 ) -> None:  # fmt: skip
     reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter)
 
 
 @_fold.register_fake
 def _(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int, parameter: int
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int,
+    parameter: int,
 ) -> None:  # fmt: skip
     return None
 

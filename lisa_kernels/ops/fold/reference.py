@@ -12,7 +12,8 @@ BAND_ELEMENTS = 1 << 20
 
 
 def fold_(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int, parameter: int
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int,
+    parameter: int,
 ) -> None:  # fmt: skip
     """Add leftᵀ · right to `decay` · weight in place; see the contract in the package."""
     rows, columns = weight.shape

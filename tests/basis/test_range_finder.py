@@ -1,0 +1,161 @@
+"""Bases found by sketching and refreshed by a warm pass hold what the exact SVD holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import BASIS_ENERGY, ORTHONORMAL
+from torch import Tensor
+
+from lisa_kernels.basis import first_basis, orthonormal_rows, random_basis, refresh_basis
+
+M, N, RANK = 160, 256, 16
+CPU = torch.device("cpu")
+# How the singular values fall: index k from 0.
+SPECTRA = {
+    "geometric": lambda k: 0.9**k,
+    "power-law": lambda k: 1 / (k + 1),
+    "slow-power-law": lambda k: 1 / (k + 1) ** 0.6,
+    "outliers-over-noise": lambda k: torch.where(k < 4, 50.0, 1.0) * 0.98**k,
+    "low-rank-plus-noise": lambda k: torch.where(k < RANK, 1.0, 0.05),
+}  # fmt: skip
+every_spectrum = pytest.mark.parametrize("spectrum", list(SPECTRA))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gradient_of(spectrum: str, seed: int = 0) -> Tensor:
+    """Return float32 [M, N] with the named singular values and random directions."""
+    g = generator(seed)
+    left = torch.linalg.qr(torch.randn(M, M, generator=g, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(N, M, generator=g, dtype=torch.float64))[0]
+    values = SPECTRA[spectrum](torch.arange(M, dtype=torch.float64))
+    return ((left * values) @ right.t()).float()
+
+
+def energy(basis: Tensor, gradient: Tensor) -> float:
+    """Return the energy that the basis keeps over what the best basis of its rank keeps."""
+    kept = (basis.double() @ gradient.double().t()).square().sum()
+    best = torch.linalg.svdvals(gradient.double())[: basis.shape[0]].square().sum()
+    return float(kept / best)
+
+
+def assert_orthonormal(basis: Tensor) -> None:
+    unit = torch.eye(basis.shape[0], dtype=torch.float64)
+    assert float((basis.double() @ basis.double().t() - unit).abs().max()) <= ORTHONORMAL
+
+
+@every_spectrum
+def test_the_first_basis_keeps_what_the_exact_svd_keeps(spectrum: str) -> None:
+    gradient = gradient_of(spectrum)
+    basis = first_basis(gradient, RANK, generator())
+    assert basis.dtype == torch.float32
+    assert basis.shape == (RANK, N)
+    assert_orthonormal(basis)
+    assert energy(basis, gradient) >= BASIS_ENERGY
+
+
+@every_spectrum
+def test_the_energy_check_sees_a_random_basis(spectrum: str) -> None:
+    assert energy(random_basis(RANK, N, generator(), CPU), gradient_of(spectrum)) < 0.5
+
+
+@every_spectrum
+def test_the_first_basis_orders_its_rows_by_energy(spectrum: str) -> None:
+    gradient = gradient_of(spectrum)
+    energies = (first_basis(gradient, RANK, generator()) @ gradient.t()).square().sum(1)
+    assert bool((energies.diff() <= 1e-4 * energies[0]).all())
+
+
+@every_spectrum
+def test_two_or_three_warm_refreshes_mend_a_perturbed_basis(spectrum: str) -> None:
+    gradient = gradient_of(spectrum)
+    exact = torch.linalg.svd(gradient)[2][:RANK]
+    basis = orthonormal_rows(exact + 0.06 * torch.randn(RANK, N, generator=generator(3)))
+    before = energy(basis, gradient)
+    assert before < 0.8
+    for _ in range(3):
+        basis = refresh_basis(gradient, basis)
+        assert_orthonormal(basis)
+    assert energy(basis, gradient) >= BASIS_ENERGY
+
+
+def test_refreshes_follow_a_gradient_that_turns() -> None:
+    """Kept as it was, the negative control, the basis loses the energy."""
+    old, turn = gradient_of("power-law"), torch.randn(N, N, generator=generator(4)) / N**0.5
+    rotation = torch.matrix_exp(0.1 * (turn - turn.t()))
+    kept = basis = first_basis(old, RANK, generator())
+    for step in range(1, 11):
+        gradient = old @ torch.linalg.matrix_power(rotation, step)
+        basis = refresh_basis(gradient, basis)
+    assert energy(basis, gradient) >= BASIS_ENERGY
+    assert energy(kept, gradient) < 0.6
+
+
+@every_spectrum
+def test_refreshed_rows_stay_near_the_old_ones(spectrum: str) -> None:
+    """Of all bases of the new space the nearest is taken; its own order, the negative control, is far."""
+    gradient = gradient_of(spectrum)
+    basis = first_basis(gradient, RANK, generator())
+    shuffled = basis[torch.randperm(RANK, generator=generator(5))] * torch.randn(RANK, 1, generator=generator(6)).sign()
+    refreshed = refresh_basis(gradient, shuffled)
+    nearness = (refreshed * shuffled).sum(1)
+    fresh = first_basis(gradient, RANK, generator(7))
+    assert float(nearness.min()) > 0.8
+    assert float((fresh * shuffled).sum(1).min()) < 0.5
+    # The polar factor: the matrix of products between new and old rows is symmetric and positive.
+    products = refreshed @ shuffled.t()
+    assert torch.allclose(products, products.t(), atol=1e-4)
+    assert float(torch.linalg.eigvalsh(products.double()).min()) > 0
+
+
+@pytest.mark.parametrize("true_rank", [0, 1, RANK - 1], ids=["zero", "rank-1", "rank-15"])
+def test_gradients_of_lower_rank_still_give_orthonormal_rows_that_hold_them(true_rank: int) -> None:
+    g = generator(8)
+    gradient = torch.randn(M, true_rank, generator=g) @ torch.randn(true_rank, N, generator=g)
+    basis = first_basis(gradient, RANK, generator())
+    refreshed = refresh_basis(gradient, random_basis(RANK, N, generator(9), CPU))
+    for found in (basis, refreshed):
+        assert_orthonormal(found)
+        if true_rank:
+            assert energy(found, gradient) >= 1 - 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30], ids=str)
+def test_a_basis_does_not_depend_on_the_gradients_scale(scale: float) -> None:
+    gradient = gradient_of("geometric")
+    scaled = gradient * scale
+    basis = first_basis(scaled, RANK, generator())
+    for found in (basis, refresh_basis(scaled, basis)):
+        assert_orthonormal(found)
+        assert energy(found, gradient) >= BASIS_ENERGY
+
+
+@pytest.mark.parametrize("shape", [(RANK, N), (M, RANK), (RANK, RANK), (RANK + 3, N)], ids=str)
+def test_a_rank_as_large_as_the_matrix_is_allowed(shape: tuple[int, int]) -> None:
+    gradient = torch.randn(*shape, generator=generator())
+    basis = first_basis(gradient, RANK, generator())
+    for found in (basis, refresh_basis(gradient, basis)):
+        assert found.shape == (RANK, shape[1])
+        assert_orthonormal(found)
+        assert energy(found, gradient) >= BASIS_ENERGY
+
+
+def test_the_first_basis_is_a_function_of_gradient_and_generator() -> None:
+    gradient = gradient_of("power-law")
+    one, two, other = (first_basis(gradient, RANK, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_bases_are_float32_whatever_the_default_dtype() -> None:
+    gradient = gradient_of("power-law")
+    wanted = first_basis(gradient, RANK, generator()), random_basis(RANK, N, generator(), CPU)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        given = first_basis(gradient, RANK, generator()), random_basis(RANK, N, generator(), CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(wanted, given))
