@@ -13,6 +13,7 @@ from rich.console import Console
 from lisa_kernels.layers import find_blocks, is_linear, linear_shape
 from lisa_kernels.layers.lowrank import MIN_SIDE
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
+from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
 from lisa_kernels.train.models import check_token_ids, load_model, load_tokenizer, parse_dtype
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions
 from lisa_kernels.train.records import load_records
@@ -51,7 +52,7 @@ def device() -> torch.device:
 def prepare_data(options: FineTuneOptions, console: Console) -> tuple[Any, TokenizedData, TokenizedData, Any]:
     """Return (model, training rows, held-out rows, tokenizer); the first example is shown with its mask."""
     records = load_records(options.data, max_bytes=options.max_data_bytes)
-    model = load_model(options.model, parse_dtype(options.dtype), options.seed)
+    model = load_model(options.model, parse_dtype(options.dtype), options.seed).to(device())
     tokenizer = load_tokenizer(options.model, records.texts(), model.config.get_text_config().vocab_size)
     train_records, held_out_records = split_records(records, options.eval_fraction, options.seed)
     packing = options.packing and (records.kind == "text" or isolates_packed_examples(model))
@@ -61,6 +62,9 @@ def prepare_data(options: FineTuneOptions, console: Console) -> tuple[Any, Token
         if len(held_out_records)
         else TokenizedData()
     )
+    if records.kind == "messages" and not tokenizer.chat_template:
+        # What the model learned to speak goes into its folder with it.
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     check_token_ids(model, max(train.max_token_id, held_out.max_token_id if len(held_out) else 0))
     for note in dict.fromkeys([*train.notes, *held_out.notes]):
         console.print(f"note: {note}", highlight=False)
@@ -147,7 +151,6 @@ def finetune(options: FineTuneOptions, console: Console) -> tuple[int, dict[str,
     method = build_method(options, model)
     pad = pad_token_id(tokenizer)
     arguments = _training_arguments(options, len(train), len(held_out) > 0)
-    model.to(device())
     model.config.use_cache = False
     _enable_checkpointing(model, options)
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.

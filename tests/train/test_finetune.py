@@ -267,6 +267,7 @@ def test_supervised_data_shows_its_mask_and_trains(
     shown = capsys.readouterr().err
     assert "⟦" in shown
     assert "it is" in shown.split("⟦", 2)[-1]
+    assert (kind == "messages") == (tmp_path / "run" / "chat_template.jinja").exists()
     assert summary(tmp_path / "run")["eval_loss_after"] < summary(tmp_path / "run")["eval_loss_before"]
 
 
