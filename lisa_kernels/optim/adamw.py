@@ -248,7 +248,7 @@ class AdamW8bit(Optimizer):
         packed = super().state_dict()
         names = ("steps", "skipped")
         packed["counters"] = dict(zip(names, self._counters)) if self._counters else {}
-        packed["format"] = {"block_size": self.block_size}
+        packed["format"] = {"block_size": self.block_size, "seed": self.seed}
         return packed
 
     @torch.no_grad()
@@ -256,7 +256,7 @@ class AdamW8bit(Optimizer):
         """Take over `state_dict()`'s values with their dtypes as they are.
 
         Refuses a state of another shape before it changes anything. The hyper-parameters of the groups are taken too,
-        as in every torch optimizer.
+        as in every torch optimizer, and the seed, so that the continuation is bit for bit that of a run never stopped.
         """
         taken: dict[str, Any] = {}
 
@@ -285,6 +285,7 @@ class AdamW8bit(Optimizer):
         for number, values in state_dict["state"].items():
             param = params[str(number)]
             self.state[param] = {name: value.to(param.device, copy=True) for name, value in values.items()}
+        self.seed = state_dict.get("format", {}).get("seed", self.seed)
         counters = state_dict.get("counters")
         self._counters = None
         if counters:
