@@ -32,7 +32,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except where there is none to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or ""):
+        nothing_to_show = action.default is None or isinstance(action.default, bool)
+        if nothing_to_show or "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
