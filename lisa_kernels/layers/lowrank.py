@@ -110,13 +110,13 @@ class LowRankLinear(nn.Module):
         folds = self.tracker is not None
         if not self.active or (folds and not torch.is_grad_enabled()):
             return nn.functional.linear(x, self.matrix, self.bias)
+        # As rows: of three dimensions torch's biased linear is itself a view, which no model could change in place.
         rows = x.reshape(-1, self.in_features)
         if self.capturing:
             y = capture_linear(rows, self.matrix, self.bias, self.slot, self._on_gradient)
         else:
             y = lowrank_linear(rows, self.matrix, self.bias, self.slot, self.basis, self.scale, folds)
-        # As torch's own linear ends: a view could not be changed in place by the model, which some do.
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.out_features))  # type: ignore[no-any-return]
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _on_gradient(self, gradient: Tensor) -> Tensor:
         assert self.tracker is not None

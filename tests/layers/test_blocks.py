@@ -77,6 +77,42 @@ def test_the_decoder_of_an_encoder_decoder_can_be_named() -> None:
     assert "decoder.final_layer_norm.weight" in {names[id(param)] for param in parts.head}
 
 
+def test_an_encoder_that_shares_the_configuration_stays_out() -> None:
+    """BART's encoder has the decoder's own configuration; its stack of blocks tells it apart from a head."""
+    model = build(
+        "BartForConditionalGeneration", "BartConfig", vocab_size=61, d_model=HIDDEN, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    parts, names = split_model(model, "model.decoder.layers"), names_of(model)
+    around = {names[id(param)] for param in parts.outer}
+    assert around
+    assert not any(name.startswith("model.encoder.") for name in around)
+
+
+class TwoTowers(nn.Module):
+    """A vision-language model of the user's own whose projector is a direct child of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        language = llama()
+        self.config = language.config.__class__(**{**language.config.to_dict(), "vocab_size": 99})
+        self.config.get_text_config = lambda: language.config
+        self.vision = nn.ModuleList([nn.TransformerEncoderLayer(HIDDEN, 2, 16) for _ in range(LAYERS)])
+        self.projector = nn.Linear(HIDDEN, HIDDEN)
+        self.language = language.model
+        self.head = language.lm_head
+
+
+def test_a_projector_before_the_language_tower_is_no_head() -> None:
+    """What the model holds before its language tower feeds it; what follows is the head."""
+    model = TwoTowers()
+    parts, names = split_model(model), names_of(model)
+    assert parts.path == "language.layers"
+    assert {names[id(param)] for param in parts.embeddings} == {"language.embed_tokens.weight"}
+    assert {names[id(param)] for param in parts.head} == {"language.norm.weight", "head.weight"}
+
+
 class Plain(nn.Module):
     """A model of the user's own, without a configuration."""
 
