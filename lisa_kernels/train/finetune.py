@@ -107,7 +107,7 @@ def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool)
     if steps is None:
         steps = math.ceil(options.epochs * rows / rows_per_step) if options.epochs is not None else DEFAULT_STEPS
     steps = max(1, steps)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.accumulate,
         learning_rate=options.learning_rate, lr_scheduler_type=SCHEDULES[options.lr_schedule],
@@ -119,6 +119,10 @@ def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool)
         save_total_limit=options.max_checkpoints, remove_unused_columns=False, report_to="none", disable_tqdm=True,
         use_cpu=device().type == "cpu", dataloader_pin_memory=device().type == "cuda", log_level="error",
     )  # fmt: skip
+    if arguments.n_gpu > 1:
+        # With several in sight Trainer would wrap the model in DataParallel, under which layers cannot be switched.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _tensorboard(options: FineTuneOptions) -> Any:
