@@ -120,21 +120,23 @@ def _data(spec: str, tokenizer: Any, eval_fraction: float) -> Data:
 
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[dict[str, Tensor]], steps: int, device: str
-) -> float:
-    """Train with a linear schedule and clipping at 1; returns seconds per step."""
+) -> tuple[float, int]:
+    """Train with a linear schedule and clipping at 1; returns seconds per step and the most bytes of state held."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
     model.train()
-    begin = time.perf_counter()
+    begin, most = time.perf_counter(), 0
     for step in range(steps):
         batch = {name: value.to(device) for name, value in next(batches).items()}
         model(**batch, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+        most = max(most, sum(value.numel() * value.element_size() for value in state))
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 99:
             print(f"  step {step + 1}/{steps}", flush=True)
-    return (time.perf_counter() - begin) / steps
+    return (time.perf_counter() - begin) / steps, most
 
 
 def base_model(device: str) -> None:
@@ -161,15 +163,12 @@ def run(contestant: Contestant, lr: float, seed: int, data: Data, device: str) -
         {k: v.to(device) for k, v in batch.items()} for batch, _ in zip(data.batches(BATCH, seed), range(16))
     ]
     optimizer = contestant.start(model, lr, seed, calibration)
-    seconds = train(model, optimizer, data.batches(BATCH, seed), STEPS, device)
-    state = sum(
-        v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)
-    )
+    seconds, state = train(model, optimizer, data.batches(BATCH, seed), STEPS, device)
     return {
         "contestant": contestant.name, "lr": lr, "seed": seed, "steps": STEPS, "batch": BATCH, "seq_len": SEQ_LEN,
         "base_steps": BASE_STEPS, "eval_loss_before": data.loss_before,
         "eval_loss": held_out_loss(model, data.held_out_batches()),
-        "seconds_per_step": seconds, "state_bytes": state,
+        "seconds_per_step": seconds, "peak_state_bytes": state,
     }  # fmt: skip
 
 

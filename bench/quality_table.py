@@ -33,15 +33,8 @@ def table(rows: list[dict[str, Any]], names: Sequence[str], seeds: Sequence[int]
             continue
         losses = [row["eval_loss"] for row in mine]
         mean, deviation = statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0
-        seconds = statistics.median(row["seconds_per_step"] for row in mine)
-        state = statistics.median(row["state_bytes"] for row in mine) / 1e6
-        lines.append(
-            (mean, f"| {name} | {mean:.4f} ± {deviation:.4f} | {mine[0]['lr']:g} | {state:.2f} | {seconds:.3f} |")
-        )
-    head = [
-        "| method | held-out loss, mean ± sd of 3 seeds | best rate | state at the end, MB | s / step |",
-        "|---|---|---|---|---|",
-    ]
+        lines.append((mean, f"| {name} | {mean:.3f} ± {deviation:.3f} | {mine[0]['lr']:g} |"))
+    head = ["| method | held-out loss, mean ± sd of 3 seeds | best rate |", "|---|---|---|"]
     return "\n".join([*head, *(line for _, line in sorted(lines))])
 
 
