@@ -176,7 +176,7 @@ def finetune(options: FineTuneOptions, console: Console) -> tuple[int, dict[str,
     if len(held_out):
         console.print(f"held-out loss before: {facts['eval_loss_before']:.4f}", highlight=False)
     with interrupt:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train_on(checkpoint)
     steps = trainer.state.global_step
     if interrupt.interrupted and steps < arguments.max_steps:
         where = options.output / f"checkpoint-{steps}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from lisa_kernels.errors import InputError
 from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.train.checkpoint import (
     find_checkpoints,
@@ -136,6 +137,18 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
         if tree["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.scaler.load_state_dict(tree["scaler"])
 
+    def train_on(self, checkpoint: Path | None) -> None:
+        """Train to the last step, from `checkpoint` if there is one.
+
+        A checkpoint of the last step is only loaded: transformers' loop would take one step more.
+        """
+        if checkpoint is None or (state := _trainer_state(checkpoint)).global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            return
+        self._load_from_checkpoint(str(checkpoint))
+        self._base_optimizer().load_state_dict(load_tree(checkpoint, TRAINING_STATE)["optimizer"])
+        self.state = state
+
     def _load_scaler(self, checkpoint: str | None) -> None:
         pass
 
@@ -151,6 +164,13 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
         handler, control = self.callback_handler, self.control
         self.control: TrainerControl = handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
+
+
+def _trainer_state(checkpoint: Path) -> TrainerState:
+    try:
+        return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{checkpoint} is not a whole checkpoint ({error}); resume from another.") from error
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -142,6 +142,20 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_bit_equal(
         assert summary(tmp_path / "whole")[name] == summary(tmp_path / "cut")[name]
 
 
+@pytest.mark.parametrize("method", ["owlore", "lora-fa"])
+def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(method: str, text: Path, tmp_path: Path) -> None:
+    """The rate is constant: one step too many would move the weights."""
+    argv = arguments(text, tmp_path / "run", "--save-every", "2", "--lr-schedule", "constant", method=method)
+    assert main(argv) == 0
+    weights, before = _weights(tmp_path / "run"), summary(tmp_path / "run")
+    for name in ("model.safetensors", "summary.json"):
+        (tmp_path / "run" / name).unlink()
+    assert main([*argv, "--resume"]) == 0
+    assert all(torch.equal(weights[name], tensor) for name, tensor in _weights(tmp_path / "run").items())
+    for name in ("steps", "layer_visits", "layer_history", "train_loss_last", "eval_loss_before", "eval_loss_after"):
+        assert summary(tmp_path / "run")[name] == before[name]
+
+
 def test_a_second_ctrl_c_stops_at_once(text: Path, tmp_path: Path) -> None:
     from lisa_kernels.train.trainer import StopOnInterrupt
 
