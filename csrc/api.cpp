@@ -1,21 +1,32 @@
-// The C interface: picks a kernel by dtype and instruction set, and splits its blocks over threads.
+// The C interface: picks kernels by dtype and instruction set, and splits their blocks over threads.
 #include "api.h"
 
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
+#ifdef LISA_X86_64
+#include <cpuid.h>
 #endif
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace lisa {
 namespace {
 
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
+
+#ifdef LISA_X86_64
+// Not every compiler's __builtin_cpu_supports knows this one.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 int32_t best_instruction_set() {
 #ifdef LISA_X86_64
@@ -24,7 +35,7 @@ int32_t best_instruction_set() {
       __builtin_cpu_supports("avx512vl")) {
     return kAvx512;
   }
-  if (__builtin_cpu_supports("avx2")) return kAvx2;
+  if (__builtin_cpu_supports("avx2") && has_f16c()) return kAvx2;
 #endif
   return kBaseline;
 }
@@ -40,69 +51,64 @@ const KernelTable& kernels_for(int32_t instruction_set) {
   return kernels_baseline;
 }
 
-uint64_t mix64(uint64_t value) {
-  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9u;
-  value = (value ^ (value >> 27)) * 0x94d049bb133111ebu;
-  return value ^ (value >> 31);
-}
-
-// The key of one parameter at one step, as lisa_kernels/ops/random_bits.py defines it.
-uint64_t random_key(const Stream& stream) {
-  const uint64_t seed = static_cast<uint64_t>(stream.seed), parameter = static_cast<uint64_t>(stream.parameter);
-  const uint64_t base = mix64(mix64(seed) + parameter * 0x9e3779b97f4a7c15u);
-  return mix64(static_cast<uint64_t>(stream.clock) * 0xd1b54a32d192ed03u + base);
-}
-
 int64_t divide_up(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
 
-constexpr size_t kCacheLine = 64;
-
-// Two arrays of `length` values, each starting on a cache line: vectors that straddle two cost a quarter of the speed.
-template <class T>
-class ArrayPair {
+// One thread's scratch. Each array starts on a cache line: vectors that straddle two cost a quarter of the speed.
+class ScratchMemory {
  public:
-  explicit ArrayPair(int64_t length)
-      : stride_(static_cast<size_t>(divide_up(length * sizeof(T), kCacheLine)) * kCacheLine / sizeof(T)),
-        values_(static_cast<T*>(::operator new(2 * stride_ * sizeof(T), std::align_val_t{kCacheLine}))) {}
-  T* first() const { return values_.get(); }
-  T* second() const { return values_.get() + stride_; }
+  explicit ScratchMemory(int64_t block_size)
+      : length_(static_cast<size_t>(divide_up(block_size, kScratchRounding) * kScratchRounding)),
+        bytes_(static_cast<char*>(::operator new(length_* kBytesPerElement, kCacheLine))) {}
+  ~ScratchMemory() { ::operator delete(bytes_, kCacheLine); }
+  ScratchMemory(const ScratchMemory&) = delete;
+  ScratchMemory& operator=(const ScratchMemory&) = delete;
+
+  Scratch arrays() const {
+    const auto floats = [this](size_t index) { return reinterpret_cast<float*>(bytes_ + 4 * length_ * index); };
+    auto* codes = reinterpret_cast<uint8_t*>(bytes_ + 6 * 4 * length_);
+    return {floats(0), floats(1), floats(2), reinterpret_cast<uint32_t*>(floats(3)),
+            floats(4), floats(5), codes,     codes + length_};
+  }
 
  private:
-  struct Delete {
-    void operator()(T* values) const { ::operator delete(values, std::align_val_t{kCacheLine}); }
-  };
-  size_t stride_;
-  std::unique_ptr<T, Delete> values_;
+  static constexpr std::align_val_t kCacheLine{64};
+  static constexpr size_t kBytesPerElement = 6 * 4 + 2;
+  size_t length_;
+  char* bytes_;
 };
 
-// Run the kernel on this thread's blocks, with scratch of its own for one block.
-template <class Task>
-void run_blocks(Kernel<Task> kernel, const Task& task, int64_t scratch_elements, int64_t begin, int64_t end) {
-  const ArrayPair<float> moments(scratch_elements);
-  const ArrayPair<uint32_t> words(scratch_elements);
-  kernel(task, {moments.first(), moments.second(), words.first(), words.second()}, begin, end);
+// Call run(index, begin, end, scratch) for the blocks of k tensors, in parts of equally many elements per thread. A
+// block belongs to the thread in whose part it starts; no block is split, and no result depends on the parts.
+template <class Row, class Run>
+void run_tensors(const Row* table, int64_t k, int64_t block_size, int64_t scratch_elements, int64_t threads,
+                 const Run& run) {
+  int64_t total = 0;
+  for (int64_t index = 0; index < k; ++index) total += table[index].count;
+  run_parallel(total, threads, [&](int64_t member, int64_t team) {
+    const ScratchMemory scratch(scratch_elements);
+    const int64_t part_begin = total / team * member + total % team * member / team;
+    const int64_t part_end = total / team * (member + 1) + total % team * (member + 1) / team;
+    int64_t first = 0;  // of the tensor, in all of them
+    for (int64_t index = 0; index < k && first < part_end; first += table[index++].count) {
+      const auto block_at = [&](int64_t element) {
+        return divide_up(std::clamp(element - first, int64_t{0}, table[index].count), block_size);
+      };
+      const int64_t begin = block_at(part_begin), end = block_at(part_end);
+      if (begin < end) run(index, begin, end, scratch.arrays());
+    }
+  });
 }
 
+struct Count {
+  int64_t count;
+};
+
+// The same for one tensor.
 template <class Task>
-void run(Kernel<Task> kernel, const Task& task, int64_t blocks, int64_t scratch_elements, int32_t threads) {
-  if (blocks <= 0) return;
-  scratch_elements = std::min(scratch_elements, task.count);
-#ifdef _OPENMP
-  // Below this many elements a thread's start costs more than its work.
-  constexpr int64_t kElementsPerThread = 1 << 14;
-  const int wanted = static_cast<int>(std::min({int64_t{threads}, blocks, task.count / kElementsPerThread}));
-  if (wanted > 1) {
-#pragma omp parallel num_threads(wanted)
-    {
-      // The runtime may give fewer threads than were asked for.
-      const int64_t team = omp_get_num_threads(), member = omp_get_thread_num();
-      run_blocks(kernel, task, scratch_elements, blocks * member / team, blocks * (member + 1) / team);
-    }
-    return;
-  }
-#endif
-  (void)threads;
-  run_blocks(kernel, task, scratch_elements, 0, blocks);
+void run_tensor(Kernel<Task> kernel, const Task& task, int64_t count, int64_t block_size, int64_t threads) {
+  const Count row{count};
+  run_tensors(&row, 1, block_size, 0, threads,
+              [&](int64_t, int64_t begin, int64_t end, const Scratch& scratch) { kernel(task, scratch, begin, end); });
 }
 
 }  // namespace
@@ -116,22 +122,47 @@ int32_t lisa_kernels_abi_version() { return kAbiVersion; }
 
 int32_t lisa_kernels_best_instruction_set() { return best_instruction_set(); }
 
-void lisa_kernels_adamw8(void* weight, const void* grad, uint8_t* m_codes, float* m_absmax, uint8_t* v_codes,
-                         float* v_absmax, int64_t count, int64_t block_size, const Scalars* scalars,
-                         const Stream* stream, int32_t weight_dtype, int32_t grad_dtype, int32_t stochastic,
-                         int32_t threads, int32_t instruction_set) {
-  const AdamW8Task task{weight,  grad, m_codes, m_absmax, v_codes, v_absmax, count, block_size, random_key(*stream),
-                        *scalars};
-  const auto kernel = kernels_for(instruction_set).adamw8[weight_dtype][grad_dtype][stochastic != 0];
-  run(kernel, task, divide_up(count, block_size), block_size, threads);
+void lisa_kernels_adamw8(const AdamW8Row* table, int64_t k, const Scalars* scalars, const uint64_t* keys,
+                         int64_t block_size, int32_t stochastic, int32_t threads, int32_t instruction_set) {
+  const KernelTable& kernels = kernels_for(instruction_set);
+  run_tensors(table, k, block_size, block_size, threads,
+              [&](int64_t index, int64_t begin, int64_t end, const Scratch& scratch) {
+                const AdamW8Row& row = table[index];
+                const AdamW8Task task{row, scalars[index], keys[index], block_size};
+                kernels.adamw8[row.weight_dtype][row.grad_dtype][stochastic != 0](task, scratch, begin, end);
+              });
 }
 
-void lisa_kernels_adamw32(void* weight, const void* grad, float* m, float* v, int64_t count, const Scalars* scalars,
-                          const Stream* stream, int32_t weight_dtype, int32_t grad_dtype, int32_t stochastic,
-                          int32_t threads, int32_t instruction_set) {
-  const AdamW32Task task{weight, grad, m, v, count, random_key(*stream), *scalars};
-  const auto kernel = kernels_for(instruction_set).adamw32[weight_dtype][grad_dtype][stochastic != 0];
-  run(kernel, task, divide_up(count, kSpan), 0, threads);
+void lisa_kernels_adamw32(const AdamW32Row* table, int64_t k, const Scalars* scalars, const uint64_t* keys,
+                          int32_t stochastic, int32_t threads, int32_t instruction_set) {
+  const KernelTable& kernels = kernels_for(instruction_set);
+  run_tensors(table, k, kSpan, 0, threads, [&](int64_t index, int64_t begin, int64_t end, const Scratch& scratch) {
+    const AdamW32Row& row = table[index];
+    const AdamW32Task task{row, scalars[index], keys[index]};
+    kernels.adamw32[row.weight_dtype][row.grad_dtype][stochastic != 0](task, scratch, begin, end);
+  });
+}
+
+void lisa_kernels_grad_norm(const GradRow* table, int64_t k, int32_t squares, double* out, int32_t threads,
+                            int32_t instruction_set) {
+  const KernelTable& kernels = kernels_for(instruction_set);
+  std::vector<int64_t> first_span(static_cast<size_t>(k) + 1, 0);
+  for (int64_t index = 0; index < k; ++index) {
+    first_span[index + 1] = first_span[index] + divide_up(table[index].count, kNormSpan);
+  }
+  // One result per span, joined in their order: threads change nothing.
+  std::vector<float> largest(static_cast<size_t>(first_span[k]));
+  std::vector<double> sums(largest.size());
+  run_tensors(table, k, kNormSpan, 0, threads, [&](int64_t index, int64_t begin, int64_t end, const Scratch& scratch) {
+    const GradRow& row = table[index];
+    const NormTask task{row, largest.data() + first_span[index], sums.data() + first_span[index]};
+    kernels.grad_norm[row.dtype][squares != 0](task, scratch, begin, end);
+  });
+  out[0] = out[1] = 0;
+  for (const float value : largest) {
+    if (value > out[0] || value != value) out[0] = value;  // a NaN stays: nothing is greater
+  }
+  for (const double sum : sums) out[1] += sum;
 }
 
 void lisa_kernels_quantize_blockwise(const float* values, uint8_t* codes, float* absmax, int64_t count,
@@ -139,23 +170,22 @@ void lisa_kernels_quantize_blockwise(const float* values, uint8_t* codes, float*
                                      int32_t threads, int32_t instruction_set) {
   const QuantizeTask task{values, codes, absmax, count, block_size, key};
   const auto kernel = kernels_for(instruction_set).quantize[is_signed != 0][stochastic != 0];
-  run(kernel, task, divide_up(count, block_size), block_size, threads);
+  run_tensor(kernel, task, count, block_size, threads);
 }
 
 void lisa_kernels_dequantize_blockwise(const uint8_t* codes, const float* absmax, float* values, int64_t count,
                                        int64_t block_size, int32_t is_signed, int32_t threads,
                                        int32_t instruction_set) {
   const DequantizeTask task{codes, absmax, values, count, block_size};
-  const auto kernel = kernels_for(instruction_set).dequantize[is_signed != 0];
-  run(kernel, task, divide_up(count, block_size), block_size, threads);
+  run_tensor(kernels_for(instruction_set).dequantize[is_signed != 0], task, count, block_size, threads);
 }
 
 void lisa_kernels_fold(void* weight, const float* update, int64_t count, int64_t first_element, float decay,
-                       const Stream* stream, int32_t weight_dtype, int32_t stochastic, int32_t threads,
+                       uint64_t key, int32_t weight_dtype, int32_t stochastic, int32_t threads,
                        int32_t instruction_set) {
-  const FoldTask task{weight, update, count, first_element, random_key(*stream), decay};
+  const FoldTask task{weight, update, count, first_element, key, decay};
   const auto kernel = kernels_for(instruction_set).fold[weight_dtype][stochastic != 0];
-  const int64_t spans = count > 0 ? divide_up(first_element % kSpan + count, kSpan) : 0;
-  run(kernel, task, spans, 0, threads);
+  // Counted from the start of the span in which the band starts.
+  run_tensor(kernel, task, count > 0 ? first_element % kSpan + count : 0, kSpan, threads);
 }
 }

@@ -14,20 +14,37 @@ namespace lisa {
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// Scalars of one AdamW step, already rounded to float32 as the definition rounds them.
+// Rows of the tables: one per tensor, every field 64 bits wide, so that a table is an int64 [k, fields] array.
+struct AdamW8Row {
+  void* weight;
+  const void* grad;
+  uint8_t* m_codes;
+  float* m_absmax;
+  uint8_t* v_codes;
+  float* v_absmax;
+  int64_t count, weight_dtype, grad_dtype;
+};
+
+struct AdamW32Row {
+  void* weight;
+  const void* grad;
+  float *m, *v;
+  int64_t count, weight_dtype, grad_dtype;
+};
+
+struct GradRow {
+  const void* grad;
+  int64_t count, dtype;
+};
+
+// Scalars of one AdamW step, already rounded to float32 as the definition rounds them: float [k, 8].
 struct Scalars {
   float beta1, one_minus_beta1;
   float beta2, one_minus_beta2;
-  float eps;
-  float decay;             // 1 - lr * weight_decay
-  float step_size;         // lr / (1 - beta1^t)
-  float root_correction2;  // sqrt(1 - beta2^t)
+  float eps;        // times sqrt(1 - beta2^t)
+  float decay;      // 1 - lr * weight_decay
+  float step_size;  // lr * sqrt(1 - beta2^t) / (1 - beta1^t)
   float grad_scale;
-};
-
-// What keys the random numbers of one tensor at one step.
-struct Stream {
-  int64_t seed, parameter, clock;
 };
 
 }  // namespace lisa
@@ -38,16 +55,19 @@ LISA_EXPORT int32_t lisa_kernels_abi_version();
 
 LISA_EXPORT int32_t lisa_kernels_best_instruction_set();
 
-// One AdamW step on `count` elements whose moments are 8-bit codes with one absmax per `block_size` elements.
-LISA_EXPORT void lisa_kernels_adamw8(void* weight, const void* grad, uint8_t* m_codes, float* m_absmax,
-                                     uint8_t* v_codes, float* v_absmax, int64_t count, int64_t block_size,
-                                     const lisa::Scalars* scalars, const lisa::Stream* stream, int32_t weight_dtype,
-                                     int32_t grad_dtype, int32_t stochastic, int32_t threads, int32_t instruction_set);
+// One AdamW step on k tensors whose moments are 8-bit codes with one absmax per `block_size` elements.
+LISA_EXPORT void lisa_kernels_adamw8(const lisa::AdamW8Row* table, int64_t k, const lisa::Scalars* scalars,
+                                     const uint64_t* keys, int64_t block_size, int32_t stochastic, int32_t threads,
+                                     int32_t instruction_set);
 
-// One AdamW step on `count` elements with float32 moments.
-LISA_EXPORT void lisa_kernels_adamw32(void* weight, const void* grad, float* m, float* v, int64_t count,
-                                      const lisa::Scalars* scalars, const lisa::Stream* stream, int32_t weight_dtype,
-                                      int32_t grad_dtype, int32_t stochastic, int32_t threads, int32_t instruction_set);
+// One AdamW step on k tensors with float32 moments.
+LISA_EXPORT void lisa_kernels_adamw32(const lisa::AdamW32Row* table, int64_t k, const lisa::Scalars* scalars,
+                                      const uint64_t* keys, int32_t stochastic, int32_t threads,
+                                      int32_t instruction_set);
+
+// out[0] <- the largest magnitude in k tensors, a NaN if there is one; out[1] <- the sum of squares, or 0.
+LISA_EXPORT void lisa_kernels_grad_norm(const lisa::GradRow* table, int64_t k, int32_t squares, double* out,
+                                        int32_t threads, int32_t instruction_set);
 
 // Encode `count` float32 values; `key` keys the random numbers of `stochastic` rounding.
 LISA_EXPORT void lisa_kernels_quantize_blockwise(const float* values, uint8_t* codes, float* absmax, int64_t count,
@@ -60,6 +80,6 @@ LISA_EXPORT void lisa_kernels_dequantize_blockwise(const uint8_t* codes, const f
 
 // weight <- decay * weight + update, rounded once. `first_element` is the index of weight[0] in the whole tensor.
 LISA_EXPORT void lisa_kernels_fold(void* weight, const float* update, int64_t count, int64_t first_element, float decay,
-                                   const lisa::Stream* stream, int32_t weight_dtype, int32_t stochastic,
-                                   int32_t threads, int32_t instruction_set);
+                                   uint64_t key, int32_t weight_dtype, int32_t stochastic, int32_t threads,
+                                   int32_t instruction_set);
 }

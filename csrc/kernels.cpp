@@ -1,7 +1,7 @@
 // The kernels, compiled once per instruction set; LISA_KERNEL_TABLE names the table that this compilation defines.
 //
-// A block is worked on by a few short loops that the compiler vectorises; what passes between them stays in the first
-// cache. Each operation rounds separately and in the order of the reference, so results are equal bit for bit.
+// All work is done in units of whole vectors. A last unit that is not full goes through zero-padded copies and the same
+// code, so that no element is computed in another way than its neighbours.
 #include "kernels.h"
 
 #include "numbers.h"
@@ -9,46 +9,25 @@
 namespace lisa {
 namespace {
 
+static_assert(kUnit <= kScratchRounding, "scratch must hold whole units");
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline uint32_t moment_bits_or_half(const uint32_t* words, int i, bool stochastic) {
-  return stochastic ? moment_bits(words[i]) : kHalf;
-}
+// A copy of up to a unit of values, with zeros behind them.
+template <class Value>
+struct Padded {
+  alignas(64) Value values[kUnit] = {};
 
-inline uint32_t magnitude(float value) { return bits_of(value) & 0x7fffffff; }
-inline uint32_t larger_bits(uint32_t a, uint32_t b) { return a > b ? a : b; }
+  Padded(const Value* from, int count) { std::memcpy(values, from, sizeof(Value) * count); }
+};
 
-// Bytes and words never meet in one loop: a loop over both would be vectorised by the width of the bytes, and the
-// arithmetic on four times as many words would not fit the registers.
-inline void widen(const uint8_t* __restrict codes, int count, uint32_t* __restrict wide) {
-  for (int i = 0; i < count; ++i) wide[i] = codes[i];
-}
-
-inline void narrow(const uint32_t* __restrict wide, int count, uint8_t* __restrict codes) {
-  for (int i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
-}
-
-template <class Moment>
-inline void decode_block(const uint32_t* __restrict wide, float absmax, int count, float* __restrict values) {
-  const float scale = decode_scale(absmax);
-  for (int i = 0; i < count; ++i) values[i] = decode(Moment{}, wide[i], scale);
-}
-
-// As integers, magnitudes order as floats do, and a NaN is the largest: the maximum keeps it, as torch's does.
-inline float block_absmax(const float* __restrict values, int count) {
-  uint32_t largest = kSmallestAbsmax;
-  for (int i = 0; i < count; ++i) largest = larger_bits(magnitude(values[i]), largest);
-  return float_of(largest);
-}
-
-// The codes replace the words that round them.
-template <class Moment, bool stochastic>
-inline void encode_block(const float* __restrict values, float absmax, uint32_t* __restrict words, int count) {
-  const float scale = encode_scale(absmax);
-  for (int i = 0; i < count; ++i) {
-    words[i] = encode(Moment{}, values[i], scale, moment_bits_or_half(words, i, stochastic));
-  }
+// Call `body` with the first `count / kUnit` units, then with what is left: body(begin, count of a last unit, or 0).
+template <class Body>
+LISA_INLINE void for_units(int count, const Body& body) {
+  int unit = 0;
+  for (; unit + kUnit <= count; unit += kUnit) body(unit, 0);
+  if (unit < count) body(unit, count - unit);
 }
 
 // Only a bfloat16 weight is ever rounded stochastically.
@@ -57,138 +36,353 @@ constexpr bool kStochasticWeight = false;
 template <bool stochastic>
 constexpr bool kStochasticWeight<BFloat16, stochastic> = stochastic;
 
+// Store two vectors; `second` holds their second random words.
 template <class Weight, bool stochastic>
-inline typename Weight::Storage round_weight(float value, uint32_t first, uint32_t second) {
+LISA_INLINE void store_weights(typename Weight::Storage* to, const Floats (&values)[2], const Words (&second)[2]) {
   if constexpr (kStochasticWeight<Weight, stochastic>) {
-    return Weight::store_stochastic(value, weight_bits(first, second));
+    Weight::store(to, values[0], values[1], weight_bits(second[0]), weight_bits(second[1]));
   } else {
-    (void)first, (void)second;
-    return Weight::store(value);
+    (void)second;
+    Weight::store(to, values[0], values[1]);
   }
 }
 
-// The new weight; `m` and `v` become the new moments.
-template <class Weight, class Grad>
-inline float updated(typename Weight::Storage weight, typename Grad::Storage grad, float& m, float& v,
-                     const Scalars& s) {
-  const float g = Grad::load(grad) * s.grad_scale;
-  m = m * s.beta1 + g * s.one_minus_beta1;
-  v = v * s.beta2 + (g * g) * s.one_minus_beta2;
-  const float denominator = __builtin_sqrtf(v) / s.root_correction2 + s.eps;
-  return Weight::load(weight) * s.decay - (m / denominator) * s.step_size;
-}
+// The scalars of a step, one copy in each lane.
+struct Rates {
+  Floats beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, grad_scale;
 
-struct Absmax {
-  float m, v;
+  explicit Rates(const Scalars& s)
+      : beta1(broadcast(s.beta1)),
+        one_minus_beta1(broadcast(s.one_minus_beta1)),
+        beta2(broadcast(s.beta2)),
+        one_minus_beta2(broadcast(s.one_minus_beta2)),
+        eps(broadcast(s.eps)),
+        decay(broadcast(s.decay)),
+        step_size(broadcast(s.step_size)),
+        grad_scale(broadcast(s.grad_scale)) {}
 };
 
-// `first` and `second` hold the codes of m and v and receive the random words.
-template <class Weight, class Grad, bool stochastic>
-inline Absmax update_block8(typename Weight::Storage* __restrict weight, const typename Grad::Storage* __restrict grad,
-                            float* __restrict m, float* __restrict v, uint32_t* __restrict first,
-                            uint32_t* __restrict second, int count, const Scalars scalars, const Words words,
-                            const Absmax old) {
-  const float m_scale = decode_scale(old.m), v_scale = decode_scale(old.v);
-  uint32_t largest_m = kSmallestAbsmax, largest_v = kSmallestAbsmax;
-  for (int i = 0; i < count; ++i) {
-    float new_m = decode(FirstMoment{}, first[i], m_scale), new_v = decode(SecondMoment{}, second[i], v_scale);
-    const float value = updated<Weight, Grad>(weight[i], grad[i], new_m, new_v, scalars);
-    m[i] = new_m;
-    v[i] = new_v;
-    largest_m = larger_bits(magnitude(new_m), largest_m);
-    largest_v = larger_bits(magnitude(new_v), largest_v);
-    if (stochastic) first[i] = words.first(i), second[i] = words.second(first[i]);
-    weight[i] = round_weight<Weight, stochastic>(value, first[i], second[i]);
+// The largest magnitudes so far, in each lane. As integers, magnitudes order as floats do, and a NaN is the largest:
+// the maximum keeps it, as torch's does.
+struct Largest {
+  Words m = broadcast(kSmallestAbsmax), v = m;
+};
+
+inline float absmax_of(Words largest) { return scalar_of(largest_of(largest)); }
+
+// The step on a block of 8-bit moments is three short loops over scratch in the first cache, each of little latency:
+// in one loop, the root and the quotient would hold up all that follows them.
+
+// 1: fresh moments, their roots and their largest magnitudes. The scales include beta1 and beta2.
+template <class Grad>
+LISA_INLINE Largest update_moments(const typename Grad::Storage* __restrict grad, const uint8_t* __restrict m_codes,
+                                   const uint8_t* __restrict v_codes, const Scratch scratch, int count,
+                                   const Rates& rates, Floats m_scale, Floats v_scale, Largest largest) {
+  for (int pair = 0; pair < count; pair += 2 * kLanes) {
+    const Pair old_m = decode_m(load_bytes(m_codes + pair), m_scale);
+    const Pair old_v = decode_v(load_bytes(v_codes + pair), v_scale);
+    for (int j = 0; j < 2; ++j) {
+      const int i = pair + j * kLanes;
+      const Floats g = Grad::load(grad + i) * rates.grad_scale;
+      const Floats m = (j == 0 ? old_m.first : old_m.second) + g * rates.one_minus_beta1;
+      const Floats v = (j == 0 ? old_v.first : old_v.second) + (g * g) * rates.one_minus_beta2;
+      store(scratch.m + i, m);
+      store(scratch.v + i, v);
+      store(scratch.roots + i, square_root(v));
+      largest.m = maximum(largest.m, magnitude(m));
+      largest.v = maximum(largest.v, bits_of(v));
+    }
   }
-  return {float_of(largest_m), float_of(largest_v)};
+  return largest;
+}
+
+LISA_INLINE Floats updated(Floats weight, Floats m, Floats root, const Rates& rates) {
+  return weight * rates.decay - (m / (root + rates.eps)) * rates.step_size;
+}
+
+// 2: new weights, and the random words that they and the codes are rounded by.
+template <class Weight, bool stochastic>
+LISA_INLINE void update_weights(typename Weight::Storage* __restrict weight, const Scratch scratch, int count,
+                                const Rates& rates, RandomWords random) {
+  for (int pair = 0; pair < count; pair += 2 * kLanes) {
+    Floats value[2];
+    Words second[2] = {};
+    for (int j = 0; j < 2; ++j) {
+      const int i = pair + j * kLanes;
+      value[j] = updated(Weight::load(weight + i), load<Floats>(scratch.m + i), load<Floats>(scratch.roots + i), rates);
+      if (stochastic) {
+        const Words first = random.next();
+        second[j] = second_word(first);
+        store(scratch.words + i, first);
+      }
+    }
+    store_weights<Weight, stochastic>(weight + pair, value, second);
+  }
+}
+
+// 3: codes.
+template <bool stochastic>
+LISA_INLINE void encode_moments(uint8_t* __restrict m_codes, uint8_t* __restrict v_codes, const Scratch scratch,
+                                int count, Floats m_scale, Floats v_scale) {
+  for (int unit = 0; unit < count; unit += kUnit) {
+    Floats m[kVectors], v[kVectors];
+    Words m_bits[kVectors], v_bits[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      const int i = unit + j * kLanes;
+      m[j] = load<Floats>(scratch.m + i), v[j] = load<Floats>(scratch.v + i);
+      m_bits[j] = v_bits[j] = broadcast(kHalf);
+      if (stochastic) {
+        const Words first = load<Words>(scratch.words + i);
+        m_bits[j] = moment_bits(first), v_bits[j] = moment_bits(second_word(first));
+      }
+    }
+    store_bytes(m_codes + unit, encode_m(m, m_scale, m_bits));
+    store_bytes(v_codes + unit, encode_v(v, v_scale, v_bits));
+  }
+}
+
+// A block of a tensor with 8-bit moments, or a copy of one with zeros behind it, whose `count` is one of whole units.
+template <class Weight, class Grad>
+struct Block8 {
+  typename Weight::Storage* weight;
+  const typename Grad::Storage* grad;
+  uint8_t *m_codes, *v_codes;
+  int count;
+};
+
+template <class Value>
+inline Value* padded_copy(const Value* from, int count, int padded_count, void* to) {
+  std::memcpy(to, from, sizeof(Value) * count);
+  std::memset(static_cast<char*>(to) + sizeof(Value) * count, 0, sizeof(Value) * (padded_count - count));
+  return static_cast<Value*>(to);
+}
+
+template <class Weight, class Grad, bool stochastic>
+LISA_INLINE void update_block8(const Block8<Weight, Grad>& block, float& m_absmax, float& v_absmax,
+                               const Scratch& scratch, const AdamW8Task& task, const Rates& rates,
+                               const RandomWords random) {
+  const Largest largest = update_moments<Grad>(block.grad, block.m_codes, block.v_codes, scratch, block.count, rates,
+                                               broadcast(decode_scale(m_absmax, task.scalars.beta1)),
+                                               broadcast(decode_scale(v_absmax, task.scalars.beta2)), {});
+  update_weights<Weight, stochastic>(block.weight, scratch, block.count, rates, random);
+  m_absmax = absmax_of(largest.m), v_absmax = absmax_of(largest.v);
+  encode_moments<stochastic>(block.m_codes, block.v_codes, scratch, block.count, broadcast(encode_scale(m_absmax)),
+                             broadcast(encode_scale(v_absmax)));
+}
+
+template <class Weight, class Grad>
+Block8<Weight, Grad> padded_copy(const Block8<Weight, Grad>& block, const Scratch& to) {
+  const int count = (block.count / kUnit + 1) * kUnit;
+  return {padded_copy(block.weight, block.count, count, to.weight),
+          padded_copy(block.grad, block.count, count, to.grad),
+          padded_copy(block.m_codes, block.count, count, to.m_codes),
+          padded_copy(block.v_codes, block.count, count, to.v_codes), count};
+}
+
+template <class Weight, class Grad>
+void copy_results(const Block8<Weight, Grad>& from, const Block8<Weight, Grad>& to) {
+  std::memcpy(to.weight, from.weight, sizeof(*to.weight) * to.count);
+  std::memcpy(to.m_codes, from.m_codes, to.count);
+  std::memcpy(to.v_codes, from.v_codes, to.count);
 }
 
 template <class Weight, class Grad, bool stochastic>
 void adamw8(const AdamW8Task& task, const Scratch& scratch, int64_t begin, int64_t end) {
-  auto* weight = static_cast<typename Weight::Storage*>(task.weight);
-  const auto* grad = static_cast<const typename Grad::Storage*>(task.grad);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * task.block_size;
-    const int count = static_cast<int>(smaller(task.block_size, task.count - start));
-    widen(task.m_codes + start, count, scratch.first);
-    widen(task.v_codes + start, count, scratch.second);
-    const Absmax absmax = update_block8<Weight, Grad, stochastic>(
-        weight + start, grad + start, scratch.m, scratch.v, scratch.first, scratch.second, count, task.scalars,
-        Words(task.key, start), {task.m_absmax[block], task.v_absmax[block]});
-    encode_block<FirstMoment, stochastic>(scratch.m, absmax.m, scratch.first, count);
-    encode_block<SecondMoment, stochastic>(scratch.v, absmax.v, scratch.second, count);
-    narrow(scratch.first, count, task.m_codes + start);
-    narrow(scratch.second, count, task.v_codes + start);
-    task.m_absmax[block] = absmax.m;
-    task.v_absmax[block] = absmax.v;
+  const AdamW8Row& row = task.row;
+  const Rates rates(task.scalars);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t start = index * task.block_size;
+    const Block8<Weight, Grad> block{static_cast<typename Weight::Storage*>(row.weight) + start,
+                                     static_cast<const typename Grad::Storage*>(row.grad) + start, row.m_codes + start,
+                                     row.v_codes + start,
+                                     static_cast<int>(smaller(task.block_size, row.count - start))};
+    const bool is_whole = block.count % kUnit == 0;
+    const Block8<Weight, Grad> padded = is_whole ? block : padded_copy(block, scratch);
+    update_block8<Weight, Grad, stochastic>(padded, row.m_absmax[index], row.v_absmax[index], scratch, task, rates,
+                                            RandomWords(task.key, start));
+    if (!is_whole) copy_results(padded, block);
   }
 }
 
 template <class Weight, class Grad, bool stochastic>
-inline void update_span32(typename Weight::Storage* __restrict weight, const typename Grad::Storage* __restrict grad,
-                          float* __restrict m, float* __restrict v, int count, const Scalars scalars,
-                          const Words words) {
-  for (int i = 0; i < count; ++i) {
-    const float value = updated<Weight, Grad>(weight[i], grad[i], m[i], v[i], scalars);
-    const uint32_t first = words.first(i);
-    weight[i] = round_weight<Weight, stochastic>(value, first, words.second(first));
+LISA_INLINE void update_unit32(typename Weight::Storage* weight, const typename Grad::Storage* grad, float* m, float* v,
+                               const Rates& rates, RandomWords& random) {
+  for (int pair = 0; pair < kUnit; pair += 2 * kLanes) {
+    Floats value[2];
+    Words second[2] = {};
+    for (int j = 0; j < 2; ++j) {
+      const int i = pair + j * kLanes;
+      const Floats g = Grad::load(grad + i) * rates.grad_scale;
+      const Floats new_m = load<Floats>(m + i) * rates.beta1 + g * rates.one_minus_beta1;
+      const Floats new_v = load<Floats>(v + i) * rates.beta2 + (g * g) * rates.one_minus_beta2;
+      store(m + i, new_m);
+      store(v + i, new_v);
+      value[j] = updated(Weight::load(weight + i), new_m, square_root(new_v), rates);
+      if (kStochasticWeight<Weight, stochastic>) second[j] = second_word(random.next());
+    }
+    store_weights<Weight, stochastic>(weight + pair, value, second);
   }
 }
 
 template <class Weight, class Grad, bool stochastic>
 void adamw32(const AdamW32Task& task, const Scratch&, int64_t begin, int64_t end) {
-  auto* weight = static_cast<typename Weight::Storage*>(task.weight);
-  const auto* grad = static_cast<const typename Grad::Storage*>(task.grad);
-  for (int64_t start = begin * kSpan; start < smaller(end * kSpan, task.count); start += kSpan) {
-    const int count = static_cast<int>(smaller(kSpan, task.count - start));
-    update_span32<Weight, Grad, stochastic>(weight + start, grad + start, task.m + start, task.v + start, count,
-                                            task.scalars, Words(task.key, start));
+  const AdamW32Row& row = task.row;
+  const Rates rates(task.scalars);
+  auto* weights = static_cast<typename Weight::Storage*>(row.weight);
+  const auto* grads = static_cast<const typename Grad::Storage*>(row.grad);
+  for (int64_t start = begin * kSpan; start < smaller(end * kSpan, row.count); start += kSpan) {
+    const int count = static_cast<int>(smaller(kSpan, row.count - start));
+    RandomWords random(task.key, start);
+    auto* weight = weights + start;
+    const auto* grad = grads + start;
+    float *m = row.m + start, *v = row.v + start;
+    for_units(count, [&](int unit, int rest) {
+      if (rest == 0) {
+        update_unit32<Weight, Grad, stochastic>(weight + unit, grad + unit, m + unit, v + unit, rates, random);
+        return;
+      }
+      Padded<typename Weight::Storage> last_weight(weight + unit, rest);
+      const Padded<typename Grad::Storage> last_grad(grad + unit, rest);
+      Padded<float> last_m(m + unit, rest), last_v(v + unit, rest);
+      update_unit32<Weight, Grad, stochastic>(last_weight.values, last_grad.values, last_m.values, last_v.values, rates,
+                                              random);
+      std::memcpy(weight + unit, last_weight.values, sizeof(*weight) * rest);
+      std::memcpy(m + unit, last_m.values, sizeof(float) * rest);
+      std::memcpy(v + unit, last_v.values, sizeof(float) * rest);
+    });
   }
 }
 
-template <class Moment, bool stochastic>
-void quantize(const QuantizeTask& task, const Scratch& scratch, int64_t begin, int64_t end) {
-  uint32_t* words = Moment::kOffset == FirstMoment::kOffset ? scratch.first : scratch.second;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * task.block_size;
-    const int count = static_cast<int>(smaller(task.block_size, task.count - start));
-    if (stochastic) fill_words(Words(task.key, start), count, scratch.first, scratch.second);
-    task.absmax[block] = block_absmax(task.values + start, count);
-    encode_block<Moment, stochastic>(task.values + start, task.absmax[block], words, count);
-    narrow(words, count, task.codes + start);
+template <class Grad, bool squares>
+void grad_norm(const NormTask& task, const Scratch&, int64_t begin, int64_t end) {
+  const auto* grads = static_cast<const typename Grad::Storage*>(task.row.grad);
+  for (int64_t span = begin; span < end; ++span) {
+    const auto* grad = grads + span * kNormSpan;
+    Words largest{};
+    Doubles sums[2] = {};
+    const auto add = [&](const typename Grad::Storage* unit) {
+      for (int i = 0; i < kUnit; i += kLanes) {
+        const Floats g = Grad::load(unit + i);
+        largest = maximum(largest, magnitude(g));
+        if (squares) {
+          const Doubles first = first_doubles(g), second = second_doubles(g);
+          sums[0] += first * first;
+          sums[1] += second * second;
+        }
+      }
+    };
+    const int count = static_cast<int>(smaller(kNormSpan, task.row.count - span * kNormSpan));
+    for_units(count, [&](int unit, int rest) {
+      rest == 0 ? add(grad + unit) : add(Padded<typename Grad::Storage>(grad + unit, rest).values);
+    });
+    task.largest[span] = scalar_of(largest_of(largest));
+    task.squares[span] = sum_of(sums[0] + sums[1]);
   }
 }
 
-template <class Moment>
-void dequantize(const DequantizeTask& task, const Scratch& scratch, int64_t begin, int64_t end) {
+template <bool is_signed, bool stochastic>
+LISA_INLINE Bytes encode_unit(const float* from, Floats scale, RandomWords& random) {
+  Floats values[kVectors];
+  Words bits[kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    values[j] = load<Floats>(from + j * kLanes);
+    bits[j] = broadcast(kHalf);
+    if (stochastic) {
+      const Words first = random.next();
+      bits[j] = moment_bits(is_signed ? first : second_word(first));
+    }
+    if (!is_signed) values[j] = float_of(magnitude(values[j]));  // a −0 is no negative number
+  }
+  return is_signed ? encode_m(values, scale, bits) : encode_v(values, scale, bits);
+}
+
+template <bool is_signed, bool stochastic>
+void quantize(const QuantizeTask& task, const Scratch&, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * task.block_size;
     const int count = static_cast<int>(smaller(task.block_size, task.count - start));
-    widen(task.codes + start, count, scratch.first);
-    decode_block<Moment>(scratch.first, task.absmax[block], count, task.values + start);
+    const float* values = task.values + start;
+    Words largest = broadcast(kSmallestAbsmax);
+    const auto add = [&](const float* unit) {
+      for (int i = 0; i < kUnit; i += kLanes) largest = maximum(largest, magnitude(load<Floats>(unit + i)));
+    };
+    for_units(count, [&](int unit, int rest) {
+      rest == 0 ? add(values + unit) : add(Padded<float>(values + unit, rest).values);
+    });
+    task.absmax[block] = absmax_of(largest);
+    const Floats scale = broadcast(encode_scale(task.absmax[block]));
+    RandomWords random(task.key, start);
+    for_units(count, [&](int unit, int rest) {
+      if (rest == 0) {
+        store_bytes(task.codes + start + unit, encode_unit<is_signed, stochastic>(values + unit, scale, random));
+        return;
+      }
+      uint8_t codes[kUnit];
+      const Padded<float> last(values + unit, rest);
+      store_bytes(codes, encode_unit<is_signed, stochastic>(last.values, scale, random));
+      std::memcpy(task.codes + start + unit, codes, rest);
+    });
+  }
+}
+
+template <bool is_signed>
+LISA_INLINE void decode_unit(const uint8_t* codes, Floats scale, float* values) {
+  for (int i = 0; i < kUnit; i += 2 * kLanes) {
+    const Shorts wide = load_bytes(codes + i);
+    const Pair pair = is_signed ? decode_m(wide, scale) : decode_v(wide, scale);
+    store(values + i, pair.first);
+    store(values + i + kLanes, pair.second);
+  }
+}
+
+template <bool is_signed>
+void dequantize(const DequantizeTask& task, const Scratch&, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t start = block * task.block_size;
+    const int count = static_cast<int>(smaller(task.block_size, task.count - start));
+    const Floats scale = broadcast(decode_scale(task.absmax[block], 1.0f));
+    const uint8_t* codes = task.codes + start;
+    float* values = task.values + start;
+    for_units(count, [&](int unit, int rest) {
+      if (rest == 0) return decode_unit<is_signed>(codes + unit, scale, values + unit);
+      float last[kUnit];
+      decode_unit<is_signed>(Padded<uint8_t>(codes + unit, rest).values, scale, last);
+      std::memcpy(values + unit, last, sizeof(float) * rest);
+    });
   }
 }
 
 template <class Weight, bool stochastic>
-inline void fold_span(typename Weight::Storage* __restrict weight, const float* __restrict update, int count,
-                      float decay, const Words words) {
-  for (int i = 0; i < count; ++i) {
-    const float value = Weight::load(weight[i]) * decay + update[i];
-    const uint32_t first = words.first(i);
-    weight[i] = round_weight<Weight, stochastic>(value, first, words.second(first));
+LISA_INLINE void fold_unit(typename Weight::Storage* weight, const float* update, Floats decay, RandomWords& random) {
+  for (int pair = 0; pair < kUnit; pair += 2 * kLanes) {
+    Floats value[2];
+    Words second[2] = {};
+    for (int j = 0; j < 2; ++j) {
+      const int i = pair + j * kLanes;
+      value[j] = Weight::load(weight + i) * decay + load<Floats>(update + i);
+      if (kStochasticWeight<Weight, stochastic>) second[j] = second_word(random.next());
+    }
+    store_weights<Weight, stochastic>(weight + pair, value, second);
   }
 }
 
 // Spans are aligned in the whole tensor, not in this band of it, so that none crosses a multiple of 2^32.
 template <class Weight, bool stochastic>
 void fold(const FoldTask& task, const Scratch&, int64_t begin, int64_t end) {
-  auto* weight = static_cast<typename Weight::Storage*>(task.weight);
+  const Floats decay = broadcast(task.decay);
   const int64_t offset = task.first_element % kSpan;
   for (int64_t span = begin; span < end; ++span) {
     const int64_t start = larger(0, span * kSpan - offset);
     const int count = static_cast<int>(smaller((span + 1) * kSpan - offset, task.count) - start);
-    fold_span<Weight, stochastic>(weight + start, task.update + start, count, task.decay,
-                                  Words(task.key, task.first_element + start));
+    RandomWords random(task.key, task.first_element + start);
+    auto* weight = static_cast<typename Weight::Storage*>(task.weight) + start;
+    const float* update = task.update + start;
+    for_units(count, [&](int unit, int rest) {
+      if (rest == 0) return fold_unit<Weight, stochastic>(weight + unit, update + unit, decay, random);
+      Padded<typename Weight::Storage> last(weight + unit, rest);
+      fold_unit<Weight, stochastic>(last.values, Padded<float>(update + unit, rest).values, decay, random);
+      std::memcpy(weight + unit, last.values, sizeof(*weight) * rest);
+    });
   }
 }
 
@@ -203,8 +397,9 @@ void fold(const FoldTask& task, const Scratch&, int64_t begin, int64_t end) {
 extern const KernelTable LISA_KERNEL_TABLE = {
     LISA_WEIGHTS(adamw8),
     LISA_WEIGHTS(adamw32),
-    {LISA_BOTH(quantize, SecondMoment), LISA_BOTH(quantize, FirstMoment)},
-    {dequantize<SecondMoment>, dequantize<FirstMoment>},
+    {LISA_BOTH(grad_norm, Float32), LISA_BOTH(grad_norm, BFloat16), LISA_BOTH(grad_norm, Float16)},
+    {LISA_BOTH(quantize, false), LISA_BOTH(quantize, true)},
+    {dequantize<false>, dequantize<true>},
     {LISA_BOTH(fold, Float32), LISA_BOTH(fold, BFloat16), LISA_BOTH(fold, Float16)},
 };
 

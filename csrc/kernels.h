@@ -8,34 +8,39 @@
 
 namespace lisa {
 
-// Elements of a span: what the kernels without blocks work on at a time, aligned in the whole tensor.
+// Elements of a span: what the kernels without blocks work on at a time. It divides 2^32, so that no span crosses a
+// multiple of that when spans are aligned in the whole tensor.
 constexpr int64_t kSpan = 1024;
+constexpr int64_t kNormSpan = 1 << 16;
 
-// Room for one block (or span) of float32 moments and random words; each array is as long as the block.
+// Room for one block, each array rounded up to kScratchRounding elements: fresh moments, roots and random words, and a
+// copy of a block that ends within a vector.
 struct Scratch {
-  float *m, *v;
-  uint32_t *first, *second;
+  float *m, *v, *roots;
+  uint32_t* words;
+  void *weight, *grad;
+  uint8_t *m_codes, *v_codes;
 };
+constexpr int64_t kScratchRounding = 64;
 
 struct AdamW8Task {
-  void* weight;
-  const void* grad;
-  uint8_t* m_codes;
-  float* m_absmax;
-  uint8_t* v_codes;
-  float* v_absmax;
-  int64_t count, block_size;
-  uint64_t key;
+  AdamW8Row row;
   Scalars scalars;
+  uint64_t key;
+  int64_t block_size;
 };
 
 struct AdamW32Task {
-  void* weight;
-  const void* grad;
-  float *m, *v;
-  int64_t count;
-  uint64_t key;
+  AdamW32Row row;
   Scalars scalars;
+  uint64_t key;
+};
+
+struct NormTask {
+  GradRow row;
+  // One per span of the tensor.
+  float* largest;
+  double* squares;
 };
 
 struct QuantizeTask {
@@ -61,13 +66,14 @@ struct FoldTask {
   float decay;
 };
 
-// Each kernel does the blocks [begin, end) of its task; for AdamW32Task and FoldTask a block is a span of the tensor.
+// Each kernel does the blocks [begin, end) of its task; where a task has no block size, a block is a span.
 template <class Task>
 using Kernel = void (*)(const Task&, const Scratch&, int64_t begin, int64_t end);
 
 struct KernelTable {
   Kernel<AdamW8Task> adamw8[3][3][2];    // [weight dtype][gradient dtype][stochastic]
   Kernel<AdamW32Task> adamw32[3][3][2];  // likewise
+  Kernel<NormTask> grad_norm[3][2];      // [dtype][squares]
   Kernel<QuantizeTask> quantize[2][2];   // [signed][stochastic]
   Kernel<DequantizeTask> dequantize[2];  // [signed]
   Kernel<FoldTask> fold[3][2];           // [weight dtype][stochastic]

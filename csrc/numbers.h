@@ -1,161 +1,152 @@
-// Bits of numbers: 16-bit floats, the 8-bit codec of moments and the counter-based random words.
+// Bits of numbers: 16-bit floats, the 8-bit codec of moments and the counter-based random words, on whole vectors.
 //
-// Scalar and free of branches, so that the compiler turns loops over them into vector code. In an unnamed namespace
-// because each file that includes this is compiled for its own instruction set.
+// Each operation rounds separately and in the order of the reference, so results are equal bit for bit.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "simd.h"
 
 namespace {
 
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// Storage types of weights and gradients: how one is read as float32 and written, rounded to nearest even.
+// Storage types of weights and gradients: how a vector is read as float32, and how two are written.
 
 struct Float32 {
   using Storage = float;
-  static float load(float stored) { return stored; }
-  static float store(float value) { return value; }
+  static Floats load(const float* from) { return ::load<Floats>(from); }
+  static void store(float* to, Floats a, Floats b) { ::store(to, a), ::store(to + kLanes, b); }
 };
 
 struct BFloat16 {
   using Storage = uint16_t;
-  static float load(uint16_t stored) { return float_of(static_cast<uint32_t>(stored) << 16); }
-  static uint16_t store(float value) {
-    const uint32_t bits = bits_of(value);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const uint32_t quiet_nan = (bits >> 16) | 0x40;  // rounding could carry a NaN into infinity
-    return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
+  static Floats load(const uint16_t* from) { return float_of(load_upper_halves(from)); }
+  static void store(uint16_t* to, Floats a, Floats b) { store_upper_halves(to, nearest_even(a), nearest_even(b)); }
+  // Up or down with the odds that make the mean exact; the random numbers are in [0, 2^16).
+  static void store(uint16_t* to, Floats a, Floats b, Words random16_a, Words random16_b) {
+    store_upper_halves(to, bits_of(a) + random16_a, bits_of(b) + random16_b);
   }
-  // Up or down with the odds that make the mean exact; `random16` is in [0, 2^16).
-  static uint16_t store_stochastic(float value, uint32_t random16) {
-    return static_cast<uint16_t>((bits_of(value) + random16) >> 16);
+
+ private:
+  static Words nearest_even(Floats values) {
+    const Words bits = bits_of(values);
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return values != values ? bits | 0x400000 : rounded;  // rounding could carry a NaN into infinity
   }
 };
 
 struct Float16 {
   using Storage = uint16_t;
-  static float load(uint16_t stored) {
-    const uint32_t magnitude = stored & 0x7fffu, sign = (stored & 0x8000u) << 16;
-    // The exponent's bias grows by 112 through a product, which also makes subnormals normal.
-    const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
-    const uint32_t special = (magnitude << 13) | 0x7f800000;
-    return float_of((magnitude < 0x7c00 ? finite : special) | sign);
-  }
-  static uint16_t store(float value) {
-    const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
-    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    // 0.5 has a last place of 2^-24, the step of float16's subnormals: the sum rounds to it.
-    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-    uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-    half = magnitude >= (143u << 23) ? 0x7c00 : half;
-    half = magnitude > 0x7f800000 ? 0x7e00 : half;
-    return static_cast<uint16_t>(half | sign);
-  }
+  static Floats load(const uint16_t* from) { return load_float16(from); }
+  static void store(uint16_t* to, Floats a, Floats b) { store_float16(to, a), store_float16(to + kLanes, b); }
 };
 
-// The codec: sign + E4M3 for first moments, E5M3 for second moments.
+// The codec: sign + E4M3 for first moments, E5M3 for second moments. A code is a float's upper bits less an offset.
 
-struct FirstMoment {
-  static constexpr uint32_t kOffset = 111u << 23;
-};
-struct SecondMoment {
-  static constexpr uint32_t kOffset = 95u << 23;
-};
-
-constexpr float kTop = 0.9375f;
-constexpr uint32_t kSmallestAbsmax = 7u << 23;  // the bits of 2^-120
 constexpr int kDroppedBits = 20;
+constexpr int16_t kOffsetM = 111 << 3, kOffsetV = 95 << 3;
 constexpr uint32_t kHalf = 1u << (kDroppedBits - 1);
+constexpr uint32_t kSmallestAbsmax = 0x03800000;  // 2^-120: below it a block's scale would overflow
+constexpr float kTop = 0.9375f - 4 * 0x1p-24f;    // below 0.9375, so that rounding cannot pass the top code
+constexpr float kInverseTop = 1.0f / kTop;
+constexpr float kSmallestM = 1.125f * 0x1p-36f;  // what code 1 of a first moment stands for, over 2^20
+
+inline float scalar_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 inline float encode_scale(float absmax) { return (1.0f / absmax) * kTop; }
-inline float decode_scale(float absmax) { return absmax / kTop; }
+inline float decode_scale(float absmax, float factor) { return (absmax * kInverseTop) * factor; }
 
-// The value of a first moment's code 1, and the factor that makes it 2^20: smaller magnitudes round to it or to 0.
-constexpr float kSmallestM = 1.125f / 65536.0f;
-constexpr float kBelowM = static_cast<float>(1048576.0 / (1.125 / 65536.0));
+inline Words magnitude(Floats values) { return bits_of(values) & 0x7fffffff; }
 
-// The code before clamping; `random20` is in [0, 2^20), or kHalf for rounding to nearest.
-template <class Moment>
-inline int32_t raw_code(float value, float scale, uint32_t random20) {
-  const uint32_t scaled = bits_of(float_of(bits_of(value) & 0x7fffffff) * scale);
-  return static_cast<int32_t>(scaled + random20 - Moment::kOffset) >> kDroppedBits;
+// Two vectors of moments.
+struct Pair {
+  Floats first, second;
+};
+
+// Make floats of the upper halves of their bits, times the block's scale.
+LISA_INLINE Pair scaled(Shorts upper_halves, Floats scale) {
+  return {float_of(first_words(upper_halves)) * scale, float_of(second_words(upper_halves)) * scale};
 }
 
-inline int32_t clamp(int32_t value, int32_t low, int32_t high) {
-  value = value < low ? low : value;
-  return value > high ? high : value;
+// The codes of two vectors, each code in the upper half of 16 bits; the scale is finite.
+LISA_INLINE Pair decode_m(Shorts codes, Floats scale) {
+  const Shorts signed_magnitude = (codes >> 4) & static_cast<int16_t>(0x87f0);
+  const Shorts is_zero = (signed_magnitude & 0x7f0) == 0;
+  return scaled(signed_magnitude + where_not(is_zero, broadcast(static_cast<int16_t>(kOffsetM << 4))), scale);
 }
 
-inline uint32_t encode(FirstMoment, float value, float scale, uint32_t random20) {
-  const int32_t sign = value < 0.0f ? 128 : 0;
-  const float scaled = float_of(bits_of(value) & 0x7fffffff) * scale;
-  const float small = scaled < kSmallestM ? scaled : kSmallestM;
-  const int32_t below = (static_cast<int32_t>(small * kBelowM) + static_cast<int32_t>(random20)) >> kDroppedBits;
-  const int32_t code = clamp(raw_code<FirstMoment>(value, scale, random20), 0, 127);
-  return static_cast<uint32_t>((scaled < kSmallestM ? below : code) | sign);
+LISA_INLINE Pair decode_v(Shorts codes, Floats scale) {
+  const Shorts magnitude = reinterpret_cast<Shorts>(reinterpret_cast<UnsignedShorts>(codes) >> 4);
+  return scaled(magnitude + where_not(magnitude == 0, broadcast(static_cast<int16_t>(kOffsetV << 4))), scale);
 }
 
-inline uint32_t encode(SecondMoment, float value, float scale, uint32_t random20) {
-  const int32_t code = clamp(raw_code<SecondMoment>(value, scale, random20), 1, 255);
-  return static_cast<uint32_t>(value > 0.0f ? code : 0);
+LISA_INLINE Ints rounded(Floats scaled, Words random20) {
+  return reinterpret_cast<Ints>((bits_of(scaled) + random20) >> kDroppedBits);
 }
 
-template <class Moment>
-inline uint32_t magnitude_bits(uint32_t magnitude, float scale) {
-  const uint32_t bits = bits_of(float_of((magnitude << kDroppedBits) + Moment::kOffset) * scale);
-  return magnitude == 0 ? 0 : bits;
+// Encode a unit. Below code 1 a first moment becomes code 1 or 0 with the odds that keep its mean.
+LISA_INLINE Bytes encode_m(const Floats (&values)[kVectors], Floats scale, const Words (&random20)[kVectors]) {
+  Shorts codes[2], signs[2];
+  for (int j = 0; j < 2; ++j) {
+    Ints code[2], keep[2], sign[2];
+    for (int i = 0; i < 2; ++i) {
+      const Floats value = values[2 * j + i], scaled = float_of(magnitude(value)) * scale;
+      const Words random = random20[2 * j + i];
+      code[i] = rounded(scaled, random);
+      keep[i] = scaled > __builtin_convertvector(reinterpret_cast<Ints>(random), Floats) * kSmallestM;
+      sign[i] = reinterpret_cast<Ints>(value);
+    }
+    const Shorts at_least_1 = maximum(pack(code[0], code[1]), broadcast(static_cast<int16_t>(kOffsetM + 1)));
+    codes[j] = (at_least_1 - kOffsetM) & pack(keep[0], keep[1]);
+    signs[j] = pack(sign[0], sign[1]);
+  }
+  return pack_unsigned(codes[0], codes[1]) | (pack(signs[0], signs[1]) & 0x80);
 }
 
-inline float decode(FirstMoment, uint32_t code, float scale) {
-  return float_of(magnitude_bits<FirstMoment>(code & 127, scale) ^ ((code & 128) << 24));
-}
-
-inline float decode(SecondMoment, uint32_t code, float scale) {
-  return float_of(magnitude_bits<SecondMoment>(code, scale));
+// Encode a unit. A positive second moment never becomes code 0: as 0 it would let m / eps through.
+LISA_INLINE Bytes encode_v(const Floats (&values)[kVectors], Floats scale, const Words (&random20)[kVectors]) {
+  Shorts codes[2];
+  for (int j = 0; j < 2; ++j) {
+    Ints code[2], bits[2];
+    for (int i = 0; i < 2; ++i) {
+      code[i] = rounded(values[2 * j + i] * scale, random20[2 * j + i]);
+      bits[i] = reinterpret_cast<Ints>(values[2 * j + i]);
+    }
+    const Shorts one_if_positive = minimum(pack(bits[0], bits[1]), broadcast(int16_t{1}));
+    codes[j] = maximum(pack(code[0], code[1]) - kOffsetV, one_if_positive);
+  }
+  return pack_unsigned(codes[0], codes[1]);
 }
 
 // Random words, as lisa_kernels/ops/random_bits.py defines them.
 
-inline uint32_t mix32(uint32_t value) {
+template <class Word>
+inline Word mix32(Word value) {
   value = (value ^ (value >> 16)) * 0x7feb352du;
   value = (value ^ (value >> 15)) * 0x846ca68bu;
   return value ^ (value >> 16);
 }
 
-// The two words of the elements from `start` on, as far as the next multiple of 2^32.
-class Words {
+// The first words of the elements from `start` on, as far as the next multiple of 2^32, a vector at a time.
+class RandomWords {
  public:
-  Words(uint64_t key, int64_t start)
-      : base_(static_cast<uint32_t>(start)),
-        low_(mix32(static_cast<uint32_t>(key) + static_cast<uint32_t>(start >> 32) * 0x9e3779b9u)),
-        high_(static_cast<uint32_t>(key >> 32)) {}
-  uint32_t first(int i) const { return mix32((base_ + static_cast<uint32_t>(i)) ^ low_); }
-  uint32_t second(uint32_t first_word) const { return mix32(first_word ^ high_); }
+  LISA_INLINE RandomWords(uint64_t key, int64_t start)
+      : elements_(count_from(static_cast<uint32_t>(start))),
+        base_(broadcast(mix32(static_cast<uint32_t>(key) + static_cast<uint32_t>(start >> 32) * 0x9e3779b9u) ^
+                        static_cast<uint32_t>(key >> 32))) {}
+  Words next() {
+    const Words first = mix32(elements_ ^ base_);
+    elements_ += kLanes;
+    return first;
+  }
 
  private:
-  uint32_t base_, low_, high_;
+  Words elements_, base_;
 };
 
-inline void fill_words(const Words words, int count, uint32_t* __restrict first, uint32_t* __restrict second) {
-  for (int i = 0; i < count; ++i) {
-    first[i] = words.first(i);
-    second[i] = words.second(first[i]);
-  }
-}
-
-inline uint32_t moment_bits(uint32_t word) { return word >> 12; }
-inline uint32_t weight_bits(uint32_t first, uint32_t second) { return ((first & 0xfff) << 4) | (second & 0xf); }
+inline Words second_word(Words first) { return first * 0x9e3779b1u; }
+inline Words moment_bits(Words word) { return word >> 12; }
+inline Words weight_bits(Words second) { return second & 0xffff; }
 
 }  // namespace

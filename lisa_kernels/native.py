@@ -8,48 +8,35 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint64, c_void_p
+from collections.abc import Collection, Sequence
+from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lisa_kernels.errors import InputError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAME = "liblisa_kernels.dylib" if sys.platform == "darwin" else "liblisa_kernels.so"
 INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _REINSTALL = "Reinstall the package with a C++ compiler present: pip install --force-reinstall --no-deps lisa_kernels"
 
-
-class Scalars(Structure):
-    """Scalars of one AdamW step, each rounded to float32."""
-
-    _fields_ = [
-        (name, c_float)
-        for name in (
-            "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps",
-            "decay", "step_size", "root_correction2", "grad_scale",
-        )
-    ]  # fmt: skip
-
-
-class Stream(Structure):
-    """What keys the random numbers of one tensor at one step."""
-
-    _fields_ = [("seed", c_int64), ("parameter", c_int64), ("clock", c_int64)]
-
-
+# Tables of tensors and all arrays are passed as addresses.
 _SIGNATURES: dict[str, list[object]] = {
-    "adamw8": [*[c_void_p] * 6, c_int64, c_int64, POINTER(Scalars), POINTER(Stream), *[c_int32] * 5],
-    "adamw32": [*[c_void_p] * 4, c_int64, POINTER(Scalars), POINTER(Stream), *[c_int32] * 5],
+    "adamw8": [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32],
+    "adamw32": [c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32, c_int32],
+    "grad_norm": [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32],
     "quantize_blockwise": [*[c_void_p] * 3, c_int64, c_int64, c_int32, c_int32, c_uint64, c_int32, c_int32],
     "dequantize_blockwise": [*[c_void_p] * 3, c_int64, c_int64, *[c_int32] * 3],
-    "fold": [c_void_p, c_void_p, c_int64, c_int64, c_float, POINTER(Stream), *[c_int32] * 4],
+    "fold": [c_void_p, c_void_p, c_int64, c_int64, c_float, c_uint64, *[c_int32] * 4],
 }
 
 
@@ -64,6 +51,10 @@ class Library:
     def call(self, name: str, *arguments: object) -> None:
         """Run one function on as many threads as torch uses; the results do not depend on how many those are."""
         self.functions[name](*arguments, torch.get_num_threads(), self.instruction_set)
+
+    def take_over(self, other: Library) -> None:
+        """Run the functions of `other` from now on, in all operations that hold this library: for tests of a build."""
+        self.functions.update(other.functions)
 
 
 def _candidates() -> list[Path]:
@@ -111,11 +102,41 @@ def why_absent() -> str:
     return f"no {FILE_NAME} in {places}: the package was installed without a C++ compiler (GCC or Clang)."
 
 
+_dtype_of = attrgetter("dtype")
+
+
+def addresses(name: str, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype]) -> list[int]:
+    """Return the addresses of dense CPU tensors of one of `dtypes`; InputError if there is any other tensor.
+
+    Called with thousands of tensors: the checks are loops in C, and a culprit is looked for once there is one.
+    """
+    if not all(map(Tensor.is_contiguous, tensors)) or not set(map(_dtype_of, tensors)) <= set(dtypes):
+        for tensor in tensors:
+            if tensor.dtype not in dtypes or not tensor.is_contiguous():
+                raise InputError(
+                    f"{name} is {tensor.dtype}{'' if tensor.is_contiguous() else ', not contiguous'}; contiguous "
+                    f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} is wanted."
+                )
+    return list(map(Tensor.data_ptr, tensors))
+
+
 def pointer(name: str, tensor: Tensor, dtype: torch.dtype) -> int:
     """Return the address of a dense CPU tensor of `dtype`; InputError for any other."""
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise InputError(
-            f"{name} is {tensor.dtype} on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}; "
-            f"contiguous {dtype} on the CPU is wanted."
-        )
-    return tensor.data_ptr()
+    if tensor.device.type != "cpu":
+        raise InputError(f"{name} is on {tensor.device}; a tensor on the CPU is wanted.")
+    return addresses(name, [tensor], [dtype])[0]
+
+
+def dtype_codes(tensors: Sequence[Tensor]) -> list[int]:
+    """Return what the C interface calls the dtypes of weights or gradients."""
+    return list(map(DTYPE_CODES.__getitem__, map(_dtype_of, tensors)))
+
+
+def counts(tensors: Sequence[Tensor]) -> list[int]:
+    """Return how many elements each tensor has."""
+    return list(map(Tensor.numel, tensors))
+
+
+def table(*columns: list[int]) -> NDArray[np.int64]:
+    """Return int64 [k, columns], the rows of a table of `csrc/api.h`."""
+    return np.ascontiguousarray(np.array(columns, dtype=np.int64).T)

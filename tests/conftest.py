@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-# One thread: results do not depend on the machine's cores, and several test runs can share them.
-torch.set_num_threads(1)
+from lisa_kernels import native
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--native-library", type=Path, help="run the CPU kernels of this build instead of the installed ones"
+    )
+    parser.addoption(
+        "--threads", type=int, default=1, help="threads of torch and the CPU kernels; 1 lets runs share cores"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("--threads"))
+    path = config.getoption("--native-library")
+    if path is not None:
+        installed = native.load()
+        if installed is None:
+            raise pytest.UsageError(f"--native-library replaces the installed library: {native.why_absent()}")
+        installed.take_over(native.open_library(path))
+
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

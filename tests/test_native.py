@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from lisa_kernels import native
 from lisa_kernels.errors import InputError
+from lisa_kernels.ops.blockwise8 import dequantize_blockwise
 
 needs_library = pytest.mark.skipif(native.load() is None, reason=native.why_absent())
 
@@ -61,7 +63,7 @@ def test_a_library_of_another_version_raises_and_says_what_to_do(monkeypatch: py
     library = native.load()
     assert library is not None
     monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
-    with pytest.raises(RuntimeError, match=r"version 1 of the C interface.*Reinstall"):
+    with pytest.raises(RuntimeError, match=rf"version {native.ABI_VERSION - 1} of the C interface.*Reinstall"):
         native.open_library(library.path)
 
 
@@ -83,3 +85,41 @@ def test_the_operations_run_on_their_definitions_without_a_library() -> None:
 def test_only_dense_cpu_tensors_of_the_wanted_dtype_have_an_address(tensor: torch.Tensor) -> None:
     with pytest.raises(InputError, match="is wanted"):
         native.pointer("the weight", tensor, torch.float32)
+
+
+def test_the_one_wrong_tensor_of_many_is_named() -> None:
+    tensors = [torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32), torch.zeros(4)]
+    with pytest.raises(InputError, match=r"a gradient is torch\.int32; contiguous float32 or bfloat16 .* is wanted"):
+        native.addresses("a gradient", tensors, native.DTYPE_CODES)
+    assert native.addresses("a gradient", tensors[:2], native.DTYPE_CODES) == [t.data_ptr() for t in tensors[:2]]
+
+
+def test_a_table_has_a_row_per_tensor_and_is_dense() -> None:
+    """The C side reads rows one behind the other, 64 bits per field."""
+    tensors = [
+        torch.zeros(n, dtype=dtype) for n, dtype in ((3, torch.float16), (0, torch.float32), (5, torch.bfloat16))
+    ]
+    table = native.table(native.counts(tensors), native.dtype_codes(tensors))
+    assert table.tolist() == [[3, 2], [0, 0], [5, 1]]
+    assert table.flags.c_contiguous
+    assert table.dtype == "int64"
+    assert native.table([], []).shape == (0, 2)
+
+
+@needs_library
+def test_a_library_that_takes_over_is_the_one_that_operations_call() -> None:
+    """Operations hold the library from their registration on; a test of another build must reach them all."""
+    library = native.load()
+    assert library is not None
+    own = dict(library.functions)
+    called = []
+
+    def record(*arguments: object) -> None:
+        called.append(arguments)
+
+    try:
+        library.take_over(replace(library, functions=dict.fromkeys(own, record)))  # type: ignore[misc]
+        dequantize_blockwise(torch.zeros(4, dtype=torch.uint8), torch.zeros(1), "m")
+    finally:
+        library.take_over(replace(library, functions=own))
+    assert len(called) == 1

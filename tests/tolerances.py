@@ -9,8 +9,9 @@ BFLOAT16_ROUNDING = 2.0**-8 / 2
 # Three mantissa bits: neighbours differ by at most 1/8; nearest errs by at most half of that, stochastic by all of it.
 CODEC_NEAREST = 1 / 16
 CODEC_STOCHASTIC = 1 / 8
-# Scaling into and out of a block costs four float32 roundings (two reciprocals, two products), relative.
-CODEC_SCALING = 4 * FLOAT32_ROUNDING
+# Scaling into and out of a block costs five float32 roundings (a reciprocal, four products), relative, and what the top
+# code decodes to lies four units in the last place above the block's absmax.
+CODEC_SCALING = 10 * FLOAT32_ROUNDING
 # 4 standard errors: a fair test fails with odds of 6e-5; seeds are fixed, so it fails always or never.
 STANDARD_ERRORS = 4.0
 # The same for chi-square statistics, in standard deviations √(2k) of k degrees of freedom; the tail is heavier.

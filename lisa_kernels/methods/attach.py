@@ -20,15 +20,16 @@ from lisa_kernels.methods.units import check_plan, make_plan
 def attach(
     model: nn.Module, method: Method, lr: float = 1e-4, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
     weight_decay: float = 1e-2, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
-    calibration: Iterable[Mapping[str, Tensor]] | None = None, scores: Sequence[float] | None = None,
-    blocks: str | None = None,
+    max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    scores: Sequence[float] | None = None, blocks: str | None = None,
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
     calibration: batches (input_ids, …) for scores that need data, see `layer_scores`. scores: one number per layer,
     where they were computed before. blocks: the path of the decoder blocks where they are not found by themselves.
-    weight_decay leaves vectors (norms, biases) alone. The model's own parameters stay what they are; linears that get a
-    low-rank slot are swapped until `detach()`. Raises InputError, the model untouched, for anything that cannot work.
+    weight_decay leaves vectors (norms, biases) alone; max_grad_norm clips inside the step, see `AdamW8bit`. The model's
+    own parameters stay what they are; linears that get a low-rank slot are swapped until `detach()`. Raises InputError,
+    the model untouched, for anything that cannot work.
     """
     if not isinstance(method, Method):
         raise InputError(f"method is {method!r}; an instance such as OwLore(active_layers=5) is wanted.")
@@ -41,8 +42,9 @@ def attach(
         sampler = method.make_sampler(len(plan.drawn), seed, scores and _with_outer(scores, len(plan.drawn)))
         settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         return SampledAdamW(
-            model, method, plan, sampler, block_size=block_size, rounding=rounding, seed=seed, **settings
-        )
+            model, method, plan, sampler, block_size=block_size, rounding=rounding, seed=seed,
+            max_grad_norm=max_grad_norm, **settings
+        )  # fmt: skip
     except BaseException:
         for swap in plan.swaps:
             swap.undo()

@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 
 from lisa_kernels import native
+from lisa_kernels.ops.library import triton_present
 
-CPU_OPS = ("quantize_blockwise", "dequantize_blockwise", "adamw8_", "adamw32_", "fold_")
+# Operations with kernels of their own, in C++ for CPUs and in Triton for GPUs …
+KERNEL_OPS = ("quantize_blockwise", "dequantize_blockwise", "adamw8_", "adamw32_", "grad_norm", "fold_")
+# … and those that are matrix products of torch's everywhere.
 TORCH_OPS = ("lowrank_linear", "lowrank_linear_backward")
 
 
@@ -21,18 +24,26 @@ class KernelChoice(NamedTuple):
     why_not_others: str
 
 
-def _cpu_choice(op: str, library: native.Library | None) -> KernelChoice:
+def _on_cpu() -> tuple[str, str]:
+    library = native.load()
     if library is None:
-        return KernelChoice(op, "cpu", "PyTorch", f"C++: {native.why_absent()}")
-    return KernelChoice(op, "cpu", f"C++ ({native.INSTRUCTION_SETS[library.instruction_set]})", "")
+        return "PyTorch", f"C++: {native.why_absent()}"
+    return f"C++ ({native.INSTRUCTION_SETS[library.instruction_set]})", "Triton: runs on GPUs only"
+
+
+def _on_gpu() -> tuple[str, str]:
+    if not triton_present():
+        return "PyTorch", "Triton: not installed (pip install triton)"
+    return "Triton", "C++: runs on CPU tensors only"
 
 
 def kernels_in_use() -> list[KernelChoice]:
     """Return one row per operation and kind of device that is present here."""
-    library = native.load()
-    rows = [_cpu_choice(op, library) for op in CPU_OPS]
-    rows += [KernelChoice(op, "cpu", "PyTorch", "") for op in TORCH_OPS]
+    devices = {"cpu": _on_cpu()}
     if torch.cuda.is_available():
-        rows += [KernelChoice(op, "cuda", "PyTorch", "C++: runs on CPU tensors only") for op in CPU_OPS]
-        rows += [KernelChoice(op, "cuda", "PyTorch", "") for op in TORCH_OPS]
+        devices["cuda"] = _on_gpu()
+    rows = []
+    for device, choice in devices.items():
+        rows += [KernelChoice(op, device, *choice) for op in KERNEL_OPS]
+        rows += [KernelChoice(op, device, "PyTorch", "") for op in TORCH_OPS]
     return rows

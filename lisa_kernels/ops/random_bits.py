@@ -1,14 +1,15 @@
 """Counter-based random words: a function of (seed, step, parameter, element) and of nothing else.
 
-Two 32-bit words per element, each a bijective integer hash of its input:
+Two 32-bit words per element, each a bijection of its input:
 
-    key   = mix64(mix64(seed) + parameter * GOLDEN + step * STEP)      once per parameter and step
-    low'  = mix32(low(key) + high(element) * GOLDEN32)                 once per 2**32 elements
-    first = mix32(low(element) xor low');  second = mix32(first xor high(key))
+    key    = mix64(mix64(seed) + parameter * GOLDEN + step * STEP)                    once per parameter and step
+    base   = mix32(low(key) + high(element) * GOLDEN32) xor high(key)                 once per 2**32 elements
+    first  = mix32(low(element) xor base);  second = first * SECOND
 
-The first word's top 20 bits round the first moment, the second word's top 20 bits the second moment; the 16 bits
-left over (12 low bits of the first word, 4 low bits of the second) round a bfloat16 weight. Every kernel computes the
-same integers, so results depend neither on block or grid shape nor on the device.
+The first word's top 20 bits round the first moment, the second word's top 20 bits the second moment, the second
+word's low 16 bits a bfloat16 weight. Any two of the three are equidistributed together in their leading bits: the low
+16 bits of a product depend on the low 16 bits of its factors only, and the top ones run through a golden-ratio lattice.
+Every kernel computes the same integers, so results depend neither on block or grid shape nor on the device.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
 _STEP = 0xD1B54A32D192ED03
 _GOLDEN32 = 0x9E3779B9
+_SECOND = 0x9E3779B1
 
 
 def _signed64(value: int) -> int:
@@ -54,19 +56,27 @@ def _mix32(value: Tensor) -> Tensor:
     return value ^ (value >> 16)
 
 
+def key_base(seed: int, parameter: int) -> int:
+    """Return the part of a parameter's keys that does not change from step to step, as a signed 64-bit number."""
+    return _signed64(_mix64_int(_mix64_int(seed) + parameter * _GOLDEN))
+
+
+def keys_at(bases: Tensor, step: Tensor) -> Tensor:
+    """Return the int64 keys [k] of parameters with these bases (int64 [k]) at a step (int64 0-d), never read here."""
+    return _mix64(step.to(torch.int64) * _signed64(_STEP) + bases)
+
+
 def random_key(seed: int, parameter: int, step: Tensor) -> Tensor:
-    """Return the int64 key of one parameter at one step; `step` is an int64 0-d tensor, never read on the host."""
-    base = _mix64_int(_mix64_int(seed) + parameter * _GOLDEN)
-    return _mix64(step.to(torch.int64) * _signed64(_STEP) + _signed64(base))
+    """Return the int64 0-d key of one parameter at one step; `step` is an int64 0-d tensor, never read on the host."""
+    return _mix64(step.to(torch.int64) * _signed64(_STEP) + key_base(seed, parameter))
 
 
 def random_words(key: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     """Return two int64 [count] tensors of 32 random bits each, for the elements start … start + count − 1."""
     element = torch.arange(start, start + count, dtype=torch.int64, device=key.device)
-    low = _mix32(((key & _MASK32) + (element >> 32) * _GOLDEN32) & _MASK32)
-    first = _mix32((element & _MASK32) ^ low)
-    second = _mix32(first ^ (_shift_right(key, 32)))
-    return first, second
+    base = _mix32(((key & _MASK32) + (element >> 32) * _GOLDEN32) & _MASK32) ^ _shift_right(key, 32)
+    first = _mix32((element & _MASK32) ^ base)
+    return first, (first * _SECOND) & _MASK32
 
 
 def round_to_bfloat16(value: Tensor, bits16: Tensor) -> Tensor:
@@ -75,6 +85,11 @@ def round_to_bfloat16(value: Tensor, bits16: Tensor) -> Tensor:
     return (raw & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def weight_bits(first: Tensor, second: Tensor) -> Tensor:
-    """Return the 16 bits that round a weight: those that the two moments leave over."""
-    return ((first & 0xFFF) << 4) | (second & 0xF)
+def moment_bits(word: Tensor) -> Tensor:
+    """Return the 20 bits of a word that round a moment."""
+    return word >> 12
+
+
+def weight_bits(second: Tensor) -> Tensor:
+    """Return the 16 bits of the second word that round a weight."""
+    return second & 0xFFFF

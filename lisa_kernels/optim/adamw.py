@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.ops.adamw8 import FLOAT_DTYPES, Hyper, adamw8_, adamw32_
+from lisa_kernels.ops.adamw8 import FLOAT_DTYPES
 from lisa_kernels.ops.blockwise8 import block_count, check_block_size, dequantize_blockwise, quantize_blockwise
+from lisa_kernels.ops.grad_norm import grad_norm
 from lisa_kernels.ops.random_bits import random_key
+from lisa_kernels.optim.batches import Keys, gather
 
 ROUNDINGS = ("stochastic", "nearest")
 # Tensors below this many elements, and all 1-D tensors, keep 32-bit moments: they are few bytes and the most sensitive.
@@ -48,7 +49,9 @@ class AdamW8bit(Optimizer):
     Weights may be float32, bfloat16 or float16; bfloat16 weights and both moments are rounded stochastically by
     default, with random numbers that depend on (seed, step, parameter index, element index) only. A step that meets a
     NaN, an infinity or a magnitude above 1e19 in any gradient changes nothing and is counted in `skipped_steps`.
-    `step()` never waits for the device. Works with `GradScaler` (the unscaling is part of the step). Raises InputError
+    `step()` never waits for the device, and takes one pass over the gradients and one over everything. With
+    `max_grad_norm` the gradients' 2-norm is clipped within these passes (`last_grad_norm` tells it); `GradScaler`'s
+    unscaling is part of them too. `lr` may be a 0-d tensor, which a captured CUDA graph reads anew. Raises InputError
     for values out of range.
 
     Update: Loshchilov and Hutter, arXiv 1711.05101; decay first, eps outside the square root.
@@ -62,29 +65,39 @@ class AdamW8bit(Optimizer):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, *, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
+        max_grad_norm: float | None = None,
     ) -> None:  # fmt: skip
         check_block_size(block_size)
+        if max_grad_norm is not None and not 0.0 < _as_number(max_grad_norm) < math.inf:
+            raise InputError(f"max_grad_norm is {max_grad_norm!r}; a finite number above 0 is wanted, or None.")
         if rounding not in ROUNDINGS:
             raise InputError(f"rounding is {rounding!r}; it must be one of {', '.join(ROUNDINGS)}.")
         self.block_size = block_size
         self.rounding = rounding
         self.seed = seed
+        self.max_grad_norm = max_grad_norm
         # Steps taken and steps skipped, int64 0-d on the device of the first gradient.
         self._counters: tuple[Tensor, Tensor] | None = None
         self._indices: dict[Tensor, int] = {}
-        self._last_skip: dict[torch.device, Tensor] = {}
+        self._keys = Keys()
+        self._forget_last_step()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle needs, torch's share and our own."""
-        own = {name: getattr(self, name) for name in ("block_size", "rounding", "seed", "_counters")}
+        own = {name: getattr(self, name) for name in ("block_size", "rounding", "seed", "max_grad_norm", "_counters")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over `__getstate__`'s values; `load_state_dict` passes through here too."""
         super().__setstate__(state)
         self._indices = {param: index for index, param in enumerate(self._params())}
-        self._last_skip = {}
+        self._keys = Keys()
+        self._forget_last_step()
+
+    def _forget_last_step(self) -> None:
+        self._last_skip: dict[torch.device, Tensor] = {}
+        self._last_grad_norm: Tensor | None = None
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -126,6 +139,11 @@ class AdamW8bit(Optimizer):
         """Return a bool 0-d tensor on `device`: was the last step skipped? Costs no wait."""
         return self._last_skip[device]
 
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The gradients' 2-norm before the last step clipped it, float32 0-d; None without `max_grad_norm`."""
+        return self._last_grad_norm
+
     def _new_state(self, param: Tensor) -> dict[str, Tensor]:
         n, device = param.numel(), param.device
         state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
@@ -146,17 +164,22 @@ class AdamW8bit(Optimizer):
             return torch.ones((), dtype=torch.float32, device=device)
         return torch.reciprocal(scale.to(device, torch.float32).reshape(()))
 
-    def _skip_flags(self, grads: list[Tensor]) -> dict[torch.device, Tensor]:
-        """Return for each device a bool 0-d tensor: is any gradient, on whatever device, not finite or above 1e19?"""
-        devices = list(dict.fromkeys(grad.device for grad in grads))
-        # The infinity norm lets NaN and infinities through and needs no temporary.
-        largest = [get_total_norm([g for g in grads if g.device == device], math.inf) for device in devices]
-        magnitudes = torch.stack([value.to(devices[0], torch.float32) for value in largest])
+    def _measure(self, grads: dict[torch.device, list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return on the first device (skip the step? bool 0-d, what to multiply the gradients by, float32 0-d)."""
+        first = next(iter(grads))
+        limit = self.max_grad_norm
+        measured = torch.stack([grad_norm(each, squares=limit is not None).to(first) for each in grads.values()])
+        unscaling = self._unscaling(first)
         # Compared so that a NaN counts as too large.
-        skip = ~(magnitudes * self._unscaling(devices[0]) <= LARGEST_GRADIENT).all()
+        skip = ~(measured[:, 0] * unscaling <= LARGEST_GRADIENT).all()
         if getattr(self, "found_inf", None) is not None:
-            skip = skip | (self.found_inf.to(devices[0]) > 0).any()  # type: ignore[union-attr]
-        return {device: skip.to(device) for device in devices}
+            skip = skip | (self.found_inf.to(first) > 0).any()  # type: ignore[union-attr]
+        if limit is None:
+            return skip, unscaling
+        norm = measured[:, 1].sum().sqrt() * unscaling
+        self._last_grad_norm = norm.to(torch.float32)
+        # The small term is that of torch's clip_grad_norm_.
+        return skip, unscaling * (limit / (norm + 1e-6)).clamp_max(1.0).to(torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -171,47 +194,34 @@ class AdamW8bit(Optimizer):
     @torch.no_grad()
     def _take_step(self) -> None:
         """Do the work of `step`: for subclasses, whose `super().step()` would run every step hook twice."""
-        updates = [
-            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()
-        ]
-        if not updates:
+        batches = gather(self.param_groups, self._state_of)
+        if not batches:
             return
-        for param, _ in updates:
-            if param.grad.is_sparse:
-                raise InputError(
-                    "a gradient is sparse; AdamW8bit takes dense gradients: build the embedding with sparse=False."
-                )
-        skips = self._last_skip = self._skip_flags([param.grad for param, _ in updates])
-        first = next(iter(skips))
-        self._counters_on(first)
-        assert self._counters is not None
-        steps, skipped = self._counters
-        skip = skips[first].to(steps.device)
-        steps += ~skip
-        skipped += skip
-        common = {
-            device: {"skip": skip, "clock": self._counters_on(device)[0], "grad_scale": self._unscaling(device)}
-            for device, skip in skips.items()
-        }
-        for param, group in updates:
-            self._update(param, param.grad, group, common[param.device])
+        grads: dict[torch.device, list[Tensor]] = {}
+        for batch in batches:
+            grads.setdefault(batch.kind.device, []).extend(batch.grads)
+        skip, grad_scale = self._measure(grads)
+        if self._counters is None:
+            zero = torch.zeros((), dtype=torch.int64, device=skip.device)
+            self._counters = (zero, zero.clone())
+        took = (~skip).to(torch.int64)
+        self._counters[0].add_(took.to(self._counters[0].device))
+        self._counters[1].add_((1 - took).to(self._counters[1].device))
+        self._last_skip = {device: skip.to(device) for device in grads}
+        for batch in batches:
+            device = batch.kind.device
+            batch.count(took.to(device))
+            indices = tuple([self._indices[param] for param in batch.params])
+            keys = self._keys.at(self._counters_on(device)[0], self.seed, indices)
+            batch.update(
+                self._last_skip[device], grad_scale.to(device), keys, self.block_size, self.rounding == "stochastic"
+            )
 
-    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], common: dict[str, Tensor]) -> None:
-        state = self.state[param]
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
         if not state:
             state.update(self._new_state(param))
-        state["step"] += ~common["skip"]
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        hyper = Hyper(float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]))
-        shared: dict[str, Any] = {
-            **common, "step": state["step"], "hyper": hyper, "stochastic": self.rounding == "stochastic",
-            "seed": self.seed, "parameter": self._indices[param],
-        }  # fmt: skip
-        if "m_codes" in state:
-            codes = (state["m_codes"], state["m_absmax"], state["v_codes"], state["v_absmax"])
-            adamw8_(param, grad, *codes, block_size=self.block_size, **shared)
-        else:
-            adamw32_(param, grad, state["m"], state["v"], **shared)
+        return state
 
     def moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """Return float32 copies of (m, v) in the parameter's shape."""

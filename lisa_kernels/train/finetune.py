@@ -111,7 +111,8 @@ def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool)
         output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.accumulate,
         learning_rate=options.learning_rate, lr_scheduler_type=SCHEDULES[options.lr_schedule],
-        warmup_steps=options.warmup_steps, max_grad_norm=options.max_grad_norm,
+        # The optimizer clips, in the passes over the gradients that it takes anyway.
+        warmup_steps=options.warmup_steps, max_grad_norm=0.0,
         seed=options.seed, data_seed=options.seed,
         logging_strategy="steps", logging_steps=max(1, steps // 50), logging_first_step=True,
         eval_strategy="steps" if options.eval_every and has_held_out else "no", eval_steps=options.eval_every or None,
@@ -160,8 +161,9 @@ def finetune(options: FineTuneOptions, console: Console) -> tuple[int, dict[str,
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.
     scores = facts["scores"] if "scores" in facts else _scores(model, method, train, options, pad)
     optimizer = attach(
-        model, method, lr=options.learning_rate, weight_decay=options.weight_decay, seed=options.seed, scores=scores
-    )
+        model, method, lr=options.learning_rate, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
+        max_grad_norm=options.max_grad_norm or None,
+    )  # fmt: skip
     progress = LiveProgress(console, optimizer, options.batch_size * options.accumulate * train.tokens / len(train))
     interrupt = StopOnInterrupt()
     callbacks = [SamplingState(optimizer), interrupt, progress]

@@ -44,6 +44,8 @@ class SamplingState(TrainerCallback, ExportableState):  # type: ignore[misc]
         logs = kwargs.get("logs")
         if self.optimizer is not None and logs is not None and "loss" in logs and state.log_history:
             state.log_history[-1]["active_layers"] = self.optimizer.active_layers
+            if self.optimizer.last_grad_norm is not None:
+                logs["grad_norm"] = state.log_history[-1]["grad_norm"] = float(self.optimizer.last_grad_norm)
 
     def state(self) -> dict[str, Any]:
         """Return the sampler, the active layers and the history of draws as plain values."""
@@ -123,6 +125,10 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
             for old in find_checkpoints(run)[: -self.args.save_total_limit]:
                 remove_checkpoint(old)
         remove_leftovers(run)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
+        # transformers would measure all gradients once more; the optimizer has the norm, see SamplingState.
+        return None
 
     def _load_callback_state(self) -> None:
         # The optimizer restores the sampler; the callback made for this run stays.

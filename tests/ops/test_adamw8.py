@@ -24,8 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.ops.adamw8 import Hyper, adamw8_, adamw32_, reference
+from lisa_kernels.ops.adamw8 import Hyper, adamw8_, adamw32_, reference, step_scalars
 from lisa_kernels.ops.blockwise8 import block_count, dequantize_blockwise
+from lisa_kernels.ops.random_bits import random_key
 
 HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 SIZES = [0, 1, 255, 256, 257, 4097]
@@ -54,27 +55,34 @@ class Moments:
         else:
             self.tensors = [torch.zeros(count, device=device), torch.zeros(count, device=device)]
 
-    def arguments(self, t: int, skip: bool, scale: float) -> dict[str, Tensor]:
-        counter = scalar(t, torch.int64, self.device)
+    def arguments(
+        self, t: int, hyper: Hyper = HYPER, skip: bool = False, scale: float = 1.0, seed: int = 0, parameter: int = 0
+    ) -> dict[str, Tensor]:
+        clock = torch.full((1,), t, dtype=torch.int64, device=self.device)
         return {
-            "step": counter, "clock": counter.clone(), "skip": scalar(skip, torch.bool, self.device),
-            "grad_scale": scalar(scale, torch.float32, self.device),
-        }  # fmt: skip
+            "scalars": step_scalars(clock, hyper, scalar(scale, torch.float32, self.device)),
+            "keys": random_key(seed, parameter, clock[0]).view(1),
+            "skip": scalar(skip, torch.bool, self.device),
+        }
 
     def step(
         self, param: Tensor, grad: Tensor, t: int = 1, *, hyper: Hyper = HYPER, skip: bool = False, scale: float = 1.0,
         stochastic: bool = True, seed: int = 0, parameter: int = 0,
     ) -> None:  # fmt: skip
-        options: dict[str, Any] = {"hyper": hyper, "stochastic": stochastic, "seed": seed, "parameter": parameter}
-        if self.bits == 8:
-            options["block_size"] = self.block_size
+        options: dict[str, Any] = {"block_size": self.block_size} if self.bits == 8 else {}
         take: Callable[..., None] = adamw8_ if self.bits == 8 else adamw32_
-        take(param, grad, *self.tensors, **self.arguments(t, skip, scale), **options)
+        arguments = self.arguments(t, hyper, skip, scale, seed, parameter)
+        take([param], [grad], *self.lists(), **arguments, stochastic=stochastic, **options)
 
-    def step_by_definition(self, param: Tensor, grad: Tensor, t: int = 1, stochastic: bool = True) -> None:
+    def step_by_definition(
+        self, param: Tensor, grad: Tensor, t: int = 1, hyper: Hyper = HYPER, stochastic: bool = True
+    ) -> None:
         options: list[Any] = [self.block_size] if self.bits == 8 else []
         take: Callable[..., None] = reference.adamw8_ if self.bits == 8 else reference.adamw32_
-        take(param, grad, *self.tensors, *self.arguments(t, False, 1.0).values(), HYPER, *options, stochastic, 0, 0)
+        take([param], [grad], *self.lists(), *self.arguments(t, hyper).values(), *options, stochastic)
+
+    def lists(self) -> list[list[Tensor]]:
+        return [[tensor] for tensor in self.tensors]
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         if self.bits == 32:
@@ -200,8 +208,7 @@ def test_the_trajectory_check_sees_a_format_without_the_floor(monkeypatch: pytes
     monkeypatch.setattr(reference, "quantize", without_floor)
 
     def take_step(state: Moments, weight: Tensor, grad: Tensor, t: int) -> None:
-        arguments = state.arguments(t, False, 1.0).values()
-        reference.adamw8_(weight, grad, *state.tensors, *arguments, TRAJECTORY, 256, True, 0, 0)
+        state.step_by_definition(weight, grad, t, TRAJECTORY)
 
     error, worst = follow(5.0, take_step)
     assert error > 100 * TRAJECTORY_NMSE
@@ -378,17 +385,19 @@ def test_the_definition_runs_on_fake_tensors(bits: int) -> None:
 @pytest.mark.parametrize("count", [1, 4097], ids=str)
 def test_the_operations_pass_torchs_own_checks(bits: int, count: int) -> None:
     state = Moments(bits, count)
-    options = (256, True, 3, 4) if bits == 8 else (True, 3, 4)
+    options = (256, True) if bits == 8 else (True,)
     operation = torch.ops.lisa_kernels.adamw8_ if bits == 8 else torch.ops.lisa_kernels.adamw32_
-    arguments = (*state.arguments(1, False, 1.0).values(), *HYPER, *options)
-    torch.library.opcheck(operation, (normal(count, dtype=torch.bfloat16), normal(count), *state.tensors, *arguments))
+    arguments = ([normal(count, dtype=torch.bfloat16)], [normal(count)], *state.lists(), *state.arguments(1).values())
+    torch.library.opcheck(operation, (*arguments, *options))
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
         pytest.param({"param": torch.zeros(300, dtype=torch.float64)}, "parameter is.*float64.*wanted", id="float64"),
-        pytest.param({"grad": torch.zeros(300, dtype=torch.int32)}, "gradient is.*int32", id="integer-gradient"),
+        pytest.param(
+            {"grad": torch.zeros(300, dtype=torch.int32)}, "gradient torch.int32.*wanted", id="integer-gradient"
+        ),
         pytest.param({"grad": torch.zeros(300).to_sparse()}, "gradient is.*sparse", id="sparse"),
         pytest.param({"grad": torch.zeros(301)}, r"\[301\].*\[300\]", id="shape"),
     ],

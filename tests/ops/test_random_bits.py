@@ -10,18 +10,26 @@ import torch
 from tolerances import CHI_SQUARE_DEVIATIONS, STANDARD_ERRORS
 from torch import Tensor
 
-from lisa_kernels.ops.random_bits import random_key, random_words, round_to_bfloat16, weight_bits
+from lisa_kernels.ops.random_bits import (
+    key_base,
+    keys_at,
+    moment_bits,
+    random_key,
+    random_words,
+    round_to_bfloat16,
+    weight_bits,
+)
 
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
 COUNT = 1 << 16
 # (seed, step, parameter, element, first word, second word)
 KNOWN = [
     (0, 0, 0, 0, 0x00000000, 0x00000000),
-    (0, 1, 0, 0, 0x735F33C5, 0x37110A45),
-    (0, 1, 0, 1, 0x9AEB7B44, 0xF5D1D90C),
-    (42, 1000, 17, 123456789, 0x1BD340CB, 0xAB2F5613),
-    (7, 3, 2, (1 << 32) + 5, 0x08B600B8, 0xE3472785),
-    (-1, 1, 1, 255, 0xF9B9FE77, 0xEB85694D),
+    (0, 1, 0, 0, 0x36B612A0, 0xA31080A0),
+    (0, 1, 0, 1, 0xBD1E4D02, 0xDBC73062),
+    (42, 1000, 17, 123456789, 0x39ED8385, 0xA7F4CBF5),
+    (7, 3, 2, (1 << 32) + 5, 0xCB5D87FB, 0xF1DDA78B),
+    (-1, 1, 1, 255, 0xA6DAF566, 0x884AE186),
 ]
 
 
@@ -45,15 +53,15 @@ def words_in_integers(seed: int, step: int, parameter: int, element: int) -> tup
     """Return the two words by Python's integers, from the formula in the module's docstring."""
     base = mix64(seed & MASK64) + parameter * 0x9E3779B97F4A7C15
     key = mix64((mix64(base & MASK64) + step * 0xD1B54A32D192ED03) & MASK64)
-    low = mix32((key + (element >> 32) * 0x9E3779B9) & MASK32)
-    first = mix32((element & MASK32) ^ low)
-    return first, mix32(first ^ (key >> 32))
+    words = mix32((key + (element >> 32) * 0x9E3779B9) & MASK32) ^ (key >> 32)
+    first = mix32((element & MASK32) ^ words)
+    return first, (first * 0x9E3779B1) & MASK32
 
 
 def fields(key: Tensor, count: int = COUNT) -> dict[str, Tensor]:
     """Return the three fields that rounding uses: 20 bits for each moment and 16 for the weight."""
     first, second = random_words(key, 0, count)
-    return {"m": first >> 12, "v": second >> 12, "weight": weight_bits(first, second)}
+    return {"m": moment_bits(first), "v": moment_bits(second), "weight": weight_bits(second)}
 
 
 def chi_square_deviation(cells: Tensor, count: int) -> float:
@@ -158,11 +166,27 @@ def test_the_chi_square_check_sees_a_plain_counter() -> None:
     assert abs(chi_square_deviation(counter >> 24, 256)) > CHI_SQUARE_DEVIATIONS
 
 
-def test_the_three_fields_share_no_bit() -> None:
-    first, second = random_words(key_of(0, 3, 1), 0, COUNT)
-    weight = weight_bits(first, second)
-    assert torch.equal(((first >> 12) << 12) | (weight >> 4), first)
-    assert torch.equal((second & ~0xF) | (weight & 0xF), second)
+@pytest.mark.parametrize("pair", [("m", "v"), ("m", "weight"), ("v", "weight")], ids="-".join)
+@pytest.mark.parametrize("chance", [1 / 16, 1 / 100], ids=str)
+def test_rare_events_of_two_fields_meet_as_often_as_chance_would_have_it(pair: tuple[str, str], chance: float) -> None:
+    """A moment that moves once in a hundred steps must not do so just when the other, or the weight, rounds down."""
+    count = 1 << 20
+    width = {"m": 20, "v": 20, "weight": 16}
+    values = fields(key_of(5, 6, 7), count)
+    for above in itertools.product((False, True), repeat=2):
+        edges = [int(chance * (1 << width[name])) for name in pair]
+        events = [
+            values[name] >= (1 << width[name]) - edge if high else values[name] < edge
+            for name, edge, high in zip(pair, edges, above)
+        ]
+        both = float((events[0] & events[1]).double().mean())
+        assert abs(both - chance**2) <= STANDARD_ERRORS * chance / math.sqrt(count)
+
+
+def test_keys_of_many_parameters_are_those_of_each() -> None:
+    clock = torch.tensor(77)
+    bases = torch.tensor([key_base(3, index) for index in (0, 5, 1 << 33)])
+    assert keys_at(bases, clock).tolist() == [int(random_key(3, index, clock)) for index in (0, 5, 1 << 33)]
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0, 1.2345678, -3.3e-5, 7.7e20, 1e-40])

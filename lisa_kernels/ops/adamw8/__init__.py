@@ -1,116 +1,118 @@
 """One AdamW step on 8-bit (or, for small tensors, 32-bit) moments: contract, checks and `torch.library` schema.
 
-Mutated: param, the moments. `step` is the parameter's own count of updates, this one included (bias correction);
-`clock` the optimizer's count of steps, which keys the random numbers; `skip` true leaves everything untouched. All
-three are 0-d tensors on the parameter's device, so that nothing here waits for the device. The gradient is multiplied
-by `grad_scale` (float32 0-d) first. `param`, `grad`: float32, bfloat16 or float16, contiguous, same element count.
+Both operations take lists, one entry per parameter, and update all of them at once: one pass on CPUs, one launch per
+combination of dtypes on GPUs. Mutated: params and moments. Nothing here waits for the device: what changes from step
+to step comes as tensors there. Of k parameters of up to 2⁶³ elements each:
+
+    params, grads   float32, bfloat16 or float16, of equal shapes; dtypes may differ between and within the lists
+    scalars         float32 [k, 8], rows of `Scalars`, as `step_scalars` makes them
+    keys            int64 [k], the keys of the random numbers (`random_bits.keys_at`)
+    skip            bool 0-d; true leaves everything untouched
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.ops import library
 from lisa_kernels.ops.adamw8 import cpu_kernel, reference
-from lisa_kernels.ops.adamw8.reference import Hyper
-from lisa_kernels.ops.blockwise8 import block_count
+from lisa_kernels.ops.adamw8.reference import Hyper, Scalars, step_scalars
+from lisa_kernels.ops.blockwise8 import block_count, check_block_size
 
-__all__ = ["Hyper", "adamw8_", "adamw32_"]
+__all__ = ["FLOAT_DTYPES", "Hyper", "Scalars", "adamw8_", "adamw8_op", "adamw32_", "adamw32_op", "step_scalars"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-@torch.library.custom_op("lisa_kernels::adamw8_", mutates_args=("param", "m_codes", "m_absmax", "v_codes", "v_absmax"))
-def _adamw8(
-    param: Tensor, grad: Tensor, m_codes: Tensor, m_absmax: Tensor, v_codes: Tensor, v_absmax: Tensor,
-    step: Tensor, clock: Tensor, skip: Tensor, grad_scale: Tensor, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, block_size: int, stochastic: bool, seed: int, parameter: int,
-) -> None:  # fmt: skip
-    hyper = Hyper(lr, beta1, beta2, eps, weight_decay)
-    reference.adamw8_(
-        param.view(-1), grad.view(-1), m_codes, m_absmax, v_codes, v_absmax, step, clock, skip, grad_scale, hyper,
-        block_size, stochastic, seed, parameter,
-    )  # fmt: skip
+_TRITON = "lisa_kernels.ops.adamw8.triton_kernel"
 
 
-@torch.library.custom_op("lisa_kernels::adamw32_", mutates_args=("param", "m", "v"))
-def _adamw32(
-    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor, clock: Tensor, skip: Tensor, grad_scale: Tensor,
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, stochastic: bool, seed: int, parameter: int,
-) -> None:  # fmt: skip
-    hyper = Hyper(lr, beta1, beta2, eps, weight_decay)
-    reference.adamw32_(
-        param.view(-1), grad.view(-1), m.view(-1), v.view(-1), step, clock, skip, grad_scale, hyper, stochastic, seed,
-        parameter,
-    )  # fmt: skip
-
-
-@_adamw8.register_fake
-def _(
-    param: Tensor, grad: Tensor, m_codes: Tensor, m_absmax: Tensor, v_codes: Tensor, v_absmax: Tensor,
-    step: Tensor, clock: Tensor, skip: Tensor, grad_scale: Tensor, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, block_size: int, stochastic: bool, seed: int, parameter: int,
-) -> None:  # fmt: skip
+def _fake(*arguments: object) -> None:
     return None
 
 
-@_adamw32.register_fake
-def _(
-    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor, clock: Tensor, skip: Tensor, grad_scale: Tensor,
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, stochastic: bool, seed: int, parameter: int,
-) -> None:  # fmt: skip
-    return None
+# For callers whose tensors are checked and dense already; the functions below are for all others.
+adamw8_op = library.define(
+    "adamw8_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m_codes, Tensor(c!)[] m_absmax, Tensor(d!)[] v_codes, "
+    "Tensor(e!)[] v_absmax, Tensor scalars, Tensor keys, Tensor skip, int block_size, bool stochastic) -> ()",
+    reference.adamw8_, _fake,
+)  # fmt: skip
+adamw32_op = library.define(
+    "adamw32_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] v, Tensor scalars, Tensor keys, "
+    "Tensor skip, bool stochastic) -> ()",
+    reference.adamw32_, _fake,
+)  # fmt: skip
+library.implement_cpu("adamw8_", cpu_kernel.adamw8_)
+library.implement_cpu("adamw32_", cpu_kernel.adamw32_)
+library.implement_triton("adamw8_", _TRITON)
+library.implement_triton("adamw32_", _TRITON)
 
 
-cpu_kernel.register(_adamw8, _adamw32)
-
-
-def _check(param: Tensor, grad: Tensor) -> None:
-    for name, tensor in (("parameter", param), ("gradient", grad)):
-        if tensor.dtype not in FLOAT_DTYPES or tensor.is_sparse:
+def _check(params: Sequence[Tensor], grads: Sequence[Tensor], scalars: Tensor, keys: Tensor) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        if param.dtype not in FLOAT_DTYPES or grad.dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"the {name} is {tensor.layout} {tensor.dtype}; dense float32, bfloat16 or float16 is wanted."
+                f"a parameter is {param.dtype} and its gradient {grad.dtype}; float32, bfloat16 or float16 is wanted."
             )
-    if param.shape != grad.shape or param.device != grad.device:
+        if param.shape != grad.shape or param.device != grad.device or grad.layout is not torch.strided:
+            raise InputError(
+                f"a gradient is {grad.layout} {list(grad.shape)} on {grad.device}; its parameter is dense "
+                f"{list(param.shape)} on {param.device}."
+            )
+    k = len(params)
+    if scalars.shape != (k, len(Scalars._fields)) or keys.shape != (k,):
         raise InputError(
-            f"the gradient is {list(grad.shape)} on {grad.device}; "
-            f"its parameter is {list(param.shape)} on {param.device}."
+            f"scalars are {list(scalars.shape)} and keys {list(keys.shape)}; {k} parameters need "
+            f"[{k}, {len(Scalars._fields)}] and [{k}]."
         )
 
 
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+
+
+def _write_back(params: Sequence[Tensor], dense: Sequence[Tensor]) -> None:
+    for param, target in zip(params, dense):
+        if target is not param:
+            param.copy_(target)
+
+
 def adamw8_(
-    param: Tensor, grad: Tensor, m_codes: Tensor, m_absmax: Tensor, v_codes: Tensor, v_absmax: Tensor, *,
-    step: Tensor, clock: Tensor, skip: Tensor, grad_scale: Tensor, hyper: Hyper,
-    block_size: int = 256, stochastic: bool = True, seed: int = 0, parameter: int = 0,
+    params: Sequence[Tensor], grads: Sequence[Tensor], m_codes: list[Tensor], m_absmax: list[Tensor],
+    v_codes: list[Tensor], v_absmax: list[Tensor], *, scalars: Tensor, keys: Tensor, skip: Tensor,
+    block_size: int = 256, stochastic: bool = True,
 ) -> None:  # fmt: skip
-    """Take one AdamW step on `param` [n] in place, its moments held as codes uint8 [n] and absmax float32 [blocks]."""
-    _check(param, grad)
-    blocks = block_count(param.numel(), block_size)
+    """Take one AdamW step on each parameter [n], its moments held as codes uint8 [n] and absmax float32 [blocks]."""
+    check_block_size(block_size)
+    _check(params, grads, scalars, keys)
     for name, codes, absmax in (("m", m_codes, m_absmax), ("v", v_codes, v_absmax)):
-        if codes.dtype != torch.uint8 or codes.numel() != param.numel() or absmax.shape != (blocks,):
-            raise InputError(
-                f"{name} has {codes.numel()} {codes.dtype} codes and absmax {list(absmax.shape)}; a parameter of "
-                f"{param.numel()} elements needs as many uint8 codes and absmax [{blocks}]."
-            )
-    target = param if param.is_contiguous() else param.contiguous()
-    _adamw8(
-        target, grad.contiguous(), m_codes, m_absmax, v_codes, v_absmax, step, clock, skip, grad_scale, *hyper,
-        block_size, stochastic, seed, parameter,
-    )  # fmt: skip
-    if target is not param:
-        param.copy_(target)
+        for param, code, scale in zip(params, codes, absmax, strict=True):
+            n = param.numel()
+            if code.dtype != torch.uint8 or code.numel() != n or scale.numel() != block_count(n, block_size):
+                raise InputError(
+                    f"{name} has {code.numel()} {code.dtype} codes and absmax {list(scale.shape)}; a parameter of "
+                    f"{n} elements needs as many uint8 codes and absmax [{block_count(n, block_size)}]."
+                )
+    dense = _dense(params)
+    adamw8_op(dense, _dense(grads), m_codes, m_absmax, v_codes, v_absmax, scalars, keys, skip, block_size, stochastic)
+    _write_back(params, dense)
 
 
 def adamw32_(
-    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, step: Tensor, clock: Tensor, skip: Tensor, grad_scale: Tensor,
-    hyper: Hyper, stochastic: bool = True, seed: int = 0, parameter: int = 0,
+    params: Sequence[Tensor], grads: Sequence[Tensor], m: list[Tensor], v: list[Tensor], *,
+    scalars: Tensor, keys: Tensor, skip: Tensor, stochastic: bool = True,
 ) -> None:  # fmt: skip
-    """Take one AdamW step on `param` [n] in place, its moments held as float32 [n]."""
-    _check(param, grad)
-    target = param if param.is_contiguous() else param.contiguous()
-    _adamw32(
-        target, grad.contiguous(), m, v, step, clock, skip, grad_scale, *hyper, stochastic, seed, parameter
-    )  # fmt: skip
-    if target is not param:
-        param.copy_(target)
+    """Take one AdamW step on each parameter [n], its moments held as float32 [n]."""
+    _check(params, grads, scalars, keys)
+    for param, *moments in zip(params, m, v, strict=True):
+        if any(moment.dtype != torch.float32 or moment.numel() != param.numel() for moment in moments):
+            raise InputError(
+                f"moments are {[(moment.dtype, moment.numel()) for moment in moments]}; a parameter of "
+                f"{param.numel()} elements needs as many of float32."
+            )
+    dense = _dense(params)
+    adamw32_op(dense, _dense(grads), m, v, scalars, keys, skip, stochastic)
+    _write_back(params, dense)

@@ -8,29 +8,57 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.ops.blockwise8.reference import dequantize, quantize
-from lisa_kernels.ops.random_bits import random_key, random_words, round_to_bfloat16, weight_bits
+from lisa_kernels.ops.random_bits import moment_bits, random_words, round_to_bfloat16, weight_bits
 
 # Elements worked on at a time; a multiple of every block size, so that temporaries stay small and blocks whole.
 CHUNK = 1 << 20
 
 
 class Hyper(NamedTuple):
-    """Run-time values of one step; `weight_decay` is decoupled and `eps` stands outside the square root."""
+    """Hyper-parameters of one step, each a number or a 0-d tensor; decay is decoupled, `eps` outside the root."""
 
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
+    lr: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float | Tensor
+    weight_decay: float | Tensor
 
 
-def bias_corrections(step: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
-    """Return float32 0-d (1 − β₁ᵗ, √(1 − β₂ᵗ)), computed in float64: at t = 1 float32 would lose four digits."""
-    t = step.to(torch.float64)
-    # Filled on the device: `torch.tensor` would copy from the host and wait.
-    first = 1.0 - torch.pow(torch.full((), beta1, dtype=torch.float64, device=step.device), t)
-    second = 1.0 - torch.pow(torch.full((), beta2, dtype=torch.float64, device=step.device), t)
-    return first.to(torch.float32), second.sqrt().to(torch.float32)
+class Scalars(NamedTuple):
+    """What a step needs besides its tensors, as a row of the table of `step_scalars` holds it: float32 0-d each.
+
+    Both bias corrections are in `step_size` and `eps`: lr · m̂ / (√v̂ + ε) is step_size · m / (√v + ε√(1 − β₂ᵗ)), which
+    spares a division per element.
+    """
+
+    beta1: Tensor
+    one_minus_beta1: Tensor
+    beta2: Tensor
+    one_minus_beta2: Tensor
+    eps: Tensor
+    decay: Tensor
+    step_size: Tensor
+    grad_scale: Tensor
+
+
+def step_scalars(steps: Tensor, hyper: Hyper, grad_scale: Tensor) -> Tensor:
+    """Return float32 [k, 8], a row of `Scalars` for each of the update counts `steps` (int64 [k], this one included).
+
+    Computed in float64 and rounded once: at step 1 float32 would lose four digits of 1 − β₂. Nothing waits for the
+    device.
+    """
+    t = steps.to(torch.float64)
+
+    def column(value: float | Tensor) -> Tensor:
+        # Filled on the device: `torch.tensor` would copy from the host and wait.
+        return value.to(t) if isinstance(value, Tensor) else torch.full((), value, dtype=t.dtype, device=t.device)
+
+    lr, beta1, beta2, eps, weight_decay = map(column, hyper)
+    root = (1.0 - torch.pow(beta2, t)).sqrt()
+    step_size = lr * root / (1.0 - torch.pow(beta1, t))
+    decay = 1.0 - lr * weight_decay
+    columns = (beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps * root, decay, step_size, grad_scale)
+    return torch.stack([value.expand_as(t).to(torch.float32) for value in columns], dim=1)
 
 
 def square_root(value: Tensor) -> Tensor:
@@ -43,63 +71,78 @@ def square_root(value: Tensor) -> Tensor:
 
 
 def adamw_update(
-    weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, corrections: tuple[Tensor, Tensor], hyper: Hyper
+    weight: Tensor, grad: Tensor, decayed_m: Tensor, decayed_v: Tensor, scalars: Scalars
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the new float32 (weight, m, v); decay comes first, as in `torch.optim.AdamW`."""
-    correction1, root_correction2 = corrections
-    m = m * hyper.beta1 + grad * (1.0 - hyper.beta1)
-    v = v * hyper.beta2 + (grad * grad) * (1.0 - hyper.beta2)
-    denominator = square_root(v) / root_correction2 + hyper.eps
-    weight = weight * (1.0 - hyper.lr * hyper.weight_decay) - (m / denominator) * (hyper.lr / correction1)
-    return weight, m, v
+    """Return the new float32 (weight, m, v) from the moments already times β; decay first, as `torch.optim.AdamW`."""
+    grad = grad * scalars.grad_scale
+    m = decayed_m + grad * scalars.one_minus_beta1
+    v = decayed_v + (grad * grad) * scalars.one_minus_beta2
+    update = (m / (square_root(v) + scalars.eps)) * scalars.step_size
+    return weight * scalars.decay - update, m, v
 
 
-def _write_weight(param: Tensor, old: Tensor, new: Tensor, skip: Tensor, bits16: Tensor | None) -> None:
-    if param.dtype == torch.bfloat16 and bits16 is not None:
-        param.copy_(torch.where(skip, old, round_to_bfloat16(new, bits16)))
-    else:
-        param.copy_(torch.where(skip, old, new.to(param.dtype)))
+def _write_weight(param: Tensor, new: Tensor, skip: Tensor, second: Tensor | None) -> None:
+    if param.dtype == torch.bfloat16 and second is not None:
+        new = round_to_bfloat16(new, weight_bits(second))
+    param.copy_(torch.where(skip, param, new.to(param.dtype)))
+
+
+def _spans(n: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
 
 
 def adamw8_(
-    param: Tensor, grad: Tensor, m_codes: Tensor, m_absmax: Tensor, v_codes: Tensor, v_absmax: Tensor,
-    step: Tensor, clock: Tensor, skip: Tensor, grad_scale: Tensor, hyper: Hyper,
-    block_size: int, stochastic: bool, seed: int, parameter: int,
+    params: list[Tensor], grads: list[Tensor], m_codes: list[Tensor], m_absmax: list[Tensor],
+    v_codes: list[Tensor], v_absmax: list[Tensor], scalars: Tensor, keys: Tensor, skip: Tensor,
+    block_size: int, stochastic: bool,
 ) -> None:  # fmt: skip
-    """Update flat `param` [n] and its 8-bit moments in place, chunk by chunk; see the contract in the package."""
-    corrections = bias_corrections(step, hyper.beta1, hyper.beta2)
-    key = random_key(seed, parameter, clock)
-    for start in range(0, param.numel(), CHUNK):
-        span = slice(start, min(start + CHUNK, param.numel()))
-        blocks = slice(start // block_size, -(-span.stop // block_size))
-        first, second = random_words(key, start, span.stop - start) if stochastic else (None, None)
-        m = dequantize(m_codes[span], m_absmax[blocks], True, block_size)
-        v = dequantize(v_codes[span], v_absmax[blocks], False, block_size)
-        g = grad[span].to(torch.float32) * grad_scale
-        weight, m, v = adamw_update(param[span].to(torch.float32), g, m, v, corrections, hyper)
-        new_m = quantize(m, True, block_size, None if first is None else first >> 12)
-        new_v = quantize(v, False, block_size, None if second is None else second >> 12)
-        bits16 = None if first is None or second is None else weight_bits(first, second)
-        _write_weight(param[span], param[span], weight, skip, bits16)
+    """Update each parameter and its 8-bit moments in place, chunk by chunk; see the contract in the package."""
+    tensors = zip(params, grads, m_codes, m_absmax, v_codes, v_absmax)
+    for index, (param, grad, *state) in enumerate(tensors):
+        row = Scalars(*scalars[index].unbind())
+        _update8(param.view(-1), grad.view(-1), tuple(state), row, keys[index], skip, block_size, stochastic)
+
+
+def _update8(
+    param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars, key: Tensor, skip: Tensor,
+    block_size: int, stochastic: bool,
+) -> None:  # fmt: skip
+    m_codes, m_absmax, v_codes, v_absmax = state
+    for span in _spans(param.numel()):
+        blocks = slice(span.start // block_size, -(-span.stop // block_size))
+        first, second = random_words(key, span.start, span.stop - span.start) if stochastic else (None, None)
+        m = dequantize(m_codes[span], m_absmax[blocks], True, block_size, scalars.beta1)
+        v = dequantize(v_codes[span], v_absmax[blocks], False, block_size, scalars.beta2)
+        weight, m, v = adamw_update(param[span].to(torch.float32), grad[span].to(torch.float32), m, v, scalars)
+        new_m = quantize(m, True, block_size, None if first is None else moment_bits(first))
+        new_v = quantize(v, False, block_size, None if second is None else moment_bits(second))
+        _write_weight(param[span], weight, skip, second)
         for old, new in ((m_codes[span], new_m[0]), (m_absmax[blocks], new_m[1]),
                          (v_codes[span], new_v[0]), (v_absmax[blocks], new_v[1])):  # fmt: skip
             old.copy_(torch.where(skip, old, new))
 
 
 def adamw32_(
-    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor, clock: Tensor, skip: Tensor, grad_scale: Tensor,
-    hyper: Hyper, stochastic: bool, seed: int, parameter: int,
+    params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], scalars: Tensor, keys: Tensor,
+    skip: Tensor, stochastic: bool,
 ) -> None:  # fmt: skip
-    """Update flat `param` [n] and its float32 moments [n] in place: the path of small and 1-D tensors."""
-    corrections = bias_corrections(step, hyper.beta1, hyper.beta2)
-    key = random_key(seed, parameter, clock)
-    for start in range(0, param.numel(), CHUNK):
-        span = slice(start, min(start + CHUNK, param.numel()))
-        bits16 = None
+    """Update each parameter and its float32 moments in place: the path of small and 1-D tensors."""
+    for index, (param, grad, old_m, old_v) in enumerate(zip(params, grads, m, v)):
+        row = Scalars(*scalars[index].unbind())
+        flat = param.view(-1), grad.view(-1), old_m.view(-1), old_v.view(-1)
+        _update32(*flat, row, keys[index], skip, stochastic)
+
+
+def _update32(
+    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Scalars, key: Tensor, skip: Tensor, stochastic: bool
+) -> None:
+    for span in _spans(param.numel()):
+        second = None
         if stochastic and param.dtype == torch.bfloat16:
-            bits16 = weight_bits(*random_words(key, start, span.stop - start))
-        g = grad[span].to(torch.float32) * grad_scale
-        weight, new_m, new_v = adamw_update(param[span].to(torch.float32), g, m[span], v[span], corrections, hyper)
-        _write_weight(param[span], param[span], weight, skip, bits16)
+            second = random_words(key, span.start, span.stop - span.start)[1]
+        decayed_m, decayed_v = m[span] * scalars.beta1, v[span] * scalars.beta2
+        given = param[span].to(torch.float32), grad[span].to(torch.float32)
+        weight, new_m, new_v = adamw_update(*given, decayed_m, decayed_v, scalars)
+        _write_weight(param[span], weight, skip, second)
         m[span].copy_(torch.where(skip, m[span], new_m))
         v[span].copy_(torch.where(skip, v[span], new_v))

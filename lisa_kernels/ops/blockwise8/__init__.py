@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.blockwise8 import cpu_kernel, reference
-from lisa_kernels.ops.random_bits import random_words
+from lisa_kernels.ops.library import triton_kernel, triton_present
+from lisa_kernels.ops.random_bits import moment_bits, random_words
 
 MIN_BLOCK_SIZE = 16
 MAX_BLOCK_SIZE = 65536
@@ -36,7 +37,7 @@ def _quantize(values: Tensor, signed: bool, block_size: int, key: Tensor | None)
     bits = None
     if key is not None:
         first, second = random_words(key, 0, values.numel())
-        bits = (first if signed else second) >> 12
+        bits = moment_bits(first if signed else second)
     return reference.quantize(values, signed, block_size, bits)
 
 
@@ -57,6 +58,10 @@ def _(codes: Tensor, absmax: Tensor, signed: bool, block_size: int) -> Tensor:
 
 
 cpu_kernel.register(_quantize, _dequantize)
+if triton_present():
+    _TRITON = "lisa_kernels.ops.blockwise8.triton_kernel"
+    _quantize.register_kernel("cuda", triton_kernel(_TRITON, "quantize"))
+    _dequantize.register_kernel("cuda", triton_kernel(_TRITON, "dequantize"))
 
 
 def _is_signed(kind: str) -> bool:

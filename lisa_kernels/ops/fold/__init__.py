@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.fold import cpu_kernel, reference
+from lisa_kernels.ops.library import triton_kernel, triton_present
 
 
 @torch.library.custom_op("lisa_kernels::fold_", mutates_args=("weight",))
@@ -26,6 +27,8 @@ def _(
 
 
 cpu_kernel.register(_fold)
+if triton_present():
+    _fold.register_kernel("cuda", triton_kernel("lisa_kernels.ops.fold.triton_kernel", "fold_"))
 
 
 def fold_(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lisa_kernels import native
-from lisa_kernels.native import DTYPE_CODES, Library, Stream, pointer
+from lisa_kernels.native import DTYPE_CODES, Library, pointer
 from lisa_kernels.ops.fold import reference
 from lisa_kernels.ops.fold.reference import BAND_ELEMENTS
+from lisa_kernels.ops.random_bits import random_key
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
@@ -30,14 +31,14 @@ def fold_(
         return
     rows, columns = weight.shape
     band = max(1, BAND_ELEMENTS // max(columns, 1))
-    stream, scale = Stream(seed, parameter, int(clock.item())), float(decay.item())
+    key, scale = int(random_key(seed, parameter, clock).item()), float(decay.item())
     for start in range(0, rows, band):
         target = weight[start : start + band]
         update = left[:, start : start + band].to(torch.float32).t() @ right.to(torch.float32)
         dense = target.contiguous()
         library.call(
             "fold", pointer("the weight", dense, weight.dtype), pointer("the update", update, torch.float32),
-            dense.numel(), start * columns, scale, stream, DTYPE_CODES[weight.dtype], stochastic,
+            dense.numel(), start * columns, scale, key, DTYPE_CODES[weight.dtype], stochastic,
         )  # fmt: skip
         if dense.data_ptr() != target.data_ptr():
             target.copy_(dense)

@@ -24,7 +24,7 @@ def fold_(
         update = left[:, start : start + band].to(torch.float32).t() @ right.to(torch.float32)
         new = target.to(torch.float32) * decay + update
         if stochastic and weight.dtype == torch.bfloat16:
-            bits = weight_bits(*random_words(key, start * columns, new.numel()))
+            bits = weight_bits(random_words(key, start * columns, new.numel())[1])
             target.copy_(round_to_bfloat16(new, bits.view(new.shape)))
         else:
             target.copy_(new)

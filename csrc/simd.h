@@ -1,0 +1,289 @@
+// Vectors of the instruction set that this file is compiled for: 16 words with AVX-512, 8 with AVX2, else 4.
+//
+// Arithmetic, shifts and comparisons (each lane all ones or zero) are the compiler's own operators on vector types.
+// Here is what it has no operator for: by intrinsics for AVX2 and AVX-512, and in plain loops, the twin that runs
+// everywhere. In an unnamed namespace because each file that includes this is compiled for its own instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// For what must not become a call, which would pass its vectors through memory.
+#define LISA_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512BW__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// What kernels work on at a time: as many elements as four vectors of words hold, and as many bytes as one vector.
+constexpr int kVectors = 4;
+constexpr int kUnit = kVectors * kLanes;
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef double Doubles __attribute__((vector_size(4 * kLanes)));  // half as many
+
+// 16-bit integers for the lanes of two vectors, and bytes for those of four, in the order that suits the instruction
+// set: `pack` makes it, `load_bytes` and `store_bytes` bring bytes into it and out of it.
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t UnsignedShorts __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
+
+template <class Vector, class Value>
+inline Vector load(const Value* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <class Value, class Vector>
+inline void store(Value* to, Vector vector) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+inline Floats broadcast(float value) { return value - Floats{}; }
+inline Words broadcast(uint32_t value) { return value - Words{}; }
+inline Shorts broadcast(int16_t value) { return value - Shorts{}; }
+
+inline Words bits_of(Floats values) { return reinterpret_cast<Words>(values); }
+inline Floats float_of(Words bits) { return reinterpret_cast<Floats>(bits); }
+inline Words where(Ints condition, Words bits) { return reinterpret_cast<Words>(condition) & bits; }
+inline Shorts where_not(Shorts condition, Shorts values) { return ~condition & values; }
+
+#if defined(__AVX512BW__)
+
+inline __m512i raw(Words words) { return reinterpret_cast<__m512i>(words); }
+inline __m512i raw(Ints words) { return reinterpret_cast<__m512i>(words); }
+inline __m512i raw(Shorts shorts) { return reinterpret_cast<__m512i>(shorts); }
+
+inline Floats square_root(Floats values) { return _mm512_sqrt_ps(values); }
+inline Words maximum(Words a, Words b) { return reinterpret_cast<Words>(_mm512_max_epu32(raw(a), raw(b))); }
+inline Shorts maximum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm512_max_epi16(raw(a), raw(b))); }
+inline Shorts minimum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm512_min_epi16(raw(a), raw(b))); }
+
+// Narrow with signed saturation, and to unsigned bytes.
+inline Shorts pack(Ints a, Ints b) { return reinterpret_cast<Shorts>(_mm512_packs_epi32(raw(a), raw(b))); }
+inline Bytes pack(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm512_packs_epi16(raw(a), raw(b))); }
+inline Bytes pack_unsigned(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm512_packus_epi16(raw(a), raw(b))); }
+
+// 16-bit integers as the upper halves of words: those of the first vector of two, and of the second.
+inline Words first_words(Shorts halves) {
+  return reinterpret_cast<Words>(_mm512_unpacklo_epi16(_mm512_setzero_si512(), raw(halves)));
+}
+inline Words second_words(Shorts halves) {
+  return reinterpret_cast<Words>(_mm512_unpackhi_epi16(_mm512_setzero_si512(), raw(halves)));
+}
+
+// Bytes for two vectors as the upper halves of 16-bit integers.
+inline Shorts load_bytes(const uint8_t* from) {
+  const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  return reinterpret_cast<Shorts>(_mm512_slli_epi16(_mm512_permutexvar_epi64(order, wide), 8));
+}
+inline void store_bytes(uint8_t* to, Bytes bytes) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, reinterpret_cast<__m512i>(bytes)));
+}
+
+// 16-bit integers in memory as the upper halves of words, and the upper halves of two vectors of words to memory.
+inline Words load_upper_halves(const uint16_t* from) {
+  return reinterpret_cast<Words>(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+}
+inline void store_upper_halves(uint16_t* to, Words a, Words b) {
+  for (int i = 0; i < 2; ++i) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * kLanes),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(raw(i == 0 ? a : b), 16)));
+  }
+}
+
+inline Floats load_float16(const uint16_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void store_float16(uint16_t* to, Floats values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline Doubles first_doubles(Floats values) { return _mm512_cvtps_pd(_mm512_castps512_ps256(values)); }
+inline Doubles second_doubles(Floats values) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)); }
+
+#elif defined(__AVX2__)
+
+inline __m256i raw(Words words) { return reinterpret_cast<__m256i>(words); }
+inline __m256i raw(Ints words) { return reinterpret_cast<__m256i>(words); }
+inline __m256i raw(Shorts shorts) { return reinterpret_cast<__m256i>(shorts); }
+
+inline Floats square_root(Floats values) { return _mm256_sqrt_ps(values); }
+inline Words maximum(Words a, Words b) { return reinterpret_cast<Words>(_mm256_max_epu32(raw(a), raw(b))); }
+inline Shorts maximum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm256_max_epi16(raw(a), raw(b))); }
+inline Shorts minimum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm256_min_epi16(raw(a), raw(b))); }
+
+inline Shorts pack(Ints a, Ints b) { return reinterpret_cast<Shorts>(_mm256_packs_epi32(raw(a), raw(b))); }
+inline Bytes pack(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm256_packs_epi16(raw(a), raw(b))); }
+inline Bytes pack_unsigned(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm256_packus_epi16(raw(a), raw(b))); }
+
+inline Words first_words(Shorts halves) {
+  return reinterpret_cast<Words>(_mm256_unpacklo_epi16(_mm256_setzero_si256(), raw(halves)));
+}
+inline Words second_words(Shorts halves) {
+  return reinterpret_cast<Words>(_mm256_unpackhi_epi16(_mm256_setzero_si256(), raw(halves)));
+}
+
+// Sixteen bytes, in both halves of a register.
+inline __m256i load_twice(const void* from) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+inline Shorts load_bytes(const uint8_t* from) {
+  const __m256i order = _mm256_setr_epi8(-1, 0, -1, 1, -1, 2, -1, 3, -1, 8, -1, 9, -1, 10, -1, 11,  //
+                                         -1, 4, -1, 5, -1, 6, -1, 7, -1, 12, -1, 13, -1, 14, -1, 15);
+  return reinterpret_cast<Shorts>(_mm256_shuffle_epi8(load_twice(from), order));
+}
+inline void store_bytes(uint8_t* to, Bytes bytes) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(bytes), order));
+}
+
+inline Words load_upper_halves(const uint16_t* from) {
+  const __m256i order = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                         -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return reinterpret_cast<Words>(_mm256_shuffle_epi8(load_twice(from), order));
+}
+inline void store_upper_halves(uint16_t* to, Words a, Words b) {
+  const __m256i packed = _mm256_packus_epi32(raw(a >> 16), raw(b >> 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+inline Floats load_float16(const uint16_t* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline void store_float16(uint16_t* to, Floats values) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline Doubles first_doubles(Floats values) { return _mm256_cvtps_pd(_mm256_castps256_ps128(values)); }
+inline Doubles second_doubles(Floats values) { return _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1)); }
+
+#else
+
+inline Floats square_root(Floats values) {
+  Floats roots{};
+  for (int lane = 0; lane < kLanes; ++lane) roots[lane] = __builtin_sqrtf(values[lane]);
+  return roots;
+}
+inline Words maximum(Words a, Words b) { return a > b ? a : b; }
+inline Shorts maximum(Shorts a, Shorts b) { return a > b ? a : b; }
+inline Shorts minimum(Shorts a, Shorts b) { return a < b ? a : b; }
+
+template <class Narrow, class Wide>
+inline Narrow clamped(Wide value, int smallest, int largest) {
+  return static_cast<Narrow>(value < smallest ? smallest : value > largest ? largest : value);
+}
+inline Shorts pack(Ints a, Ints b) {
+  Shorts packed{};
+  for (int lane = 0; lane < 2 * kLanes; ++lane) {
+    packed[lane] = clamped<int16_t>(lane < kLanes ? a[lane] : b[lane - kLanes], -0x8000, 0x7fff);
+  }
+  return packed;
+}
+inline Bytes pack(Shorts a, Shorts b) {
+  Bytes packed{};
+  for (int lane = 0; lane < kUnit; ++lane) {
+    packed[lane] = clamped<uint8_t>(lane < kUnit / 2 ? a[lane] : b[lane - kUnit / 2], -0x80, 0x7f);
+  }
+  return packed;
+}
+inline Bytes pack_unsigned(Shorts a, Shorts b) {
+  Bytes packed{};
+  for (int lane = 0; lane < kUnit; ++lane) {
+    packed[lane] = clamped<uint8_t>(lane < kUnit / 2 ? a[lane] : b[lane - kUnit / 2], 0, 0xff);
+  }
+  return packed;
+}
+
+inline Words first_words(Shorts halves) {
+  Words words{};
+  for (int lane = 0; lane < kLanes; ++lane) words[lane] = static_cast<uint32_t>(halves[lane]) << 16;
+  return words;
+}
+inline Words second_words(Shorts halves) {
+  Words words{};
+  for (int lane = 0; lane < kLanes; ++lane) words[lane] = static_cast<uint32_t>(halves[kLanes + lane]) << 16;
+  return words;
+}
+
+inline Shorts load_bytes(const uint8_t* from) {
+  UnsignedShorts shorts{};
+  for (int lane = 0; lane < 2 * kLanes; ++lane) shorts[lane] = from[lane];
+  return reinterpret_cast<Shorts>(shorts << 8);
+}
+inline void store_bytes(uint8_t* to, Bytes bytes) { store(to, bytes); }
+
+inline Words load_upper_halves(const uint16_t* from) {
+  Words words{};
+  for (int lane = 0; lane < kLanes; ++lane) words[lane] = static_cast<uint32_t>(from[lane]) << 16;
+  return words;
+}
+inline void store_upper_halves(uint16_t* to, Words a, Words b) {
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<uint16_t>(a[lane] >> 16);
+  for (int lane = 0; lane < kLanes; ++lane) to[kLanes + lane] = static_cast<uint16_t>(b[lane] >> 16);
+}
+
+inline Floats load_float16(const uint16_t* from) {
+  const Words stored = load_upper_halves(from), magnitude = (stored & 0x7fff0000) >> 3, sign = stored & 0x80000000;
+  // The exponent's bias grows by 112 through a product, which also makes subnormals normal.
+  const Words finite = bits_of(float_of(magnitude) * 0x1p112f), special = magnitude | 0x7f800000;
+  return float_of((magnitude < (0x7c00 << 13) ? finite : special) | sign);
+}
+inline void store_float16(uint16_t* to, Floats values) {
+  const Words bits = bits_of(values), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+  const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // 0.5 has a last place of 2^-24, the step of float16's subnormals: the sum rounds to it.
+  const Words subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(broadcast(0.5f));
+  Words half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? broadcast(0x7c00u) : half;
+  half = (magnitude > 0x7f800000 ? broadcast(0x7e00u) : half) | sign;
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<uint16_t>(half[lane]);
+}
+
+inline Doubles first_doubles(Floats values) { return Doubles{values[0], values[1]}; }
+inline Doubles second_doubles(Floats values) { return Doubles{values[2], values[3]}; }
+
+#endif
+
+// The numbers start, start + 1 … for the lanes. The compiler must not know that they grow evenly: it would make each
+// later vector of them anew from a scalar, which costs more than the addition.
+LISA_INLINE Words count_from(uint32_t start) {
+  Words numbers{};
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = static_cast<uint32_t>(lane);
+  numbers += start;
+#if defined(__SSE2__)
+  asm("" : "+x"(numbers));
+#endif
+  return numbers;
+}
+
+inline uint32_t largest_of(Words words) {
+  uint32_t largest = 0;
+  for (int lane = 0; lane < kLanes; ++lane) largest = words[lane] > largest ? words[lane] : largest;
+  return largest;
+}
+
+inline double sum_of(Doubles values) {
+  double sum = 0;
+  for (int lane = 0; lane < kLanes / 2; ++lane) sum += values[lane];
+  return sum;
+}
+
+}  // namespace

@@ -1,0 +1,128 @@
+"""What one step updates, gathered into lists for the operations that take many tensors at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.ops.adamw8 import Hyper, adamw8_, adamw8_op, adamw32_, adamw32_op, step_scalars
+from lisa_kernels.ops.random_bits import key_base, keys_at
+
+
+class Kind(NamedTuple):
+    """What the tensors of one batch have in common."""
+
+    device: torch.device
+    eight_bit: bool
+
+
+class Batch:
+    """The parameters of one step on one device with one kind of state, in the order of the groups."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.states: list[dict[str, Tensor]] = []
+        # Each group's hyper-parameters and where its parameters end in the lists.
+        self.groups: list[tuple[Hyper, int]] = []
+
+    def count(self, took: Tensor) -> None:
+        """Add `took` (int64 0-d: 1, or 0 for a skipped step) to every parameter's count of updates."""
+        torch._foreach_add_([state["step"] for state in self.states], [took] * len(self.states))
+
+    def _scalars(self, grad_scale: Tensor) -> Tensor:
+        rows, start = [], 0
+        for hyper, end in self.groups:
+            steps = torch.stack([state["step"] for state in self.states[start:end]])
+            rows.append(step_scalars(steps, hyper, grad_scale))
+            start = end
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def update(
+        self, skip: Tensor, grad_scale: Tensor, keys: Tensor, block_size: int, stochastic: bool
+    ) -> None:  # fmt: skip
+        """Take the step: bool 0-d, float32 0-d and int64 [parameters] on the batch's device."""
+        names = ("m_codes", "m_absmax", "v_codes", "v_absmax") if self.kind.eight_bit else ("m", "v")
+        moments = [[state[name] for state in self.states] for name in names]
+        scalars = self._scalars(grad_scale)
+        dense = all(map(Tensor.is_contiguous, self.params)) and all(map(Tensor.is_contiguous, self.grads))
+        if self.kind.eight_bit and dense:
+            adamw8_op(self.params, self.grads, *moments, scalars, keys, skip, block_size, stochastic)
+        elif self.kind.eight_bit:
+            adamw8_(
+                self.params, self.grads, *moments, scalars=scalars, keys=keys, skip=skip, block_size=block_size,
+                stochastic=stochastic,
+            )  # fmt: skip
+        elif dense:
+            adamw32_op(self.params, self.grads, *moments, scalars, keys, skip, stochastic)
+        else:
+            adamw32_(
+                self.params, self.grads, *moments, scalars=scalars, keys=keys, skip=skip, stochastic=stochastic
+            )  # fmt: skip
+        # The operations run below autograd, which would not notice that weights in a graph have changed.
+        torch.autograd.graph.increment_version(self.params)
+
+
+def _hyper(group: dict[str, Any]) -> Hyper:
+    beta1, beta2 = group["betas"]
+    return Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+
+
+def gather(param_groups: Iterable[dict[str, Any]], state_of: Callable[[Tensor], dict[str, Tensor]]) -> list[Batch]:
+    """Return batches of all parameters that have a gradient; InputError where one is sparse or on another device."""
+    batches: dict[tuple[torch.device, bool], Batch] = {}
+    for group in param_groups:
+        hyper = _hyper(group)
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None or not param.numel():
+                continue
+            device = param.device
+            if grad.layout is not torch.strided or grad.device != device:
+                _refuse(param, grad)
+            state = state_of(param)
+            kind = device, "m_codes" in state
+            batch = batches.get(kind)
+            if batch is None:
+                batch = batches[kind] = Batch(Kind(*kind))
+            batch.params.append(param)
+            batch.grads.append(grad)
+            batch.states.append(state)
+        for batch in batches.values():
+            if len(batch.params) > (batch.groups[-1][1] if batch.groups else 0):
+                batch.groups.append((hyper, len(batch.params)))
+    return list(batches.values())
+
+
+def _refuse(param: Tensor, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise InputError(
+            "a gradient is sparse; AdamW8bit takes dense gradients: build the embedding with sparse=False."
+        )
+    raise InputError(
+        f"a gradient is on {grad.device} and its parameter on {param.device}; move the model before its backward pass."
+    )
+
+
+class Keys:
+    """Keys of the random numbers of many parameters at a step; what does not change with the step is kept."""
+
+    def __init__(self) -> None:
+        self._bases: dict[tuple[torch.device, int, tuple[int, ...]], Tensor] = {}
+
+    def at(self, clock: Tensor, seed: int, indices: tuple[int, ...]) -> Tensor:
+        """Return int64 [parameters] on the device of `clock`, without waiting for it."""
+        which = (clock.device, seed, indices)
+        if which not in self._bases:
+            # Layers come and go: only the sets in use are kept.
+            while len(self._bases) >= 8:
+                del self._bases[next(iter(self._bases))]
+            bases = torch.tensor([key_base(seed, index) for index in indices], dtype=torch.int64, device="cpu")
+            on_cpu = clock.device.type == "cpu"
+            self._bases[which] = bases if on_cpu else bases.pin_memory().to(clock.device, non_blocking=True)
+        return keys_at(self._bases[which], clock)
