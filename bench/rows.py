@@ -13,6 +13,18 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao", "flashoptim")
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -25,7 +37,8 @@ def environment() -> dict[str, Any]:
         "commit": git.stdout.strip() or "unknown",
         "device": device,
         "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
+        "versions": _versions(),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }

@@ -1,9 +1,10 @@
-"""The command line: `lisa-kernels finetune | scores | info`."""
+"""The command line: `lisa-kernels finetune | scores | bench | info`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,11 @@ _DATA_HELP = (
 )
 _LR_HELP = (
     "peak learning rate (default: lisa and ows 5e-5, owlore 3e-4, badam and full 1e-5, galore 1e-4, lora-fa 4e-4)"
+)
+_SIZES_HELP = "elements of the tensor: 2^20, 1000, several with commas, or a range in factors of 4 as 2^12..2^28"
+_PEERS_HELP = (
+    "torch-fused, torch-foreach, bitsandbytes, torchao, flashoptim, several with commas, all, or none; torch-fused in "
+    "fp32 always runs, as the yardstick of ratios"
 )
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -109,6 +115,37 @@ def _add_scores(commands: Any) -> None:
     parser.set_defaults(run=_run_scores)
 
 
+def add_bench_optimizer_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench optimizer`, which `python -m bench.optimizer` takes as well."""
+    add = parser.add_argument
+    add("--sizes", default="2^12,2^16,2^20,2^24,2^26,2^28", help=_SIZES_HELP)
+    add("--small-tensors", action="store_true", help="also 10,000 tensors of 1,024 elements")
+    add("--dtype", default="all", help="of weights and gradients: fp32, bf16 or all")
+    add("--peers", default="all", help=_PEERS_HELP)
+    add("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one")
+    add("--threads", type=int, help="CPU threads (default: as torch has them)")
+    add("--rounds", type=int, default=20, help="turns of each optimizer; fewer, at least 5, where a second ends first")
+    add("--no-limits", action="store_true", help="run peers on CPUs also where one step takes seconds")
+    add("--record", action="store_true", help="append the rows to bench/results/optimizer.jsonl")
+    add("--plot", type=Path, help="draw ns per element over the size into this file (.png, .svg, .pdf)")
+    add("--json", action="store_true", help="print the result as JSON on standard output")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="time the kernels beside other packages (needs the sources)")
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    optimizer = benchmarks.add_parser(
+        "optimizer",
+        formatter_class=_Formatter,
+        help="one optimizer step: ms, ns per element, GB/s, share of copy speed, bytes of state",
+        description="Time whole optimizer steps in one process and in turns. A peer that cannot run has a row with "
+        "the reason. GB/s counts weights and state read and written once and gradients read once.",
+    )
+    add_bench_optimizer_options(optimizer)
+    optimizer.set_defaults(run=_run_bench)
+
+
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="show versions and which kernel each operation uses here, and why")
     parser.add_argument("--json", action="store_true", help="print as JSON")
@@ -121,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_finetune(commands)
     _add_scores(commands)
+    _add_bench(commands)
     _add_info(commands)
     return parser
 
@@ -145,6 +183,23 @@ def _run_scores(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.json:
         print(json.dumps(result))
     return 0
+
+
+def _run_bench(arguments: argparse.Namespace, console: Console) -> int:
+    """Run the benchmark in a process of its own, from the sources: benchmarks are not part of the package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / f"{arguments.benchmark}.py").is_file():
+        raise InputError(
+            f"the benchmarks are not part of the installed package (looked in {root}): get the sources, install them "
+            f"with pip install --editable '.[bench]', and run the command again."
+        )
+    options = []
+    for key, value in vars(arguments).items():
+        if key in ("command", "benchmark", "run") or value is None or value is False:
+            continue
+        text = str(value.resolve()) if isinstance(value, Path) else str(value)
+        options.append(f"--{key.replace('_', '-')}" + ("" if value is True else f"={text}"))
+    return subprocess.run([sys.executable, "-m", f"bench.{arguments.benchmark}", *options], cwd=root).returncode
 
 
 def _run_info(arguments: argparse.Namespace, console: Console) -> int:

@@ -18,9 +18,9 @@ def _help(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert all(command in _help(capsys) for command in ("finetune", "scores", "info"))
-    for command in ("finetune", "scores", "info"):
-        assert "--json" in _help(capsys, command)
+    assert all(command in _help(capsys) for command in ("finetune", "scores", "bench", "info"))
+    for command in (["finetune"], ["scores"], ["bench", "optimizer"], ["info"]):
+        assert "--json" in _help(capsys, *command)
 
 
 def test_finetune_takes_every_promised_flag_and_says_defaults(capsys: pytest.CaptureFixture[str]) -> None:

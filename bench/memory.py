@@ -1,0 +1,111 @@
+"""Bytes: what an optimizer keeps between steps, and what it takes for the time of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the plain tensors inside a state's value: torchao wraps them in tensors, FlashOptim in objects."""
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                yield from _tensors(getattr(value, name))
+        else:
+            yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of all tensors in `optimizer.state`; storage that several share counts once."""
+    storages = {}
+    for values in optimizer.state.values():
+        for tensor in _tensors(values):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def free_bytes(device: str) -> int:
+    """Return the memory that is free on the device."""
+    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else int(psutil.virtual_memory().available)
+
+
+def extra_bytes(step: Callable[[], object], device: str) -> int:
+    """Return the most memory that `step` holds at one time beyond what it found; it runs up to two times.
+
+    On a GPU, the rise of `max_memory_allocated`. On a CPU, the larger of two readings: torch's own allocations as its
+    profiler saw them, exact to the byte, and the rise of the process's peak resident size, which sees the buffers of
+    compiled code too, but not memory that the C library had kept from earlier.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated()) - before
+    return max(_resident_rise(step), _allocated_rise(step))
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _resident_rise(step: Callable[[], object]) -> int:
+    try:
+        CLEAR_REFS.write_text(RESET_PEAK)
+    except OSError:  # not Linux, or a container that does not let a process reset its peak
+        return 0
+    before = _status_bytes("VmRSS")
+    step()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _allocated_rise(step: Callable[[], object]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with _silent_stderr(), torch.profiler.profile(profile_memory=True) as profile:
+            step()
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted(
+        ((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"), key=lambda pair: pair[0]
+    )
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep what C++ code writes to standard error to itself: torch 2.13's profiler announces its start and end."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

@@ -1,0 +1,60 @@
+"""Pictures of benchmark rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lisa_kernels.errors import InputError
+
+LINE_STYLES = {"fp32": "-", "bf16": "--"}
+
+
+def check_picture(path: Path) -> None:
+    """Raise InputError where no picture could be written to `path`, before anything is measured for it."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("a plot needs matplotlib: install it, or leave the plot out.") from error
+    formats = FigureCanvasAgg(Figure()).get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise InputError(f"{str(path)!r} names no picture format: end it in one of .{', .'.join(sorted(formats))}.")
+    if not path.parent.is_dir():
+        raise InputError(f"the folder of {str(path)!r} does not exist: create it, or name another file.")
+
+
+def plot_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the nanoseconds per element over the size, a line for each optimizer and dtype; bars from p20 to p80."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    colours: dict[str, str] = {}
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["p50_ms"] is not None:
+            lines.setdefault((row["optimizer"], row["dtype"]), []).append(row)
+    for (optimizer, dtype), points in lines.items():
+        colour = colours.setdefault(optimizer, f"C{len(colours)}")
+        sizes = [row["elements"] for row in points]
+        middle, low, high = (
+            [row[f"{name}_ms"] * 1e6 / row["elements"] for row in points] for name in ("p50", "p20", "p80")
+        )
+        errors = [[m - x for m, x in zip(middle, low)], [x - m for m, x in zip(middle, high)]]
+        axes.errorbar(
+            sizes, middle, errors, color=colour, linestyle=LINE_STYLES[dtype], marker=".", capsize=2,
+            label=f"{optimizer}, {dtype}",
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("elements")
+    axes.set_ylabel("optimizer.step(), ns per element")
+    axes.grid(alpha=0.3)
+    if lines:
+        figure.legend(loc="outside right upper", fontsize="small")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(f"the plot could not be written to {str(path)!r} ({error.strerror}).") from error
