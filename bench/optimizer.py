@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
             print_rows(found)
         if arguments.record:
             for row in found:
-                append_row("optimizer", asdict(row))
+                append_row("optimizer", {**asdict(row), "ran_on": row.device})
     if arguments.plot is not None:
         plots.plot_sizes([asdict(row) for row in rows if row.tensors == 1], arguments.plot)
         console.print(f"picture in {arguments.plot}")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from bench.readme import markdown, put
 from bench.rows import read_rows
-
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- quality table: written by bench/quality.py -->", "<!-- end of quality table -->"
 
 
 def best_rows(rows: list[dict[str, Any]], name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -33,16 +30,13 @@ def table(rows: list[dict[str, Any]], names: Sequence[str], seeds: Sequence[int]
             continue
         losses = [row["eval_loss"] for row in mine]
         mean, deviation = statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0
-        lines.append((mean, f"| {name} | {mean:.3f} ± {deviation:.3f} | {mine[0]['lr']:g} |"))
-    head = ["| method | held-out loss, mean ± sd of 3 seeds | best rate |", "|---|---|---|"]
-    return "\n".join([*head, *(line for _, line in sorted(lines))])
+        lines.append((mean, [name, f"{mean:.3f} ± {deviation:.3f}", f"{mine[0]['lr']:g}"]))
+    head = ["method", "held-out loss, mean ± sd of 3 seeds", "best rate"]
+    return markdown(head, [line for _, line in sorted(lines)])
 
 
 def report(names: Sequence[str], seeds: Sequence[int]) -> None:
     """Print the table and put it between the markers of README.md, if they are there."""
     text = table(read_rows("quality"), names, seeds)
     print(text)
-    readme = README.read_text() if README.exists() else ""
-    if BEGIN in readme and END in readme:
-        before, rest = readme.split(BEGIN, 1)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    put("quality", text)
