@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lisa_kernels.native import DTYPE_CODES, Library, addresses, counts, dtype_codes, pointer, table
+from lisa_kernels.native import Library, addresses, counts, float_addresses, pointer, table
 
 
 def _arrays(scalars: Tensor, keys: Tensor) -> tuple[int, int]:
-    return pointer("the scalars", scalars, torch.float32), pointer("the keys", keys, torch.int64)
+    return pointer("the table of scalars", scalars, torch.float32), pointer("the list of keys", keys, torch.int64)
 
 
 def adamw8_(
@@ -20,11 +20,13 @@ def adamw8_(
     """Update the parameters and their 8-bit moments in place; the contract is the package's."""
     if skip.item():
         return
+    weights, weight_dtypes = float_addresses("a parameter", params)
+    gradients, gradient_dtypes = float_addresses("a gradient", grads)
     rows = table(
-        addresses("a parameter", params, DTYPE_CODES), addresses("a gradient", grads, DTYPE_CODES),
-        addresses("m_codes", m_codes, [torch.uint8]), addresses("m_absmax", m_absmax, [torch.float32]),
-        addresses("v_codes", v_codes, [torch.uint8]), addresses("v_absmax", v_absmax, [torch.float32]),
-        counts(params), dtype_codes(params), dtype_codes(grads),
+        weights, gradients,
+        addresses("m_codes", m_codes, torch.uint8), addresses("m_absmax", m_absmax, torch.float32),
+        addresses("v_codes", v_codes, torch.uint8), addresses("v_absmax", v_absmax, torch.float32),
+        counts(params), weight_dtypes, gradient_dtypes,
     )  # fmt: skip
     library.call("adamw8", rows.ctypes.data, len(params), *_arrays(scalars, keys), block_size, stochastic)
 
@@ -36,9 +38,10 @@ def adamw32_(
     """Update the parameters and their float32 moments in place; the contract is the package's."""
     if skip.item():
         return
+    weights, weight_dtypes = float_addresses("a parameter", params)
+    gradients, gradient_dtypes = float_addresses("a gradient", grads)
     rows = table(
-        addresses("a parameter", params, DTYPE_CODES), addresses("a gradient", grads, DTYPE_CODES),
-        addresses("m", m, [torch.float32]), addresses("v", v, [torch.float32]),
-        counts(params), dtype_codes(params), dtype_codes(grads),
+        weights, gradients, addresses("m", m, torch.float32), addresses("v", v, torch.float32),
+        counts(params), weight_dtypes, gradient_dtypes,
     )  # fmt: skip
     library.call("adamw32", rows.ctypes.data, len(params), *_arrays(scalars, keys), stochastic)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lisa_kernels.native import DTYPE_CODES, Library, addresses, counts, dtype_codes, table
+from lisa_kernels.native import Library, counts, float_addresses, table
 
 
 def grad_norm(library: Library, grads: list[Tensor], squares: bool) -> Tensor:
@@ -14,6 +14,7 @@ def grad_norm(library: Library, grads: list[Tensor], squares: bool) -> Tensor:
     Sums are formed per span of 65,536 elements and added in order, so that they do not depend on the threads.
     """
     result = torch.empty(2, dtype=torch.float64)
-    rows = table(addresses("a gradient", grads, DTYPE_CODES), counts(grads), dtype_codes(grads))
+    gradients, dtypes = float_addresses("a gradient", grads)
+    rows = table(gradients, counts(grads), dtypes)
     library.call("grad_norm", rows.ctypes.data, len(grads), squares, result.data_ptr())
     return result

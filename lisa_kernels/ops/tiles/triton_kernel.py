@@ -1,0 +1,135 @@
+"""What all kernels over tiles share in Triton: places, masks, loads and stores, and the random words of elements."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lisa_kernels.ops.tiles import ELEMENT, WHOLE
+
+WHOLE_TILE = tl.constexpr(WHOLE)
+ELEMENT_TILE = tl.constexpr(ELEMENT)
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def tile_offsets(ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """The first element of each vector of a tile's first step, [rows, lanes, 1]."""
+    return tl.arange(0, ROWS)[:, None, None] * BLOCK + tl.arange(0, LANES)[None, :, None] * VECTOR
+
+
+@triton.jit
+def work_item(work):
+    """The table row and the tile of this program, int64 both."""
+    item = tl.load(work + tl.program_id(0))
+    return item >> 32, item & 0xFFFFFFFF
+
+
+@triton.jit
+def load(pointers, mask, ACCESS: tl.constexpr):
+    """Load a tile; zeros where it ends."""
+    if ACCESS == WHOLE_TILE:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=mask, other=0)
+    return values
+
+
+@triton.jit
+def store(pointers, values, mask, ACCESS: tl.constexpr):
+    """Store a tile up to where it ends."""
+    if ACCESS == WHOLE_TILE:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=mask)
+
+
+@triton.jit
+def tile_mask(offsets, SHIFT: tl.constexpr, left, VECTOR: tl.constexpr, ACCESS: tl.constexpr):
+    """Which elements of a step exist, of `left`: one answer per vector where a count is a multiple of it."""
+    if ACCESS == ELEMENT_TILE:
+        mask = offsets + (SHIFT + tl.arange(0, VECTOR)[None, None, :]) < left
+    else:
+        mask = offsets + SHIFT < left
+    return mask
+
+
+@triton.jit
+def advance(pointer, start, ACCESS: tl.constexpr):
+    """A pointer's element `start`; its address is a multiple of 16 unless tiles are reached element by element."""
+    pointer += start
+    if ACCESS != ELEMENT_TILE:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def element_offsets(offsets, SHIFT: tl.constexpr, VECTOR: tl.constexpr):
+    """Places of each element of a step in the tile."""
+    return offsets + tl.arange(0, VECTOR)[None, None, :] + SHIFT
+
+
+@triton.jit
+def element_pointers(pointer, offsets, SHIFT: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointers to each element of a step; what is the same in all steps comes first, so that it is computed once."""
+    return pointer + offsets + tl.arange(0, VECTOR)[None, None, :] + SHIFT
+
+
+@triton.jit
+def word_pointers(pointer, offsets, SHIFT: tl.constexpr, VECTOR: tl.constexpr, PER_WORD: tl.constexpr):
+    """Pointers to the 32-bit words of a step, each of which holds `PER_WORD` elements."""
+    words = pointer.to(tl.pointer_type(tl.uint32)) + offsets // PER_WORD
+    return words + tl.arange(0, VECTOR // PER_WORD)[None, None, :] + SHIFT // PER_WORD
+
+
+@triton.jit
+def load_floats(pointer, offsets, SHIFT: tl.constexpr, mask, VECTOR: tl.constexpr, ACCESS: tl.constexpr):
+    """Load a step of any float dtype as float32; 16-bit ones of a whole tile in pairs, unpacked from 32-bit words."""
+    if ACCESS == WHOLE_TILE and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        pairs = tl.load(word_pointers(pointer, offsets, SHIFT, VECTOR, 2))
+        if pointer.dtype.element_ty == tl.bfloat16:
+            low = (pairs << 16).to(tl.float32, bitcast=True)
+            high = (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
+        else:
+            low = pairs.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (pairs >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        values = tl.reshape(tl.join(low, high), (offsets.shape[0], offsets.shape[1], VECTOR))
+    else:
+        values = load(element_pointers(pointer, offsets, SHIFT, VECTOR), mask, ACCESS).to(tl.float32)
+    return values
+
+
+@triton.jit
+def store_floats(pointers, values, bits16, mask, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr):
+    """Store float32 in the pointers' dtype, bfloat16 rounded by 16 random bits if `STOCHASTIC`, else to nearest."""
+    if STOCHASTIC and pointers.dtype.element_ty == tl.bfloat16:
+        rounded = (values.to(tl.uint32, bitcast=True) + bits16) >> 16
+        store(pointers, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask, ACCESS)
+    else:
+        store(pointers, values.to(pointers.dtype.element_ty), mask, ACCESS)
+
+
+@triton.jit
+def mix32(x):
+    """Hash 32 bits to 32 bits."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_state(key, start):
+    """What the words of up to 2**16 elements from `start` (int64, a multiple of their number) have in common."""
+    low = key.to(tl.uint32) + (start >> 32).to(tl.uint32) * 0x9E3779B9
+    x = start.to(tl.uint32) ^ mix32(low) ^ (key >> 32).to(tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_words(state, index):
+    """The two random words of the elements `index` (below 2**16) after the state's start."""
+    x = (state ^ index.to(tl.uint32)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    first = x ^ (x >> 16)
+    return first, first * 0x9E3779B1
