@@ -8,7 +8,7 @@ RUNS ?= runs/demo
 # SLOW=1 runs the long tests as well.
 MARKS := $(if $(SLOW),,-m "not slow")
 
-.PHONY: help install demo test lint kernels gpu quality clean
+.PHONY: help install demo test lint kernels bench gpu quality clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,14 +38,17 @@ lint: $(STAMP)  ## check format, lint rules and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-kernels: $(STAMP)  ## build the compiled kernels of this machine and show which kernel each operation uses
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
-	$(BIN)/lisa-kernels info
+kernels: $(STAMP)  ## compile every GPU kernel for seven targets, report its machine code, check it against its budgets
+	$(BIN)/python -m bench.kernels --check
 
-gpu: $(STAMP)  ## on a machine with a GPU: the same tests there, and the quality benchmark
+bench: $(STAMP)  ## time an optimizer step beside its peers and record the rows (about 5 minutes on two cores)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[bench]"
+	$(BIN)/lisa-kernels bench optimizer --small-tensors --record
+
+gpu: $(STAMP)  ## on a machine with a GPU: the same tests and the optimizer's benchmark there
 	$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
 	$(BIN)/python -m pytest
-	$(BIN)/python -m bench.quality --device cuda
+	$(BIN)/lisa-kernels bench optimizer --device cuda --small-tensors --record
 
 quality: $(STAMP)  ## run the comparison of all methods (about an hour on two cores; goes on where it stopped)
 	$(BIN)/python -m bench.quality

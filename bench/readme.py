@@ -63,7 +63,66 @@ def optimizer_table(rows: list[dict[str, Any]]) -> str:
     return markdown(["optimizer", "weights", *sizes, "10,000 × 1,024, ms", "state, B per element"], lines)
 
 
-TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {"optimizer": optimizer_table}
+SHOWN_KERNELS = {
+    "adamw8/one/bf16-bf16": "step, bf16", "adamw8/one/fp32-fp32": "step, fp32",
+    "adamw8/many/bf16-bf16": "step on many tensors, bf16", "adamw32/bf16-bf16": "step on 32-bit moments, bf16",
+    "grad_norm/bf16": "gradients' norm, bf16", "fold/bf16": "fold, bf16",
+}  # fmt: skip
+SHOWN_TARGETS = {"sm_80": "A100", "sm_86": "RTX 3090", "sm_89": "RTX 4090", "sm_90": "H100"}
+
+
+def _floor(row: dict[str, Any] | None, gpu: str) -> str:
+    if row is None or gpu not in row["floors"]:
+        return "-"
+    low, high, limit = row["floors"][gpu]
+    return f"{low:.1f}-{high:.1f} ({limit})"
+
+
+def kernels_table(rows: list[dict[str, Any]]) -> str:
+    """Return the main kernels: what sm_90 needs, and the floors of four GPUs in milliseconds per 10⁹ elements."""
+    lines = []
+    for kernel, title in SHOWN_KERNELS.items():
+        mine = {row["target"]: row for row in rows if row["kernel"] == kernel}
+        if "sm_90" not in mine:
+            continue
+        here = mine["sm_90"]
+        counts = [f"{here['bytes_per_element']:g}", f"{here['instructions_per_element']:g}", str(here["registers"])]
+        floors = [_floor(mine.get(target), gpu) for target, gpu in SHOWN_TARGETS.items()]
+        lines.append([title, *counts, *floors])
+    head = ["kernel", "B per element", "instructions per element, sm_90", "registers"]
+    return markdown([*head, *(f"{gpu}, ms per 10⁹" for gpu in SHOWN_TARGETS.values())], lines)
+
+
+def _numbers(problem: dict[str, Any] | None) -> str:
+    return "-" if problem is None else f"{problem['nmse']:.1e} · {problem['worst_update']:,.3g}"
+
+
+SHOWN_STATES = (
+    "AdamW8bit, the whole optimizer", "E4M3 / E5M3, nearest", "bitsandbytes map, nearest",
+    "bitsandbytes AdamW8bit, the whole optimizer on CPU", "FlashOptim, nearest, blocks of 32",
+    "FlashOptim, floor, stochastic, blocks of 32", "floats of 4, 3, 2 mantissa bits",
+)  # fmt: skip
+SHOWN_PROBLEMS = {
+    "1 decades": "1 decade", "3 decades": "3 decades", "5 decades": "5 decades", "attention": "attention",
+    "MLP down": "MLP down", "embedding": "embedding", "head": "head",
+}  # fmt: skip
+
+
+def numerics_table(rows: list[dict[str, Any]]) -> str:
+    """Return each format's error of the total update and its largest single update, on every problem."""
+    latest = {row["codec"]: row for row in rows}
+    lines = []
+    for name in SHOWN_STATES:
+        if name in latest:
+            row = latest[name]
+            cells = (_numbers(row["problems"].get(problem)) for problem in SHOWN_PROBLEMS)
+            lines.append([name, f"{row['bytes_per_parameter']:.2f}", *cells])
+    return markdown(["state", "B per element", *SHOWN_PROBLEMS.values()], lines)
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "optimizer": optimizer_table, "kernels": kernels_table, "numerics": numerics_table,
+}  # fmt: skip
 
 
 def main() -> None:
