@@ -15,6 +15,7 @@ from functools import lru_cache
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -104,32 +105,41 @@ def why_absent() -> str:
 
 _dtype_of = attrgetter("dtype")
 
+# The functions below see thousands of tensors at a time: their checks are loops in C, and the one wrong tensor is
+# looked for once there is one.
 
-def addresses(name: str, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype]) -> list[int]:
-    """Return the addresses of dense CPU tensors of one of `dtypes`; InputError if there is any other tensor.
 
-    Called with thousands of tensors: the checks are loops in C, and a culprit is looked for once there is one.
-    """
-    if not all(map(Tensor.is_contiguous, tensors)) or not set(map(_dtype_of, tensors)) <= set(dtypes):
-        for tensor in tensors:
-            if tensor.dtype not in dtypes or not tensor.is_contiguous():
-                raise InputError(
-                    f"{name} is {tensor.dtype}{'' if tensor.is_contiguous() else ', not contiguous'}; contiguous "
-                    f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} is wanted."
-                )
+def _refuse_first(name: str, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype]) -> NoReturn:
+    wrong = next(tensor for tensor in tensors if tensor.dtype not in dtypes or not tensor.is_contiguous())
+    raise InputError(
+        f"{name} is {wrong.dtype}{'' if wrong.is_contiguous() else ', not contiguous'}; contiguous "
+        f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} is wanted."
+    )
+
+
+def addresses(name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[int]:
+    """Return the addresses of dense tensors of `dtype`, all on the CPU; InputError if one is of another kind."""
+    if not all(map(Tensor.is_contiguous, tensors)) or not set(map(_dtype_of, tensors)) <= {dtype}:
+        _refuse_first(name, tensors, [dtype])
     return list(map(Tensor.data_ptr, tensors))
+
+
+def float_addresses(name: str, tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Return the addresses and dtype codes of dense weights or gradients, all on the CPU; InputError as above."""
+    try:
+        codes = list(map(DTYPE_CODES.__getitem__, map(_dtype_of, tensors)))
+    except KeyError:
+        _refuse_first(name, tensors, DTYPE_CODES)
+    if not all(map(Tensor.is_contiguous, tensors)):
+        _refuse_first(name, tensors, DTYPE_CODES)
+    return list(map(Tensor.data_ptr, tensors)), codes
 
 
 def pointer(name: str, tensor: Tensor, dtype: torch.dtype) -> int:
     """Return the address of a dense CPU tensor of `dtype`; InputError for any other."""
     if tensor.device.type != "cpu":
         raise InputError(f"{name} is on {tensor.device}; a tensor on the CPU is wanted.")
-    return addresses(name, [tensor], [dtype])[0]
-
-
-def dtype_codes(tensors: Sequence[Tensor]) -> list[int]:
-    """Return what the C interface calls the dtypes of weights or gradients."""
-    return list(map(DTYPE_CODES.__getitem__, map(_dtype_of, tensors)))
+    return addresses(name, [tensor], dtype)[0]
 
 
 def counts(tensors: Sequence[Tensor]) -> list[int]:

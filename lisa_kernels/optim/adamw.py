@@ -42,6 +42,12 @@ def _check_hyper(group: dict[str, Any]) -> None:
         raise InputError(f"betas are {betas!r}; two numbers are wanted, both at least 0 and below 1.")
 
 
+def _joined(measured: list[Tensor]) -> Tensor:
+    """Return [largest, sum] of what `grad_norm` measured on several devices."""
+    each = torch.stack(measured)
+    return torch.stack([each[:, 0].amax(), each[:, 1].sum()])
+
+
 class AdamW8bit(Optimizer):
     """AdamW whose moments take one byte each: `torch.optim.AdamW`'s update on E4M3 / E5M3 codes with block scales.
 
@@ -168,15 +174,17 @@ class AdamW8bit(Optimizer):
         """Return on the first device (skip the step? bool 0-d, what to multiply the gradients by, float32 0-d)."""
         first = next(iter(grads))
         limit = self.max_grad_norm
-        measured = torch.stack([grad_norm(each, squares=limit is not None).to(first) for each in grads.values()])
+        measured = [grad_norm(each, squares=limit is not None).to(first) for each in grads.values()]
+        # The largest of all, or a NaN, and the sum of the squares.
+        largest, squares = measured[0] if len(measured) == 1 else _joined(measured)
         unscaling = self._unscaling(first)
         # Compared so that a NaN counts as too large.
-        skip = ~(measured[:, 0] * unscaling <= LARGEST_GRADIENT).all()
+        skip = torch.logical_not(largest * unscaling <= LARGEST_GRADIENT)
         if getattr(self, "found_inf", None) is not None:
             skip = skip | (self.found_inf.to(first) > 0).any()  # type: ignore[union-attr]
         if limit is None:
             return skip, unscaling
-        norm = measured[:, 1].sum().sqrt() * unscaling
+        norm = squares.sqrt() * unscaling
         self._last_grad_norm = norm.to(torch.float32)
         # The small term is that of torch's clip_grad_norm_.
         return skip, unscaling * (limit / (norm + 1e-6)).clamp_max(1.0).to(torch.float32)

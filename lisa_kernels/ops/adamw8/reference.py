@@ -48,17 +48,21 @@ def step_scalars(steps: Tensor, hyper: Hyper, grad_scale: Tensor) -> Tensor:
     device.
     """
     t = steps.to(torch.float64)
+    lr, beta1, beta2, eps, weight_decay = (
+        value.to(t) if isinstance(value, Tensor) else float(value) for value in hyper
+    )
+    root = torch.rsub(torch.pow(beta2, t), 1.0).sqrt_()
+    step_size = lr * root / torch.rsub(torch.pow(beta1, t), 1.0)
+    decay = 1.0 - lr * weight_decay
 
     def column(value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.expand_as(t).to(torch.float32)
         # Filled on the device: `torch.tensor` would copy from the host and wait.
-        return value.to(t) if isinstance(value, Tensor) else torch.full((), value, dtype=t.dtype, device=t.device)
+        return torch.full_like(t, value, dtype=torch.float32)
 
-    lr, beta1, beta2, eps, weight_decay = map(column, hyper)
-    root = (1.0 - torch.pow(beta2, t)).sqrt()
-    step_size = lr * root / (1.0 - torch.pow(beta1, t))
-    decay = 1.0 - lr * weight_decay
     columns = (beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps * root, decay, step_size, grad_scale)
-    return torch.stack([value.expand_as(t).to(torch.float32) for value in columns], dim=1)
+    return torch.stack([column(value) for value in columns], dim=1)
 
 
 def square_root(value: Tensor) -> Tensor:

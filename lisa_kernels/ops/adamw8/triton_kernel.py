@@ -107,7 +107,7 @@ def update_tile(
     STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     VECTOR: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Step a tile of whole blocks, whose moments stay in registers; pointers are the tile's, `scalars` and `key` the tensor's."""
+    """Step a tile of whole blocks, whose moments stay in registers; `scalars` and `key` are its tensor's."""
     offsets = tile_offsets(ROWS, LANES, VECTOR, BLOCK)
     one_minus_beta1, one_minus_beta2, grad_scale = tl.load(scalars + 1), tl.load(scalars + 3), tl.load(scalars + 7)
     m_scale = load_absmax(m_absmax, left, ROWS, BLOCK, ACCESS) * INVERSE_TOP * tl.load(scalars)
