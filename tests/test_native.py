@@ -90,8 +90,20 @@ def test_only_dense_cpu_tensors_of_the_wanted_dtype_have_an_address(tensor: torc
 def test_the_one_wrong_tensor_of_many_is_named() -> None:
     tensors = [torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32), torch.zeros(4)]
     with pytest.raises(InputError, match=r"a gradient is torch\.int32; contiguous float32 or bfloat16 .* is wanted"):
-        native.addresses("a gradient", tensors, native.DTYPE_CODES)
-    assert native.addresses("a gradient", tensors[:2], native.DTYPE_CODES) == [t.data_ptr() for t in tensors[:2]]
+        native.float_addresses("a gradient", tensors)
+    with pytest.raises(InputError, match=r"m is torch\.bfloat16; contiguous float32 is wanted"):
+        native.addresses("m", tensors, torch.float32)
+    assert native.float_addresses("a gradient", tensors[:2]) == ([t.data_ptr() for t in tensors[:2]], [0, 1])
+
+
+def test_one_strided_tensor_of_many_is_named() -> None:
+    tensors = [torch.zeros(4), torch.zeros(4)[::2]]
+    for refused in (
+        lambda: native.float_addresses("a gradient", tensors),
+        lambda: native.addresses("a gradient", tensors, torch.float32),
+    ):
+        with pytest.raises(InputError, match=r"a gradient is torch\.float32, not contiguous; .* is wanted"):
+            refused()
 
 
 def test_a_table_has_a_row_per_tensor_and_is_dense() -> None:
@@ -99,7 +111,7 @@ def test_a_table_has_a_row_per_tensor_and_is_dense() -> None:
     tensors = [
         torch.zeros(n, dtype=dtype) for n, dtype in ((3, torch.float16), (0, torch.float32), (5, torch.bfloat16))
     ]
-    table = native.table(native.counts(tensors), native.dtype_codes(tensors))
+    table = native.table(native.counts(tensors), native.float_addresses("a tensor", tensors)[1])
     assert table.tolist() == [[3, 2], [0, 0], [5, 1]]
     assert table.flags.c_contiguous
     assert table.dtype == "int64"

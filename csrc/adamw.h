@@ -1,0 +1,214 @@
+// One AdamW step on blocks of a tensor, with 8-bit moments and with float32 ones.
+#pragma once
+
+#include "units.h"
+
+namespace lisa {
+namespace {
+
+// The scalars of a step, one copy in each lane.
+struct Rates {
+  Floats beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, grad_scale;
+
+  explicit Rates(const Scalars& s)
+      : beta1(broadcast(s.beta1)),
+        one_minus_beta1(broadcast(s.one_minus_beta1)),
+        beta2(broadcast(s.beta2)),
+        one_minus_beta2(broadcast(s.one_minus_beta2)),
+        eps(broadcast(s.eps)),
+        decay(broadcast(s.decay)),
+        step_size(broadcast(s.step_size)),
+        grad_scale(broadcast(s.grad_scale)) {}
+};
+
+// The largest magnitudes so far, in each lane.
+struct Largest {
+  Words m = broadcast(kSmallestAbsmax), v = m;
+};
+
+// The step on a block of 8-bit moments is three short loops over scratch in the first cache, each of little latency:
+// in one loop, the root and the quotient would hold up all that follows them.
+
+// 1: fresh moments, their roots and their largest magnitudes. The scales include beta1 and beta2.
+template <class Grad>
+LISA_INLINE Largest update_moments(const typename Grad::Storage* __restrict grad, const uint8_t* __restrict m_codes,
+                                   const uint8_t* __restrict v_codes, const Scratch scratch, int count,
+                                   const Rates& rates, Floats m_scale, Floats v_scale) {
+  Largest largest;
+  for (int pair = 0; pair < count; pair += 2 * kLanes) {
+    const Pair old_m = decode_m(load_bytes(m_codes + pair), m_scale);
+    const Pair old_v = decode_v(load_bytes(v_codes + pair), v_scale);
+    for (int j = 0; j < 2; ++j) {
+      const int i = pair + j * kLanes;
+      const Floats g = Grad::load(grad + i) * rates.grad_scale;
+      const Floats m = (j == 0 ? old_m.first : old_m.second) + g * rates.one_minus_beta1;
+      const Floats v = (j == 0 ? old_v.first : old_v.second) + (g * g) * rates.one_minus_beta2;
+      store(scratch.m + i, m);
+      store(scratch.v + i, v);
+      store(scratch.roots + i, square_root(v));
+      largest.m = maximum(largest.m, magnitude(m));
+      largest.v = maximum(largest.v, bits_of(v));
+    }
+  }
+  return largest;
+}
+
+LISA_INLINE Floats updated(Floats weight, Floats m, Floats root, const Rates& rates) {
+  return weight * rates.decay - (m / (root + rates.eps)) * rates.step_size;
+}
+
+// 2: new weights, and the random words that they and the codes are rounded by.
+template <class Weight, bool stochastic>
+LISA_INLINE void update_weights(typename Weight::Storage* __restrict weight, const Scratch scratch, int count,
+                                const Rates& rates, RandomWords random) {
+  for (int pair = 0; pair < count; pair += 2 * kLanes) {
+    Floats value[2];
+    Words second[2] = {};
+    for (int j = 0; j < 2; ++j) {
+      const int i = pair + j * kLanes;
+      value[j] = updated(Weight::load(weight + i), load<Floats>(scratch.m + i), load<Floats>(scratch.roots + i), rates);
+      if (stochastic) {
+        const Words first = random.next();
+        second[j] = second_word(first);
+        store(scratch.words + i, first);
+      }
+    }
+    store_weights<Weight, stochastic>(weight + pair, value, second);
+  }
+}
+
+// 3: codes.
+template <bool stochastic>
+LISA_INLINE void encode_moments(uint8_t* __restrict m_codes, uint8_t* __restrict v_codes, const Scratch scratch,
+                                int count, Floats m_scale, Floats v_scale) {
+  for (int unit = 0; unit < count; unit += kUnit) {
+    Floats m[kVectors], v[kVectors];
+    Words m_bits[kVectors], v_bits[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      const int i = unit + j * kLanes;
+      m[j] = load<Floats>(scratch.m + i), v[j] = load<Floats>(scratch.v + i);
+      m_bits[j] = v_bits[j] = broadcast(kHalf);
+      if (stochastic) {
+        const Words first = load<Words>(scratch.words + i);
+        m_bits[j] = moment_bits(first), v_bits[j] = moment_bits(second_word(first));
+      }
+    }
+    store_bytes(m_codes + unit, encode_m(m, m_scale, m_bits));
+    store_bytes(v_codes + unit, encode_v(v, v_scale, v_bits));
+  }
+}
+
+// A block of a tensor with 8-bit moments, or a copy of one with zeros behind it, whose `count` is one of whole units.
+template <class Weight, class Grad>
+struct Block8 {
+  typename Weight::Storage* weight;
+  const typename Grad::Storage* grad;
+  uint8_t *m_codes, *v_codes;
+  int count;
+};
+
+template <class Value>
+inline Value* padded_copy(const Value* from, int count, int padded_count, void* to) {
+  std::memcpy(to, from, sizeof(Value) * count);
+  std::memset(static_cast<char*>(to) + sizeof(Value) * count, 0, sizeof(Value) * (padded_count - count));
+  return static_cast<Value*>(to);
+}
+
+template <class Weight, class Grad, bool stochastic>
+LISA_INLINE void update_block8(const Block8<Weight, Grad>& block, float& m_absmax, float& v_absmax,
+                               const Scratch& scratch, const AdamW8Task& task, const Rates& rates,
+                               const RandomWords random) {
+  const Largest largest = update_moments<Grad>(block.grad, block.m_codes, block.v_codes, scratch, block.count, rates,
+                                               broadcast(decode_scale(m_absmax, task.scalars.beta1)),
+                                               broadcast(decode_scale(v_absmax, task.scalars.beta2)));
+  update_weights<Weight, stochastic>(block.weight, scratch, block.count, rates, random);
+  m_absmax = absmax_of(largest.m), v_absmax = absmax_of(largest.v);
+  encode_moments<stochastic>(block.m_codes, block.v_codes, scratch, block.count, broadcast(encode_scale(m_absmax)),
+                             broadcast(encode_scale(v_absmax)));
+}
+
+template <class Weight, class Grad>
+Block8<Weight, Grad> padded_copy(const Block8<Weight, Grad>& block, const Scratch& to) {
+  const int count = (block.count / kUnit + 1) * kUnit;
+  return {padded_copy(block.weight, block.count, count, to.weight),
+          padded_copy(block.grad, block.count, count, to.grad),
+          padded_copy(block.m_codes, block.count, count, to.m_codes),
+          padded_copy(block.v_codes, block.count, count, to.v_codes), count};
+}
+
+template <class Weight, class Grad>
+void copy_results(const Block8<Weight, Grad>& from, const Block8<Weight, Grad>& to) {
+  std::memcpy(to.weight, from.weight, sizeof(*to.weight) * to.count);
+  std::memcpy(to.m_codes, from.m_codes, to.count);
+  std::memcpy(to.v_codes, from.v_codes, to.count);
+}
+
+template <class Weight, class Grad, bool stochastic>
+void adamw8(const AdamW8Task& task, const Scratch& scratch, int64_t begin, int64_t end) {
+  const AdamW8Row& row = task.row;
+  const Rates rates(task.scalars);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t start = index * task.block_size;
+    const Block8<Weight, Grad> block{static_cast<typename Weight::Storage*>(row.weight) + start,
+                                     static_cast<const typename Grad::Storage*>(row.grad) + start, row.m_codes + start,
+                                     row.v_codes + start,
+                                     static_cast<int>(smaller(task.block_size, row.count - start))};
+    const bool is_whole = block.count % kUnit == 0;
+    const Block8<Weight, Grad> padded = is_whole ? block : padded_copy(block, scratch);
+    update_block8<Weight, Grad, stochastic>(padded, row.m_absmax[index], row.v_absmax[index], scratch, task, rates,
+                                            RandomWords(task.key, start));
+    if (!is_whole) copy_results(padded, block);
+  }
+}
+
+template <class Weight, class Grad, bool stochastic>
+LISA_INLINE void update_unit32(typename Weight::Storage* weight, const typename Grad::Storage* grad, float* m, float* v,
+                               const Rates& rates, RandomWords& random) {
+  for (int pair = 0; pair < kUnit; pair += 2 * kLanes) {
+    Floats value[2];
+    Words second[2] = {};
+    for (int j = 0; j < 2; ++j) {
+      const int i = pair + j * kLanes;
+      const Floats g = Grad::load(grad + i) * rates.grad_scale;
+      const Floats new_m = load<Floats>(m + i) * rates.beta1 + g * rates.one_minus_beta1;
+      const Floats new_v = load<Floats>(v + i) * rates.beta2 + (g * g) * rates.one_minus_beta2;
+      store(m + i, new_m);
+      store(v + i, new_v);
+      value[j] = updated(Weight::load(weight + i), new_m, square_root(new_v), rates);
+      if (kStochasticWeight<Weight, stochastic>) second[j] = second_word(random.next());
+    }
+    store_weights<Weight, stochastic>(weight + pair, value, second);
+  }
+}
+
+template <class Weight, class Grad, bool stochastic>
+void adamw32(const AdamW32Task& task, const Scratch&, int64_t begin, int64_t end) {
+  const AdamW32Row& row = task.row;
+  const Rates rates(task.scalars);
+  auto* weights = static_cast<typename Weight::Storage*>(row.weight);
+  const auto* grads = static_cast<const typename Grad::Storage*>(row.grad);
+  for (int64_t start = begin * kSpan; start < smaller(end * kSpan, row.count); start += kSpan) {
+    const int count = static_cast<int>(smaller(kSpan, row.count - start));
+    RandomWords random(task.key, start);
+    auto* weight = weights + start;
+    const auto* grad = grads + start;
+    float *m = row.m + start, *v = row.v + start;
+    for_units(count, [&](int unit, int rest) {
+      if (rest == 0) {
+        update_unit32<Weight, Grad, stochastic>(weight + unit, grad + unit, m + unit, v + unit, rates, random);
+        return;
+      }
+      Padded<typename Weight::Storage> last_weight(weight + unit, rest);
+      const Padded<typename Grad::Storage> last_grad(grad + unit, rest);
+      Padded<float> last_m(m + unit, rest), last_v(v + unit, rest);
+      update_unit32<Weight, Grad, stochastic>(last_weight.values, last_grad.values, last_m.values, last_v.values, rates,
+                                              random);
+      std::memcpy(weight + unit, last_weight.values, sizeof(*weight) * rest);
+      std::memcpy(m + unit, last_m.values, sizeof(float) * rest);
+      std::memcpy(v + unit, last_v.values, sizeof(float) * rest);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace lisa
