@@ -39,3 +39,9 @@ ORTHONORMAL = 50 * FLOAT32_ROUNDING
 BASIS_ENERGY = 0.99
 # Transport back and forth through the bias corrections and one product of rank terms.
 TRANSPORT = PRODUCT
+
+# What a GPU's update of a weight may differ by from the definition's, relative to itself. The kernel takes m · r · r
+# with r = rsqrt(√v + ε): root 2⁻²³, sum 2⁻²⁴ (both halved by r, doubled by its square), twice rsqrt's 2⁻²²·⁹ (errors of
+# both instructions from the PTX manual), two products and step_size: 2 + 1 + 4.3 + 3 roundings; the definition's root,
+# sum, quotient and step_size are four; the rest is for the root of a subnormal v, which counts as zero.
+APPROXIMATE_UPDATE = 15 * FLOAT32_ROUNDING
