@@ -26,21 +26,29 @@ struct Largest {
   Words m = broadcast(kSmallestAbsmax), v = m;
 };
 
+// A block of a tensor with 8-bit moments, or a copy of one with zeros behind it, whose `count` is one of whole units.
+template <class Weight, class Grad>
+struct Block8 {
+  typename Weight::Storage* weight;
+  const typename Grad::Storage* grad;
+  uint8_t *m_codes, *v_codes;
+  int count;
+};
+
 // The step on a block of 8-bit moments is three short loops over scratch in the first cache, each of little latency:
 // in one loop, the root and the quotient would hold up all that follows them.
 
 // 1: fresh moments, their roots and their largest magnitudes. The scales include beta1 and beta2.
-template <class Grad>
-LISA_INLINE Largest update_moments(const typename Grad::Storage* __restrict grad, const uint8_t* __restrict m_codes,
-                                   const uint8_t* __restrict v_codes, const Scratch scratch, int count,
-                                   const Rates& rates, Floats m_scale, Floats v_scale) {
+template <class Grad, bool scaled, class Block>
+LISA_INLINE Largest update_moments(const Block& block, const Scratch& scratch, const Rates& rates, Floats m_scale,
+                                   Floats v_scale) {
   Largest largest;
-  for (int pair = 0; pair < count; pair += 2 * kLanes) {
-    const Pair old_m = decode_m(load_bytes(m_codes + pair), m_scale);
-    const Pair old_v = decode_v(load_bytes(v_codes + pair), v_scale);
+  for (int pair = 0; pair < block.count; pair += 2 * kLanes) {
+    const Pair old_m = decode_m(load_bytes(block.m_codes + pair), m_scale);
+    const Pair old_v = decode_v(load_bytes(block.v_codes + pair), v_scale);
     for (int j = 0; j < 2; ++j) {
       const int i = pair + j * kLanes;
-      const Floats g = Grad::load(grad + i) * rates.grad_scale;
+      const Floats loaded = Grad::load(block.grad + i), g = scaled ? loaded * rates.grad_scale : loaded;
       const Floats m = (j == 0 ? old_m.first : old_m.second) + g * rates.one_minus_beta1;
       const Floats v = (j == 0 ? old_v.first : old_v.second) + (g * g) * rates.one_minus_beta2;
       store(scratch.m + i, m);
@@ -77,35 +85,45 @@ LISA_INLINE void update_weights(typename Weight::Storage* __restrict weight, con
   }
 }
 
-// 3: codes.
 template <bool stochastic>
-LISA_INLINE void encode_moments(uint8_t* __restrict m_codes, uint8_t* __restrict v_codes, const Scratch scratch,
-                                int count, Floats m_scale, Floats v_scale) {
-  for (int unit = 0; unit < count; unit += kUnit) {
-    Floats m[kVectors], v[kVectors];
-    Words m_bits[kVectors], v_bits[kVectors];
-    for (int j = 0; j < kVectors; ++j) {
-      const int i = unit + j * kLanes;
-      m[j] = load<Floats>(scratch.m + i), v[j] = load<Floats>(scratch.v + i);
-      m_bits[j] = v_bits[j] = broadcast(kHalf);
-      if (stochastic) {
-        const Words first = load<Words>(scratch.words + i);
-        m_bits[j] = moment_bits(first), v_bits[j] = moment_bits(second_word(first));
-      }
+LISA_INLINE void load_moments(const Scratch& scratch, int unit, Unit& m, Unit& v) {
+  for (int j = 0; j < kVectors; ++j) {
+    const int i = unit + j * kLanes;
+    m.values[j] = load<Floats>(scratch.m + i), v.values[j] = load<Floats>(scratch.v + i);
+    m.random20[j] = v.random20[j] = broadcast(kHalf);
+    if (stochastic) {
+      const Words first = load<Words>(scratch.words + i);
+      m.random20[j] = moment_bits(first), v.random20[j] = moment_bits(second_word(first));
     }
-    store_bytes(m_codes + unit, encode_m(m, m_scale, m_bits));
-    store_bytes(v_codes + unit, encode_v(v, v_scale, v_bits));
   }
 }
 
-// A block of a tensor with 8-bit moments, or a copy of one with zeros behind it, whose `count` is one of whole units.
-template <class Weight, class Grad>
-struct Block8 {
-  typename Weight::Storage* weight;
-  const typename Grad::Storage* grad;
-  uint8_t *m_codes, *v_codes;
-  int count;
-};
+// Out of line: rare, and its registers would cost the usual case its own.
+template <bool stochastic>
+__attribute__((noinline)) void encode_small(const Scratch& scratch, int unit, float m_scale, float v_scale,
+                                            uint8_t* m_codes, uint8_t* v_codes) {
+  Unit m{{}, {}, broadcast(m_scale)}, v{{}, {}, broadcast(v_scale)};
+  load_moments<stochastic>(scratch, unit, m, v);
+  store_bytes(m_codes + unit, encode_m(m));
+  store_bytes(v_codes + unit, encode_v(v));
+}
+
+// 3: codes.
+template <bool stochastic>
+LISA_INLINE void encode_moments(uint8_t* __restrict m_codes, uint8_t* __restrict v_codes, const Scratch& scratch,
+                                int count, float m_scale, float v_scale) {
+  Unit m{{}, {}, broadcast(m_scale)}, v{{}, {}, broadcast(v_scale)};
+  for (int unit = 0; unit < count; unit += kUnit) {
+    load_moments<stochastic>(scratch, unit, m, v);
+    Codes codes;
+    if (!encode_large(m, v, codes)) {
+      encode_small<stochastic>(scratch, unit, m_scale, v_scale, m_codes, v_codes);
+      continue;
+    }
+    store_bytes(m_codes + unit, codes.m);
+    store_bytes(v_codes + unit, codes.v);
+  }
+}
 
 template <class Value>
 inline Value* padded_copy(const Value* from, int count, int padded_count, void* to) {
@@ -118,13 +136,16 @@ template <class Weight, class Grad, bool stochastic>
 LISA_INLINE void update_block8(const Block8<Weight, Grad>& block, float& m_absmax, float& v_absmax,
                                const Scratch& scratch, const AdamW8Task& task, const Rates& rates,
                                const RandomWords random) {
-  const Largest largest = update_moments<Grad>(block.grad, block.m_codes, block.v_codes, scratch, block.count, rates,
-                                               broadcast(decode_scale(m_absmax, task.scalars.beta1)),
-                                               broadcast(decode_scale(v_absmax, task.scalars.beta2)));
+  const Floats m_scale = broadcast(decode_scale(m_absmax, task.scalars.beta1));
+  const Floats v_scale = broadcast(decode_scale(v_absmax, task.scalars.beta2));
+  // Without clipping or loss scaling the gradient is taken as it is: a product with 1 changes nothing.
+  const Largest largest = task.scalars.grad_scale == 1.0f
+                              ? update_moments<Grad, false>(block, scratch, rates, m_scale, v_scale)
+                              : update_moments<Grad, true>(block, scratch, rates, m_scale, v_scale);
   update_weights<Weight, stochastic>(block.weight, scratch, block.count, rates, random);
   m_absmax = absmax_of(largest.m), v_absmax = absmax_of(largest.v);
-  encode_moments<stochastic>(block.m_codes, block.v_codes, scratch, block.count, broadcast(encode_scale(m_absmax)),
-                             broadcast(encode_scale(v_absmax)));
+  encode_moments<stochastic>(block.m_codes, block.v_codes, scratch, block.count, encode_scale(m_absmax),
+                             encode_scale(v_absmax));
 }
 
 template <class Weight, class Grad>

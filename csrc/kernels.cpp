@@ -26,7 +26,14 @@ void grad_norm(const NormTask& task, const Scratch&, int64_t begin, int64_t end)
       }
     };
     const int count = static_cast<int>(smaller(kNormSpan, task.row.count - span * kNormSpan));
-    for_units(count, [&](int unit, int rest) {
+    // A core reads faster from a few places at once than from one.
+    constexpr int kStreams = 4;
+    const int stream = count / (kStreams * kUnit) * kUnit;
+    for (int unit = 0; unit < stream; unit += kUnit) {
+      for (int place = 0; place < kStreams; ++place) add(grad + place * stream + unit);
+    }
+    grad += kStreams * stream;
+    for_units(count - kStreams * stream, [&](int unit, int rest) {
       rest == 0 ? add(grad + unit) : add(Padded<typename Grad::Storage>(grad + unit, rest).values);
     });
     task.largest[span] = scalar_of(largest_of(largest));
@@ -36,18 +43,17 @@ void grad_norm(const NormTask& task, const Scratch&, int64_t begin, int64_t end)
 
 template <bool is_signed, bool stochastic>
 LISA_INLINE Bytes encode_unit(const float* from, Floats scale, RandomWords& random) {
-  Floats values[kVectors];
-  Words bits[kVectors];
+  Unit unit{{}, {}, scale};
   for (int j = 0; j < kVectors; ++j) {
-    values[j] = load<Floats>(from + j * kLanes);
-    bits[j] = broadcast(kHalf);
+    unit.values[j] = load<Floats>(from + j * kLanes);
+    unit.random20[j] = broadcast(kHalf);
     if (stochastic) {
       const Words first = random.next();
-      bits[j] = moment_bits(is_signed ? first : second_word(first));
+      unit.random20[j] = moment_bits(is_signed ? first : second_word(first));
     }
-    if (!is_signed) values[j] = float_of(magnitude(values[j]));  // a −0 is no negative number
+    if (!is_signed) unit.values[j] = float_of(magnitude(unit.values[j]));  // a −0 is no negative number
   }
-  return is_signed ? encode_m(values, scale, bits) : encode_v(values, scale, bits);
+  return is_signed ? encode_m(unit) : encode_v(unit);
 }
 
 template <bool is_signed, bool stochastic>

@@ -72,51 +72,79 @@ LISA_INLINE Pair scaled(Shorts upper_halves, Floats scale) {
 // The codes of two vectors, each code in the upper half of 16 bits; the scale is finite.
 LISA_INLINE Pair decode_m(Shorts codes, Floats scale) {
   const Shorts signed_magnitude = (codes >> 4) & static_cast<int16_t>(0x87f0);
-  const Shorts is_zero = (signed_magnitude & 0x7f0) == 0;
-  return scaled(signed_magnitude + where_not(is_zero, broadcast(static_cast<int16_t>(kOffsetM << 4))), scale);
+  return scaled(signed_magnitude + where_nonzero(signed_magnitude & 0x7f0, broadcast(int16_t{kOffsetM << 4})), scale);
 }
 
 LISA_INLINE Pair decode_v(Shorts codes, Floats scale) {
   const Shorts magnitude = reinterpret_cast<Shorts>(reinterpret_cast<UnsignedShorts>(codes) >> 4);
-  return scaled(magnitude + where_not(magnitude == 0, broadcast(static_cast<int16_t>(kOffsetV << 4))), scale);
+  return scaled(magnitude + where_nonzero(magnitude, broadcast(int16_t{kOffsetV << 4})), scale);
 }
 
-LISA_INLINE Ints rounded(Floats scaled, Words random20) {
-  return reinterpret_cast<Ints>((bits_of(scaled) + random20) >> kDroppedBits);
+// A unit of moments, their block's scale and the random numbers in [0, 2^20) that round them.
+struct Unit {
+  Floats values[kVectors];
+  Words random20[kVectors];
+  Floats scale;
+};
+
+inline Floats scaled_m(const Unit& unit, int i) { return float_of(magnitude(unit.values[i])) * unit.scale; }
+inline Floats scaled_v(const Unit& unit, int i) { return unit.values[i] * unit.scale; }
+
+// The rounded codes of two vectors, without regard for what is special below code 1.
+LISA_INLINE Shorts rounded(Floats a, Floats b, const Words* random20, int16_t offset) {
+  const Words code_a = (bits_of(a) + random20[0]) >> kDroppedBits, code_b = (bits_of(b) + random20[1]) >> kDroppedBits;
+  return pack(reinterpret_cast<Ints>(code_a), reinterpret_cast<Ints>(code_b)) - offset;
+}
+LISA_INLINE Shorts rounded_m(const Unit& unit, int i) {
+  return rounded(scaled_m(unit, i), scaled_m(unit, i + 1), unit.random20 + i, kOffsetM);
+}
+LISA_INLINE Shorts rounded_v(const Unit& unit, int i) {
+  return rounded(scaled_v(unit, i), scaled_v(unit, i + 1), unit.random20 + i, kOffsetV);
 }
 
-// Encode a unit. Below code 1 a first moment becomes code 1 or 0 with the odds that keep its mean.
-LISA_INLINE Bytes encode_m(const Floats (&values)[kVectors], Floats scale, const Words (&random20)[kVectors]) {
-  Shorts codes[2], signs[2];
-  for (int j = 0; j < 2; ++j) {
-    Ints code[2], keep[2], sign[2];
-    for (int i = 0; i < 2; ++i) {
-      const Floats value = values[2 * j + i], scaled = float_of(magnitude(value)) * scale;
-      const Words random = random20[2 * j + i];
-      code[i] = rounded(scaled, random);
-      keep[i] = scaled > __builtin_convertvector(reinterpret_cast<Ints>(random), Floats) * kSmallestM;
-      sign[i] = reinterpret_cast<Ints>(value);
-    }
-    const Shorts at_least_1 = maximum(pack(code[0], code[1]), broadcast(static_cast<int16_t>(kOffsetM + 1)));
-    codes[j] = (at_least_1 - kOffsetM) & pack(keep[0], keep[1]);
-    signs[j] = pack(sign[0], sign[1]);
-  }
-  return pack_unsigned(codes[0], codes[1]) | (pack(signs[0], signs[1]) & 0x80);
+// Bit 7 of the codes of first moments.
+LISA_INLINE Bytes sign_bits(const Unit& unit) {
+  const auto bits = [&](int i) { return reinterpret_cast<Ints>(unit.values[i]); };
+  return pack(pack(bits(0), bits(1)), pack(bits(2), bits(3))) & 0x80;
 }
 
-// Encode a unit. A positive second moment never becomes code 0: as 0 it would let m / eps through.
-LISA_INLINE Bytes encode_v(const Floats (&values)[kVectors], Floats scale, const Words (&random20)[kVectors]) {
+// Below code 1 a first moment becomes code 1 or 0 with the odds that keep its mean.
+LISA_INLINE Bytes encode_m(const Unit& unit) {
   Shorts codes[2];
-  for (int j = 0; j < 2; ++j) {
-    Ints code[2], bits[2];
-    for (int i = 0; i < 2; ++i) {
-      code[i] = rounded(values[2 * j + i] * scale, random20[2 * j + i]);
-      bits[i] = reinterpret_cast<Ints>(values[2 * j + i]);
-    }
-    const Shorts one_if_positive = minimum(pack(bits[0], bits[1]), broadcast(int16_t{1}));
-    codes[j] = maximum(pack(code[0], code[1]) - kOffsetV, one_if_positive);
+  for (int pair = 0; pair < 2; ++pair) {
+    const auto keep = [&](int i) -> Ints {
+      const Floats random = __builtin_convertvector(reinterpret_cast<Ints>(unit.random20[i]), Floats);
+      return scaled_m(unit, i) > random * kSmallestM;
+    };
+    codes[pair] = maximum(rounded_m(unit, 2 * pair), broadcast(int16_t{1})) & pack(keep(2 * pair), keep(2 * pair + 1));
+  }
+  return pack_unsigned(codes[0], codes[1]) | sign_bits(unit);
+}
+
+// A positive second moment never becomes code 0: as 0 it would let m / eps through.
+LISA_INLINE Bytes encode_v(const Unit& unit) {
+  Shorts codes[2];
+  for (int pair = 0; pair < 2; ++pair) {
+    const auto bits = [&](int i) { return reinterpret_cast<Ints>(unit.values[i]); };
+    const Shorts one_if_positive = minimum(pack(bits(2 * pair), bits(2 * pair + 1)), broadcast(int16_t{1}));
+    codes[pair] = maximum(rounded_v(unit, 2 * pair), one_if_positive);
   }
   return pack_unsigned(codes[0], codes[1]);
+}
+
+struct Codes {
+  Bytes m, v;
+};
+
+// What encode_m and encode_v return, where nothing is special: no first moment below code 2, no second below 1. False
+// where there is one, which is rare: zeros, and moments some tens of thousands of times smaller than their block's
+// largest.
+LISA_INLINE bool encode_large(const Unit& m, const Unit& v, Codes& codes) {
+  const Shorts m_codes[2] = {rounded_m(m, 0), rounded_m(m, 2)};
+  const Shorts v_codes[2] = {rounded_v(v, 0), rounded_v(v, 2)};
+  if (any(minimum(minimum(m_codes[0], m_codes[1]) - 1, minimum(v_codes[0], v_codes[1])) < 1)) return false;
+  codes = {pack_unsigned(m_codes[0], m_codes[1]) | sign_bits(m), pack_unsigned(v_codes[0], v_codes[1])};
+  return true;
 }
 
 // Random words, as lisa_kernels/ops/random_bits.py defines them.

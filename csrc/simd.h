@@ -59,7 +59,6 @@ inline Shorts broadcast(int16_t value) { return value - Shorts{}; }
 inline Words bits_of(Floats values) { return reinterpret_cast<Words>(values); }
 inline Floats float_of(Words bits) { return reinterpret_cast<Floats>(bits); }
 inline Words where(Ints condition, Words bits) { return reinterpret_cast<Words>(condition) & bits; }
-inline Shorts where_not(Shorts condition, Shorts values) { return ~condition & values; }
 
 #if defined(__AVX512BW__)
 
@@ -68,6 +67,9 @@ inline __m512i raw(Ints words) { return reinterpret_cast<__m512i>(words); }
 inline __m512i raw(Shorts shorts) { return reinterpret_cast<__m512i>(shorts); }
 
 inline Floats square_root(Floats values) { return _mm512_sqrt_ps(values); }
+inline bool any(Shorts condition) { return _mm512_movepi16_mask(raw(condition)) != 0; }
+// The values at whose place a magnitude is not 0, and 0 at the others.
+inline Shorts where_nonzero(Shorts magnitudes, Shorts values) { return (magnitudes != 0) & values; }
 inline Words maximum(Words a, Words b) { return reinterpret_cast<Words>(_mm512_max_epu32(raw(a), raw(b))); }
 inline Shorts maximum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm512_max_epi16(raw(a), raw(b))); }
 inline Shorts minimum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm512_min_epi16(raw(a), raw(b))); }
@@ -125,6 +127,10 @@ inline __m256i raw(Ints words) { return reinterpret_cast<__m256i>(words); }
 inline __m256i raw(Shorts shorts) { return reinterpret_cast<__m256i>(shorts); }
 
 inline Floats square_root(Floats values) { return _mm256_sqrt_ps(values); }
+inline bool any(Shorts condition) { return _mm256_movemask_epi8(raw(condition)) != 0; }
+inline Shorts where_nonzero(Shorts magnitudes, Shorts values) {
+  return reinterpret_cast<Shorts>(_mm256_sign_epi16(raw(values), raw(magnitudes)));
+}
 inline Words maximum(Words a, Words b) { return reinterpret_cast<Words>(_mm256_max_epu32(raw(a), raw(b))); }
 inline Shorts maximum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm256_max_epi16(raw(a), raw(b))); }
 inline Shorts minimum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm256_min_epi16(raw(a), raw(b))); }
@@ -182,6 +188,12 @@ inline Floats square_root(Floats values) {
   for (int lane = 0; lane < kLanes; ++lane) roots[lane] = __builtin_sqrtf(values[lane]);
   return roots;
 }
+inline bool any(Shorts condition) {
+  int16_t all = 0;
+  for (int lane = 0; lane < 2 * kLanes; ++lane) all |= condition[lane];
+  return all != 0;
+}
+inline Shorts where_nonzero(Shorts magnitudes, Shorts values) { return (magnitudes != 0) & values; }
 inline Words maximum(Words a, Words b) { return a > b ? a : b; }
 inline Shorts maximum(Shorts a, Shorts b) { return a > b ? a : b; }
 inline Shorts minimum(Shorts a, Shorts b) { return a < b ? a : b; }
