@@ -250,6 +250,19 @@ def assert_between(weight: Tensor, low: Tensor, high: Tensor, row: int) -> None:
         assert open_ones <= 1 + NEAR_AN_EDGE * weight.numel(), f"{open_ones} weights of tensor {row} are not checked"
 
 
+def check_without_epsilon(machine: Machine, grad: Tensor, block_size: int | None) -> None:
+    """Take a first step with ε = 0: it moves a weight by its rate at most, however small the gradient."""
+    case = Case(grad.shape * 2, block_size=block_size, hypers=(HYPER._replace(eps=0.0),), values=[grad] * 2)
+    before, memory = case.state(), Poisoned(machine.device)
+    ours: State = tuple(memory.place(tensors) for tensors in before)
+    step = case.steps()[0]
+    machine.run(launches_of(case, machine, ours, step.on(memory)), memory.tensors)
+    for row, (weight, old) in enumerate(zip(copy_of(ours)[0], before[0])):
+        scalars = reference.Scalars(*step.scalars[row].unbind())
+        far = ~((weight - old * scalars.decay).abs() <= 1.01 * HYPER.lr)
+        assert not far.any(), f"{int(far.sum())} weights of tensor {row} leapt"
+
+
 def schedule(steps: int) -> list[Hyper]:
     """Return hyper-parameters each of which changes from step to step."""
     parts = [k / steps for k in range(steps)]

@@ -20,6 +20,7 @@ from .kernel_checks import (
     assert_equal_bits,
     check_steps,
     check_training,
+    check_without_epsilon,
     launches_of,
     normal,
     schedule,
@@ -99,6 +100,13 @@ def test_steps_equal_the_definition_on_extreme_gradients(machine: Machine, extre
     case = Case((1000, 999), hypers=(HYPER,) * 3, values=(values, values[1:]))
     check_steps(case, machine)
     check_steps(replace(case, block_size=None), machine)
+
+
+@MOMENTS
+@pytest.mark.parametrize("scale", [0.0, 1e-23, 1e-20, 1e-18, 1e-15], ids=str)
+def test_without_an_epsilon_no_weight_leaps(machine: Machine, scale: float, block_size: int | None) -> None:
+    """The approximate root of a subnormal second moment is zero, and m over it would be infinite."""
+    check_without_epsilon(machine, normal(264, 1) * scale, block_size)
 
 
 @MOMENTS

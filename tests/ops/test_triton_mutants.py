@@ -32,6 +32,7 @@ from .kernel_checks import (
     check_reciprocal,
     check_steps,
     check_training,
+    check_without_epsilon,
     launches_of,
     normal,
     schedule,
@@ -167,6 +168,10 @@ def reciprocals(machine: Machine) -> None:
     check_reciprocal(machine, 1 << 14)
 
 
+def no_epsilon(machine: Machine) -> None:
+    check_without_epsilon(machine, normal(264, 1) * 1e-20, None)
+
+
 STEPS, STEPS_BF16, WHOLE_TILES = (
     steps_of(SMALL), steps_of(SMALL_BF16), steps_of(replace(SMALL_BF16, sizes=(2048, 2048)))
 )  # fmt: skip
@@ -209,12 +214,13 @@ DEFECTS: dict[str, tuple[str, str, str, Check]] = {
     "reciprocal that overflows": ("blockwise8", "tl.minimum(x, LARGEST)", "x", reciprocals),
     "bytes of m exchanged": ("blockwise8", "tl.join(even, odd)", "tl.join(odd, even)", WHOLE_TILES),
     "no gradient scale": ("adamw8", " * grad_scale\n    m = load_m", "\n    m = load_m", STEPS),
-    "ε inside the root": ("adamw8", "tl.sqrt(v) + eps", "tl.sqrt(v + eps)", STEPS),
+    "ε inside the root": ("adamw8", "tl.sqrt(v) + tl.maximum(eps,", "tl.sqrt(v + eps) + (0 *", STEPS),
+    "no least divisor": ("adamw8", "tl.maximum(eps, SMALLEST_DIVISOR)", "eps", no_epsilon),
     "decay after the update": (
         "adamw8", "weight * decay - ((m * root) * root) * step_size",
         "(weight - ((m * root) * root) * step_size) * decay", STEPS,
     ),
-    "a root too coarse": ("adamw8", "tl.rsqrt(tl.sqrt(v) + eps)", "tl.rsqrt(tl.sqrt(v) + eps) * 1.000001", STEPS),
+    "a root too coarse": ("adamw8", "root = tl.rsqrt", "root = 1.000001 * tl.rsqrt", STEPS),
     "scalars of another tensor": ("adamw8", "tile, scalars + 8 * row, keys", "tile, scalars, keys", STEPS),
     "key of another tensor": ("adamw8", "tile, scalars + 8 * row, keys + row", "tile, scalars + 8 * row, keys", STEPS),
     "random words of another place": ("adamw8", "state, 0, STOCHASTIC", "state, 1, STOCHASTIC", STEPS),

@@ -60,8 +60,8 @@ def test_steps_at_every_size(machine: Machine, block_size: int | None) -> None:
 @on_wide
 @MOMENTS
 def test_every_pair_of_dtypes(machine: Machine, block_size: int | None) -> None:
-    """One list holds them all; on two targets with whole tiles and odd ends."""
-    sizes = (264,) if machine.sm in (86, 89) else (264, 4097, 255)
+    """One list holds them all; on one target with whole tiles and odd ends."""
+    sizes = (264,) if machine.sm in (80, 86, 89) else (264, 4097, 255)
     check_steps(Case(**pairs(DTYPES, sizes), block_size=block_size), machine)
 
 
@@ -91,7 +91,7 @@ def test_a_hundred_steps_of_training(machine: Machine, block_size: int | None) -
 def test_the_other_kernels(machine: Machine) -> None:
     """Codec, fold_, norm and reciprocal."""
     for signed in (True, False):
-        for n, block_size in ((4097, 256), (4096, 256), (9000, 8192), (1000, 16)):
+        for n, block_size in ((4097, 256), (4096, 256)):
             values = normal(n, n) if signed else normal(n, n).abs()
             check_codec(machine, values, signed, block_size, KEY)
     for dtype in DTYPES:
