@@ -10,7 +10,7 @@ from bench.optimizer_table import size_name
 from bench.rows import read_rows
 
 README = Path(__file__).parents[1] / "README.md"
-SIZES = (1 << 24, 1 << 26)
+SIZES = (1 << 20, 1 << 24, 1 << 26)
 SMALL = (10_000 * 1_024, 10_000)
 
 
@@ -49,10 +49,10 @@ def _cell(row: dict[str, Any] | None, unit: str) -> str:
 def optimizer_table(rows: list[dict[str, Any]]) -> str:
     """Return the newest CPU rows of each optimizer: nanoseconds per element, and beside torch's fused AdamW in fp32."""
     here = [row for row in rows if row["ran_on"] == "cpu"]
-    names = dict.fromkeys((row["name"], row["dtype"]) for row in here)
+    names = dict.fromkeys((row["optimizer"], row["dtype"]) for row in here)
     lines = []
     for name, dtype in names:
-        mine = [row for row in here if (row["name"], row["dtype"]) == (name, dtype)]
+        mine = [row for row in here if (row["optimizer"], row["dtype"]) == (name, dtype)]
         states = [
             row["state_bytes_per_element"] for row in mine if row["state_bytes_per_element"] and row["tensors"] == 1
         ]

@@ -10,17 +10,17 @@ from bench.readme import markdown, optimizer_table, put
 
 def row(**changed: Any) -> dict[str, Any]:
     return {
-        "ran_on": "cpu", "elements": 1 << 24, "tensors": 1, "dtype": "fp32", "name": "ours", "p50_ms": 10.0,
+        "ran_on": "cpu", "elements": 1 << 24, "tensors": 1, "dtype": "fp32", "optimizer": "ours", "p50_ms": 10.0,
         "ns_per_element": 0.6, "ratio_to_torch_fused_fp32": 0.9, "state_bytes_per_element": 2.03, "reason": None,
         **changed,
     }  # fmt: skip
 
 
 def test_the_newest_row_of_each_optimizer_counts() -> None:
-    rows = [row(ns_per_element=9.0), row(), row(name="theirs", p50_ms=None, reason="needs CUDA")]
+    rows = [row(ns_per_element=9.0), row(), row(optimizer="theirs", p50_ms=None, reason="needs CUDA")]
     lines = optimizer_table(rows).splitlines()
-    assert lines[2] == "| ours | fp32 | 0.6 (0.90×) | - | - | 2.03 |"
-    assert lines[3].startswith("| theirs | fp32 | needs CUDA |")
+    assert lines[2] == "| ours | fp32 | - | 0.6 (0.90×) | - | - | 2.03 |"
+    assert lines[3].startswith("| theirs | fp32 | - | needs CUDA |")
 
 
 def test_rows_of_gpus_stay_out_of_the_table_of_cpus() -> None:
