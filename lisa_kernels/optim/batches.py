@@ -43,9 +43,7 @@ class Batch:
             start = end
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
-    def update(
-        self, skip: Tensor, grad_scale: Tensor, keys: Tensor, block_size: int, stochastic: bool
-    ) -> None:  # fmt: skip
+    def update(self, skip: Tensor, grad_scale: Tensor, keys: Tensor, block_size: int, stochastic: bool) -> None:
         """Take the step: bool 0-d, float32 0-d and int64 [parameters] on the batch's device."""
         names = ("m_codes", "m_absmax", "v_codes", "v_absmax") if self.kind.eight_bit else ("m", "v")
         moments = [[state[name] for state in self.states] for name in names]
@@ -74,24 +72,28 @@ def _hyper(group: dict[str, Any]) -> Hyper:
 
 
 def gather(param_groups: Iterable[dict[str, Any]], state_of: Callable[[Tensor], dict[str, Tensor]]) -> list[Batch]:
-    """Return batches of all parameters that have a gradient; InputError where one is sparse or on another device."""
+    """Return batches of all parameters that have a gradient.
+
+    InputError where one is sparse or on another device, before `state_of` has made any state.
+    """
+    moving = [
+        (_hyper(group), [param for param in group["params"] if param.grad is not None and param.numel()])
+        for group in param_groups
+    ]
+    for _, params in moving:
+        for param in params:
+            if param.grad.layout is not torch.strided or param.grad.device != param.device:
+                _refuse(param, param.grad)
     batches: dict[tuple[torch.device, bool], Batch] = {}
-    for group in param_groups:
-        hyper = _hyper(group)
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None or not param.numel():
-                continue
-            device = param.device
-            if grad.layout is not torch.strided or grad.device != device:
-                _refuse(param, grad)
+    for hyper, params in moving:
+        for param in params:
             state = state_of(param)
-            kind = device, "m_codes" in state
+            kind = param.device, "m_codes" in state
             batch = batches.get(kind)
             if batch is None:
                 batch = batches[kind] = Batch(Kind(*kind))
             batch.params.append(param)
-            batch.grads.append(grad)
+            batch.grads.append(param.grad)
             batch.states.append(state)
         for batch in batches.values():
             if len(batch.params) > (batch.groups[-1][1] if batch.groups else 0):

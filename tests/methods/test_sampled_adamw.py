@@ -330,3 +330,20 @@ def test_a_closure_gives_the_loss() -> None:
     before = snapshot(model)
     assert float(optimizer.step(closure).detach()) > 0
     assert changed(model, before)
+
+
+def test_clipping_counts_all_active_gradients_and_shrinks_the_step() -> None:
+    """With an eps of the gradients' size the step grows with the gradients, unless they are clipped."""
+    moved = []
+    for limit in (None, 1e-3):
+        model = llama(layers=4)
+        optimizer = attach(model, LISA(active_layers=2, period=9), lr=1e-2, eps=1.0, max_grad_norm=limit)
+        before = snapshot(model)
+        model(**tokens(2, 8, 0)).loss.backward()
+        norm = torch.nn.utils.get_total_norm([param.grad for param in model.parameters() if param.grad is not None])
+        optimizer.step()
+        if limit is not None:
+            assert optimizer.last_grad_norm is not None
+            assert optimizer.last_grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+        moved.append(max(float((param - before[name]).abs().max()) for name, param in model.state_dict().items()))
+    assert moved[1] < 0.1 * moved[0]

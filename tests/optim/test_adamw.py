@@ -506,6 +506,17 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
     assert optimizer.steps == 1
 
 
+def test_a_refused_first_step_makes_no_state() -> None:
+    params = parameters()
+    embedding = nn.Embedding(10, 4, sparse=True)
+    optimizer = AdamW8bit([*params, *embedding.parameters()])
+    set_gradients(params, 0)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(InputError, match="sparse=False"):
+        optimizer.step()
+    assert not optimizer.state
+
+
 def test_sparse_parameters_are_refused() -> None:
     with pytest.raises(InputError, match="sparse"):
         AdamW8bit([nn.Parameter(torch.eye(3).to_sparse())])

@@ -70,6 +70,7 @@ def test_the_trainer_state_tells_sampler_and_schedule(finished: Path) -> None:
     assert attachment["sampler"]["class"] == "WeightedSampler"
     assert len(attachment["history"]) == 3
     assert any("active_layers" in entry for entry in state["log_history"])
+    assert all(entry["grad_norm"] > 0 for entry in state["log_history"] if "active_layers" in entry)
 
 
 RELOAD = """
