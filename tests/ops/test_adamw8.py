@@ -320,6 +320,20 @@ def test_a_skipped_step_leaves_everything_untouched(bits: int, bad: float, devic
 
 
 @either_form
+def test_without_an_epsilon_a_weight_without_gradient_stays_finite(bits: int, device: torch.device) -> None:
+    """torch's own AdamW divides 0 by 0 there."""
+    hyper = HYPER._replace(eps=0.0)
+    weight, grad = normal(300).to(device), normal(300, seed=1).to(device)
+    grad[::2] = 0.0
+    before, state = weight.clone(), Moments(bits, 300, device)
+    state.step(weight, grad, 1, hyper=hyper)
+    assert bool(weight.isfinite().all())
+    decayed = before * (1 - hyper.lr * hyper.weight_decay)
+    assert torch.allclose(weight[::2], decayed[::2], rtol=ADAMW_WEIGHT, atol=0)
+    assert torch.allclose((weight - decayed)[1::2].abs(), torch.full_like(weight[1::2], hyper.lr), rtol=1e-4)
+
+
+@either_form
 def test_the_gradient_is_multiplied_by_the_scale(bits: int) -> None:
     results = []
     for factor in (1.0, 1024.0):

@@ -214,8 +214,8 @@ DEFECTS: dict[str, tuple[str, str, str, Check]] = {
     "reciprocal that overflows": ("blockwise8", "tl.minimum(x, LARGEST)", "x", reciprocals),
     "bytes of m exchanged": ("blockwise8", "tl.join(even, odd)", "tl.join(odd, even)", WHOLE_TILES),
     "no gradient scale": ("adamw8", " * grad_scale\n    m = load_m", "\n    m = load_m", STEPS),
-    "ε inside the root": ("adamw8", "tl.sqrt(v) + tl.maximum(eps,", "tl.sqrt(v + eps) + (0 *", STEPS),
-    "no least divisor": ("adamw8", "tl.maximum(eps, SMALLEST_DIVISOR)", "eps", no_epsilon),
+    "ε inside the root": ("adamw8", "tl.sqrt(v) + eps", "tl.sqrt(v + eps)", STEPS),
+    "no ε": ("adamw8", "tl.sqrt(v) + eps", "tl.sqrt(v)", no_epsilon),
     "decay after the update": (
         "adamw8", "weight * decay - ((m * root) * root) * step_size",
         "(weight - ((m * root) * root) * step_size) * decay", STEPS,

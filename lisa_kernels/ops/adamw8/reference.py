@@ -12,6 +12,9 @@ from lisa_kernels.ops.random_bits import moment_bits, random_words, round_to_bfl
 
 # Elements worked on at a time; a multiple of every block size, so that temporaries stay small and blocks whole.
 CHUNK = 1 << 20
+# The root of the smallest normal float32: a smaller ε would leave 0 / 0 where a gradient has always been 0, and on GPUs
+# a division by the approximate root of a subnormal second moment, which is 0.
+SMALLEST_EPS = 2.0**-63
 
 
 class Hyper(NamedTuple):
@@ -54,6 +57,7 @@ def step_scalars(steps: Tensor, hyper: Hyper, grad_scale: Tensor) -> Tensor:
     root = torch.rsub(torch.pow(beta2, t), 1.0).sqrt_()
     step_size = lr * root / torch.rsub(torch.pow(beta1, t), 1.0)
     decay = 1.0 - lr * weight_decay
+    root_eps = (eps * root).clamp_min(SMALLEST_EPS)
 
     def column(value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
@@ -61,7 +65,7 @@ def step_scalars(steps: Tensor, hyper: Hyper, grad_scale: Tensor) -> Tensor:
         # Filled on the device: `torch.tensor` would copy from the host and wait.
         return torch.full_like(t, value, dtype=torch.float32)
 
-    columns = (beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps * root, decay, step_size, grad_scale)
+    columns = (beta1, 1.0 - beta1, beta2, 1.0 - beta2, root_eps, decay, step_size, grad_scale)
     return torch.stack([column(value) for value in columns], dim=1)
 
 

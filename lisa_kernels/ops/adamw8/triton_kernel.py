@@ -60,8 +60,6 @@ from lisa_kernels.ops.tiles.triton_kernel import (
 LARGE = 1024
 # Elements of a program on 32-bit moments.
 ELEMENTS_32 = 2048
-# The root of the smallest normal float32.
-SMALLEST_DIVISOR = tl.constexpr(2.0**-63)
 
 
 @triton.jit
@@ -80,8 +78,8 @@ def new_moments(
 @triton.jit
 def new_weight(weight, m, v, eps, decay, step_size):
     """The new float32 weight: decay first; m / (√v + ε') as m times the squared reciprocal root of the divisor."""
-    # The approximate root of a subnormal v is 0; without an ε of at least its size the quotient would be infinite.
-    root = tl.rsqrt(tl.sqrt(v) + tl.maximum(eps, SMALLEST_DIVISOR))
+    # The approximate root of a subnormal v is 0, and ε' never.
+    root = tl.rsqrt(tl.sqrt(v) + eps)
     return weight * decay - ((m * root) * root) * step_size
 
 
