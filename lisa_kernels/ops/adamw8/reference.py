@@ -63,7 +63,7 @@ def step_scalars(steps: Tensor, hyper: Hyper, grad_scale: Tensor) -> Tensor:
         if isinstance(value, Tensor):
             return value.expand_as(t).to(torch.float32)
         # Filled on the device: `torch.tensor` would copy from the host and wait.
-        return torch.full_like(t, value, dtype=torch.float32)
+        return torch.full((), value, dtype=torch.float32, device=t.device).expand_as(t)
 
     columns = (beta1, 1.0 - beta1, beta2, 1.0 - beta2, root_eps, decay, step_size, grad_scale)
     return torch.stack([column(value) for value in columns], dim=1)
