@@ -57,12 +57,19 @@ def compiled_by_launching(variant: KernelVariant, **changed: Any) -> Any:
     return launch.kernel.run(grid=(launch.programs,), warmup=True, **arguments, **launch.constants, **launch.options())
 
 
+def code(compiled: Any) -> str:
+    """Return a kernel's PTX up to the names of its source files, which Triton's cache keeps from another checkout."""
+    before, found, _ = compiled.asm["ptx"].partition("\t.file\t")
+    assert found
+    return str(before)
+
+
 @pytest.mark.parametrize("name", EACH_KERNEL)
 def test_what_is_inspected_is_what_runs(no_gpu_needed: None, name: str) -> None:
     """Compiling ahead of time gives the code that launching the same operation compiles, to the letter."""
     variant = BY_NAME[name]
     ahead = compile_for(variant.launch(90), 90)
-    assert compiled_by_launching(variant).asm["ptx"] == ahead.asm["ptx"]
+    assert code(compiled_by_launching(variant)) == code(ahead)
 
 
 def test_other_values_and_addresses_find_the_kernel_compiled(no_gpu_needed: None) -> None:
