@@ -14,7 +14,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.optim import AdamW8bit
 
 from .steps import LR, parameters, run, set_gradients
-from .test_adamw import NoHostReads
+from .test_adamw_surroundings import NoHostReads
 
 # A few float32 roundings of norm, factor and product.
 FACTOR = 8 * FLOAT32_ROUNDING
