@@ -12,8 +12,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ TARGETS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx942")
 ACCESS_NAMES = {WHOLE: "whole", VECTOR: "vector", ELEMENT: "element"}
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
-    torch.uint8: "u8", torch.int64: "i64",
+    torch.uint8: "u8", torch.int16: "i16", torch.int64: "i64",
 }  # fmt: skip
 # Elements of the tensors for which launches are made: whole tiles, and a part of one.
 WHOLE_TILES, PART_OF_TILE, ODD_PART = 1 << 17, 1 << 10, (1 << 10) - 1
@@ -71,8 +72,10 @@ class KernelVariant:
     def elements_per_program(self) -> int:
         """The same on all targets."""
         constants = self.make(32).constants
-        names = ("ROWS", "LANES", "VECTOR", "STEPS", "PASSES")
-        return int(torch.tensor([constants[name] for name in names]).prod())
+        # A tile of consecutive elements, or of a matrix, of a fold's weight or a projection's result.
+        tile = ("ROWS", "LANES", "VECTOR", "STEPS", "PASSES")
+        names = tile if "LANES" in constants else {*constants} & {*"RMN"}
+        return prod(constants[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -318,16 +321,55 @@ def _codec(name: str, signed: bool) -> Callable[[int], Launch]:
     return make
 
 
-def _fold(weight: torch.dtype) -> Callable[[int], Launch]:
+# The matrix of which dot kernels' traffic is told, and its rank.
+ROWS, COLUMNS, RANK = 4096, 11008, 128
+
+
+def _fold(dtypes: Sequence[torch.dtype], columns: int = 256, remainder: bool = False) -> Callable[[int], Launch]:
+    """Return a maker of the launch on a weight, a left and a right factor of these dtypes."""
     kernels = importlib.import_module("lisa_kernels.ops.fold.triton_kernel")
-    band, update = _zeros(WHOLE_TILES, weight), _zeros(WHOLE_TILES, torch.float32)
+    shapes = ((256, columns), (RANK, 256), (RANK, columns))
 
     def make(warp: int) -> Launch:
-        key = _zeros(1, torch.int64)
-        launch: Launch = kernels.fold_launch(band, update, torch.ones(()), key, 0, True, warp)
+        factors = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes)]
+        rest = torch.zeros(shapes[0], dtype=torch.int16) if remainder else None
+        launch: Launch = kernels.fold_launch(*factors, torch.ones(()), _zeros(1, torch.int64), rest, True, warp)
         return launch
 
     return make
+
+
+def _fold_variants() -> Iterator[KernelVariant]:
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    for weight in (bf16, fp32, fp16):
+        name, dtypes = f"fold/{TYPES[weight]}", (weight, fp32, weight)
+        traffic = round(2 * weight.itemsize + RANK * (4 / COLUMNS + weight.itemsize / ROWS), 2)
+        yield KernelVariant(name, _fold(dtypes), traffic)
+        yield KernelVariant(f"{name}/element", _fold(dtypes, 255), traffic)
+        if weight == bf16:
+            yield KernelVariant(f"{name}/transposed", _fold((bf16, bf16, fp32)), traffic)
+            yield KernelVariant(f"{name}/master", _fold(dtypes, remainder=True), traffic + 4)
+
+
+def _project(basis: torch.dtype, gradient: torch.dtype, transposed: bool = False) -> Callable[[int], Launch]:
+    kernels = importlib.import_module("lisa_kernels.ops.project.triton_kernel")
+
+    def make(warp: int) -> Launch:
+        full = torch.zeros((1024, 1024), dtype=gradient)
+        given = full.t() if transposed else full
+        launch: Launch = kernels.project_launch(torch.zeros((RANK, 1024), dtype=basis), given, warp)
+        return launch
+
+    return make
+
+
+def _project_variants() -> Iterator[KernelVariant]:
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for basis, gradient in ((bf16, bf16), (fp32, fp32), (bf16, fp32)):
+        traffic = round(gradient.itemsize + RANK * (basis.itemsize / ROWS + 4 / COLUMNS), 2)
+        for transposed in (False, True):
+            name = f"project/{TYPES[basis]}-{TYPES[gradient]}{'/transposed' if transposed else ''}"
+            yield KernelVariant(name, _project(basis, gradient, transposed), traffic)
 
 
 def _bytes8(param: torch.dtype, grad: torch.dtype, block_size: int) -> float:
@@ -357,10 +399,11 @@ def _variants() -> Iterator[KernelVariant]:
             yield KernelVariant(f"adamw8/block-{block}/{name}", make, _bytes8(dtype, dtype, block) + twice)
     for dtype in (bf16, fp32, fp16):
         yield KernelVariant(f"grad_norm/{TYPES[dtype]}", _grad_norm(WHOLE_TILES, dtype), dtype.itemsize)
-        yield KernelVariant(f"fold/{TYPES[dtype]}", _fold(dtype), 2 * dtype.itemsize + 4)
     for kind, signed in (("m", True), ("v", False)):
         yield KernelVariant(f"quantize/{kind}", _codec("quantize", signed), 9 + 4 / 256)
         yield KernelVariant(f"dequantize/{kind}", _codec("dequantize", signed), 5 + 4 / 256)
+    yield from _fold_variants()
+    yield from _project_variants()
 
 
 KERNELS: tuple[KernelVariant, ...] = tuple(_variants())

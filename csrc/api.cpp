@@ -18,7 +18,7 @@
 namespace lisa {
 namespace {
 
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
 #ifdef LISA_X86_64
 // Not every compiler's __builtin_cpu_supports knows this one.
@@ -180,11 +180,12 @@ void lisa_kernels_dequantize_blockwise(const uint8_t* codes, const float* absmax
   run_tensor(kernels_for(instruction_set).dequantize[is_signed != 0], task, count, block_size, threads);
 }
 
-void lisa_kernels_fold(void* weight, const float* update, int64_t count, int64_t first_element, float decay,
-                       uint64_t key, int32_t weight_dtype, int32_t stochastic, int32_t threads,
+void lisa_kernels_fold(void* weight, uint16_t* remainder, const float* update, int64_t count, int64_t first_element,
+                       float decay, uint64_t key, int32_t weight_dtype, int32_t stochastic, int32_t threads,
                        int32_t instruction_set) {
-  const FoldTask task{weight, update, count, first_element, key, decay};
-  const auto kernel = kernels_for(instruction_set).fold[weight_dtype][stochastic != 0];
+  const FoldTask task{weight, remainder, update, count, first_element, key, decay};
+  const KernelTable& kernels = kernels_for(instruction_set);
+  const auto kernel = remainder == nullptr ? kernels.fold[weight_dtype][stochastic != 0] : kernels.fold_master;
   // Counted from the start of the span in which the band starts.
   run_tensor(kernel, task, count > 0 ? first_element % kSpan + count : 0, kSpan, threads);
 }

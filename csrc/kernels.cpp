@@ -126,14 +126,21 @@ LISA_INLINE void fold_unit(typename Weight::Storage* weight, const float* update
   }
 }
 
-// Spans are aligned in the whole tensor, not in this band of it, so that none crosses a multiple of 2^32.
-template <class Weight, bool stochastic>
-void fold(const FoldTask& task, const Scratch&, int64_t begin, int64_t end) {
-  const Floats decay = broadcast(task.decay);
+// Call body(first element, count) for spans of a band. They are aligned in the whole tensor, not in this band of it, so
+// that none crosses a multiple of 2^32.
+template <class Body>
+LISA_INLINE void for_spans(const FoldTask& task, int64_t begin, int64_t end, const Body& body) {
   const int64_t offset = task.first_element % kSpan;
   for (int64_t span = begin; span < end; ++span) {
     const int64_t start = larger(0, span * kSpan - offset);
-    const int count = static_cast<int>(smaller((span + 1) * kSpan - offset, task.count) - start);
+    body(start, static_cast<int>(smaller((span + 1) * kSpan - offset, task.count) - start));
+  }
+}
+
+template <class Weight, bool stochastic>
+void fold(const FoldTask& task, const Scratch&, int64_t begin, int64_t end) {
+  const Floats decay = broadcast(task.decay);
+  for_spans(task, begin, end, [&](int64_t start, int count) {
     RandomWords random(task.key, task.first_element + start);
     auto* weight = static_cast<typename Weight::Storage*>(task.weight) + start;
     const float* update = task.update + start;
@@ -143,7 +150,31 @@ void fold(const FoldTask& task, const Scratch&, int64_t begin, int64_t end) {
       fold_unit<Weight, stochastic>(last.values, Padded<float>(update + unit, rest).values, decay, random);
       std::memcpy(weight + unit, last.values, sizeof(*weight) * rest);
     });
+  });
+}
+
+LISA_INLINE void fold_master_unit(uint16_t* weight, uint16_t* remainder, const float* update, Floats decay) {
+  for (int pair = 0; pair < kUnit; pair += 2 * kLanes) {
+    const auto value = [&](int i) {
+      return Master::load(weight + i, remainder + i) * decay + load<Floats>(update + i);
+    };
+    Master::store(weight + pair, remainder + pair, value(pair), value(pair + kLanes));
   }
+}
+
+void fold_master(const FoldTask& task, const Scratch&, int64_t begin, int64_t end) {
+  const Floats decay = broadcast(task.decay);
+  for_spans(task, begin, end, [&](int64_t start, int count) {
+    uint16_t *weight = static_cast<uint16_t*>(task.weight) + start, *remainder = task.remainder + start;
+    const float* update = task.update + start;
+    for_units(count, [&](int unit, int rest) {
+      if (rest == 0) return fold_master_unit(weight + unit, remainder + unit, update + unit, decay);
+      Padded<uint16_t> last(weight + unit, rest), lower(remainder + unit, rest);
+      fold_master_unit(last.values, lower.values, Padded<float>(update + unit, rest).values, decay);
+      std::memcpy(weight + unit, last.values, sizeof(*weight) * rest);
+      std::memcpy(remainder + unit, lower.values, sizeof(*remainder) * rest);
+    });
+  });
 }
 
 #define LISA_BOTH(kernel, ...) {kernel<__VA_ARGS__, false>, kernel<__VA_ARGS__, true>}
@@ -161,6 +192,7 @@ extern const KernelTable LISA_KERNEL_TABLE = {
     {LISA_BOTH(quantize, false), LISA_BOTH(quantize, true)},
     {dequantize<false>, dequantize<true>},
     {LISA_BOTH(fold, Float32), LISA_BOTH(fold, BFloat16), LISA_BOTH(fold, Float16)},
+    fold_master,
 };
 
 }  // namespace lisa

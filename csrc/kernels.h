@@ -60,6 +60,7 @@ struct DequantizeTask {
 
 struct FoldTask {
   void* weight;
+  uint16_t* remainder;  // null if the weight is all there is
   const float* update;
   int64_t count, first_element;
   uint64_t key;
@@ -77,6 +78,7 @@ struct KernelTable {
   Kernel<QuantizeTask> quantize[2][2];   // [signed][stochastic]
   Kernel<DequantizeTask> dequantize[2];  // [signed]
   Kernel<FoldTask> fold[3][2];           // [weight dtype][stochastic]
+  Kernel<FoldTask> fold_master;          // of a bfloat16 weight with a remainder
 };
 
 extern const KernelTable kernels_baseline, kernels_avx2, kernels_avx512;

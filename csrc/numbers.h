@@ -32,6 +32,19 @@ struct BFloat16 {
   }
 };
 
+// A float32 master in two halves: its bits are those of a bfloat16 weight, read as float32, plus a signed remainder. So
+// the remainder is the master's lower half, and the weight its nearest bfloat16, ties away from zero.
+struct Master {
+  static Floats load(const uint16_t* weight, const uint16_t* remainder) {
+    const Ints difference = reinterpret_cast<Ints>(load_upper_halves(remainder)) >> 16;
+    return float_of(load_upper_halves(weight) + reinterpret_cast<Words>(difference));
+  }
+  static void store(uint16_t* weight, uint16_t* remainder, Floats a, Floats b) {
+    store_upper_halves(weight, bits_of(a) + 0x8000, bits_of(b) + 0x8000);
+    store_upper_halves(remainder, bits_of(a) << 16, bits_of(b) << 16);
+  }
+};
+
 struct Float16 {
   using Storage = uint16_t;
   static Floats load(const uint16_t* from) { return load_float16(from); }

@@ -33,7 +33,7 @@ PRODUCT = 64 * FLOAT32_ROUNDING
 # bfloat16 inputs and outputs: each of the up to three roundings on the way is one half unit, relative to the norm.
 BFLOAT16_PRODUCT = 3 * BFLOAT16_ROUNDING
 
-# Householder QR in float32: |QQᵀ − 1| is a modest multiple (here 50) of a rounding.
+# Two passes of Cholesky QR, the last product in float32: |QQᵀ − 1| is a modest multiple (here 50) of a rounding.
 ORTHONORMAL = 50 * FLOAT32_ROUNDING
 # What a first or refreshed basis keeps of the energy that the exact SVD of the same rank keeps.
 BASIS_ENERGY = 0.99

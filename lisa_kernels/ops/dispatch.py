@@ -11,8 +11,10 @@ from lisa_kernels.ops.library import triton_present
 
 # Operations with kernels of their own, in C++ for CPUs and in Triton for GPUs …
 KERNEL_OPS = ("quantize_blockwise", "dequantize_blockwise", "adamw8_", "adamw32_", "grad_norm", "fold_")
-# … and those that are matrix products of torch's everywhere.
-TORCH_OPS = ("lowrank_linear", "lowrank_linear_backward")
+# … that are torch's matrix products on CPUs and Triton's on GPUs …
+PRODUCT_OPS = ("project",)
+# … and that are torch's everywhere.
+TORCH_OPS = ("linear", "lowrank_linear", "lowrank_embedding", "linear_cross_entropy")
 
 
 class KernelChoice(NamedTuple):
@@ -45,5 +47,7 @@ def kernels_in_use() -> list[KernelChoice]:
     rows = []
     for device, choice in devices.items():
         rows += [KernelChoice(op, device, *choice) for op in KERNEL_OPS]
+        products = choice if device == "cuda" else ("PyTorch", "Triton: runs on GPUs only")
+        rows += [KernelChoice(op, device, *products) for op in PRODUCT_OPS]
         rows += [KernelChoice(op, device, "PyTorch", "") for op in TORCH_OPS]
     return rows

@@ -351,24 +351,6 @@ def check_reciprocal(machine: Machine, count: int, values: Tensor | None = None)
     assert_equal_bits(results, values.reciprocal(), "reciprocals")
 
 
-def check_fold(
-    machine: Machine, weight: Tensor, update: Tensor, first: int, stochastic: bool, shift: int = 0
-) -> None:  # fmt: skip
-    """Fold a product into a band of a weight that begins at element `first`: bit for bit, no root is involved."""
-    memory, key = Poisoned(machine.device, shift), keys_at(torch.tensor([key_base(3, 1)]), torch.tensor(5))
-    decay = torch.tensor(0.999)
-    new = weight.to(FP32) * decay + update
-    if stochastic and weight.dtype == BF16:
-        expected = round_to_bfloat16(new, weight_bits(random_words(key[0], first, weight.numel())[1]))
-    else:
-        expected = new.to(weight.dtype)
-    band, product = memory.place([weight, update])
-    there = decay.to(machine.device), key.to(machine.device)
-    machine.run([machine.module("fold").fold_launch(band, product, *there, first, stochastic, machine.warp)])
-    assert_equal_bits(band, expected, "weights")
-    memory.assert_untouched()
-
-
 def check_norm(machine: Machine, grads: list[Tensor], squares: bool = True, shift: int = 0) -> None:
     """Measure gradients: the largest magnitude exactly, the sum of squares to the roundings of sums of 4096.
 

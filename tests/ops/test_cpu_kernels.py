@@ -341,13 +341,29 @@ def test_fold_equals_the_reference_within_a_band_and_across_bands(
 
 
 @needs_library
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (257, 33), (300, 5000)], ids=str)
+def test_fold_keeps_masters_as_the_reference_does(library: native.Library, shape: tuple[int, int]) -> None:
+    """Weights and remainders of all signs and carries, folded twice."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(4, shape[0], generator=generator), torch.randn(4, shape[1], generator=generator)
+    weight = torch.randn(shape, generator=generator).to(torch.bfloat16)
+    remainder = torch.randint(-(2**15), 2**15, shape, generator=generator).to(torch.int16)
+    ours, reference = [weight, remainder], [weight.clone(), remainder.clone()]
+    for clock in (5, 6):
+        arguments = (left * 1e-3, right, scalar(0.999, torch.float32), scalar(clock), True, 3, 11)
+        fold_kernel.fold_(library, ours[0], *arguments, ours[1])
+        fold_reference.fold_(reference[0], *arguments, reference[1])
+    assert_equal_bits(ours, reference)
+
+
+@needs_library
 def test_fold_keeps_its_random_numbers_beyond_two_to_the_32_elements(library: native.Library) -> None:
     start, n = 2**32 - 700, 3000
     weight, update, key = normal(n, 1, torch.bfloat16), normal(n, 2, torch.float32), random_key(3, 11, scalar(5))
     second = random_words(key, start, n)[1]
     expected = round_to_bfloat16(weight.float() * 0.5 + update, weight_bits(second))
     dtype = DTYPE_CODES[torch.bfloat16]
-    library.call("fold", weight.data_ptr(), update.data_ptr(), n, start, 0.5, int(key), dtype, True)
+    library.call("fold", weight.data_ptr(), None, update.data_ptr(), n, start, 0.5, int(key), dtype, True)
     assert_equal_bits([weight], [expected])
 
 
@@ -363,7 +379,7 @@ def test_16_bit_floats_are_read_and_rounded_to_nearest_even_as_torch_does(
     update = torch.cat([near, random.view(torch.float32)])
     weights = weight.repeat(update.numel() // weight.numel())
     expected = (weights.float() + update).to(dtype)
-    pointers = weights.data_ptr(), update.data_ptr()
+    pointers = weights.data_ptr(), None, update.data_ptr()
     library.call("fold", *pointers, update.numel(), 0, 1.0, 0, DTYPE_CODES[dtype], False)
     number = ~expected.isnan()
     assert torch.equal(weights.isnan(), ~number)

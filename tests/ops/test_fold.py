@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.ops.fold import fold_, reference
+from lisa_kernels.ops.fold import fold_, master_weight, reference
 
 SHAPES = [(1, 1, 1), (5, 7, 3), (64, 96, 8), (255, 257, 4)]
 
@@ -136,6 +136,63 @@ def test_the_operation_passes_torchs_own_checks(dtype: torch.dtype) -> None:
         0,
     )
     torch.library.opcheck(torch.ops.lisa_kernels.fold_, arguments)
+    if dtype == torch.bfloat16:
+        torch.library.opcheck(torch.ops.lisa_kernels.fold_, (*arguments, torch.zeros(8, 16, dtype=torch.int16)))
+
+
+def test_a_weight_and_its_remainder_are_any_float32_master() -> None:
+    """Patterns of all exponents and signs come back bit for bit, and the weight is the nearest bfloat16."""
+    random = torch.randint(-(2**31), 2**31, (1 << 16,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    halves = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x7F7FFFFF, 1, 0], dtype=torch.int32)
+    masters = torch.cat([random, halves, halves | -(2**31)]).view(torch.float32)
+    masters = masters[masters.isfinite()]
+    weight, remainder = reference.split(masters)
+    assert torch.equal(master_weight(weight, remainder).view(torch.int32), masters.view(torch.int32))
+    nearest, inner = masters.to(torch.bfloat16), masters.abs() < 3e38
+    tie = (masters.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(weight[inner & ~tie].view(torch.int16), nearest[inner & ~tie].view(torch.int16))
+    assert bool((weight[tie & inner].float().abs() > masters[tie & inner].abs()).all())
+
+
+def test_a_remainder_of_zeros_leaves_the_weight_as_it_is() -> None:
+    weight = normal(16, 16, dtype=torch.bfloat16)
+    assert torch.equal(master_weight(weight, torch.zeros(16, 16, dtype=torch.int16)), weight.float())
+
+
+def test_masters_take_the_steps_that_a_float32_weight_takes() -> None:
+    """Over 50 folds, none of which alone would move a bfloat16 weight; nothing depends on seed or clock."""
+    weight = normal(48, 64, dtype=torch.bfloat16)
+    whole, remainder = weight.float(), torch.zeros(48, 64, dtype=torch.int16)
+    start = weight.clone()
+    for clock in range(50):
+        slot, basis = normal(4, 48, seed=clock) * 1e-5, normal(4, 64, seed=100 + clock)
+        decay = torch.tensor(1 - 1e-5)
+        fold_(whole, slot, basis, decay=decay, clock=torch.tensor(clock))
+        fold_(weight, slot, basis, decay=decay, clock=torch.tensor(7 * clock), seed=clock, remainder=remainder)
+    assert torch.equal(master_weight(weight, remainder), whole)
+    assert torch.equal(weight, reference.split(whole)[0])
+    assert not torch.equal(weight, start)
+
+
+def test_a_strided_master_is_folded_in_place() -> None:
+    weight, slot, basis = normal(48, 64, dtype=torch.bfloat16), normal(4, 48, seed=1), normal(4, 64, seed=2)
+    plain, rest = weight.clone(), torch.zeros(48, 64, dtype=torch.int16)
+    strided, lower = weight.t().contiguous().t(), rest.t().contiguous().t()
+    for given, remainder in ((plain, rest), (strided, lower)):
+        fold_(given, slot, basis, decay=torch.tensor(0.9), clock=torch.tensor(1), remainder=remainder)
+    assert torch.equal(strided, plain)
+    assert torch.equal(lower, rest)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remainder"),
+    [(torch.float32, torch.zeros(8, 16, dtype=torch.int16)), (torch.bfloat16, torch.zeros(8, 16, dtype=torch.int32)),
+     (torch.bfloat16, torch.zeros(16, 8, dtype=torch.int16))],
+    ids=["float32 weight", "int32 remainder", "other shape"],
+)  # fmt: skip
+def test_a_remainder_that_does_not_fit_is_refused(dtype: torch.dtype, remainder: Tensor) -> None:
+    with pytest.raises(InputError, match="int16 beside bfloat16 of the same shape is wanted"):
+        fold(torch.zeros(8, 16, dtype=dtype), torch.zeros(2, 8), torch.zeros(2, 16), remainder=remainder)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.ops.linear_cross_entropy import Head, linear_cross_entropy
+from lisa_kernels.ops.linear_cross_entropy import Curve, Head, HeadGradient, linear_cross_entropy
 
 ROWS, N, VOCABULARY, RANK = 70, 24, 101, 8
 # Sums of at most a hundred float32 products.
@@ -37,6 +38,9 @@ def plain_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         logits = logits + head.scale * (hidden @ head.basis.t()) @ head.slot
     if head.bias is not None:
         logits = logits + head.bias
+    logits = logits * head.curve.scale
+    if head.curve.cap is not None:
+        logits = head.curve.cap * torch.tanh(logits / head.curve.cap)
     return nn.functional.cross_entropy(logits.view(-1, VOCABULARY), labels.view(-1), reduction="sum")
 
 
@@ -105,6 +109,147 @@ def test_rows_that_are_all_masked_lose_nothing() -> None:
     assert not hidden.grad.any()
 
 
+def head_gradient(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """Return the plain loss's gradient of the head's weight, float64 [V, n]."""
+    weight = head.weight.detach().double().requires_grad_()
+    plain_loss(hidden.detach().double(), Head(weight), labels).backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+CURVES = [Curve(0.25), Curve(cap=3.0), Curve(1.5, 2.0)]
+
+
+@pytest.mark.parametrize("curve", CURVES, ids=["scaled", "capped", "both"])
+@pytest.mark.parametrize("kind", ["full", "low-rank", "adapter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scaled_and_capped_logits(kind: str, curve: Curve, dtype: torch.dtype, device: torch.device) -> None:
+    """What a model does to its logits is in the loss and in every gradient, capped bands of a 16-bit weight's too."""
+    labels, results = labels_of(True).to(device), []
+    for chunked in (True, False):
+        wide = dtype if chunked else torch.float64
+        hidden = normal(ROWS, N, dtype=dtype).to(device, wide).requires_grad_()
+        made = head_of(kind, dtype)
+        parts = [part.detach().to(device) if isinstance(part, Tensor) else part for part in made[:4]]
+        parts = [part if part is None or chunked else part.double() for part in parts]
+        leaves = [part for part, index in zip(parts, range(3)) if part is not None and (kind == "full") is (index < 2)]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        head = Head(*parts, made.scale, kind == "low-rank", curve)
+        loss = (
+            linear_cross_entropy(hidden, head, labels, chunk_rows=16) if chunked else plain_loss(hidden, head, labels)
+        )
+        loss.backward()
+        results.append([loss.detach(), hidden.grad, *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*results):
+        assert float((one.double() - other).norm()) <= 4 * torch.finfo(dtype).eps * float(other.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all-rows", "masked"])
+@pytest.mark.parametrize("chunk_rows", [16, 1000], ids=str)
+def test_a_refresh_sees_the_heads_gradient_and_its_basis_is_used(
+    masked: bool, chunk_rows: int, device: torch.device
+) -> None:
+    """The bands' products add up to G, the basis returned is that of dB, and the other gradients are as ever."""
+    labels = labels_of(masked).to(device)
+    hidden = normal(ROWS, N).to(device).requires_grad_()
+    frozen = head_of("frozen").weight.to(device)
+    slot = torch.zeros(RANK, VOCABULARY, device=device, requires_grad=True)
+    old, new = (torch.linalg.qr(normal(N, RANK, seed=seed))[0].t().contiguous().to(device) for seed in (3, 4))
+    wanted = head_gradient(hidden, Head(frozen), labels)
+    seen = []
+
+    def refresh(gradient: HeadGradient) -> Tensor:
+        assert gradient.shape == wanted.shape
+        assert gradient.device == device or gradient.device.type == device.type
+        seen.append(sum(errors.t() @ rows for errors, rows in gradient.bands()))
+        return new
+
+    head = Head(frozen, None, slot, old, slot_is_zero=True)
+    loss = linear_cross_entropy(hidden, head, labels, chunk_rows=chunk_rows, refresh=refresh)
+    (loss * 0.25).backward()
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0].double(), wanted, rtol=1e-5, atol=1e-5)
+    assert slot.grad is not None
+    torch.testing.assert_close(slot.grad.double(), 0.25 * new.double() @ wanted.t(), rtol=1e-5, atol=1e-5)
+    plain = hidden.detach().clone().requires_grad_()
+    (plain_loss(plain, Head(frozen), labels) * 0.25).backward()
+    torch.testing.assert_close(hidden.grad, plain.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "low-rank"])
+def test_under_autocast_products_are_16_bit_and_gradients_their_parameters_own(kind: str, device: torch.device) -> None:
+    """Loss and gradients are those of torch's autocast to bfloat16's rounding; a float32 weight keeps its dtype."""
+    labels = labels_of(False).to(device)
+    results = []
+    for chunked in (True, False):
+        hidden = normal(ROWS, N).to(device).requires_grad_()
+        head = Head(*(part.to(device) if isinstance(part, Tensor) else part for part in head_of(kind)))
+        trained = [part.detach().requires_grad_() for part in (head.weight, head.bias, head.slot) if part is not None]
+        if kind == "full":
+            head = Head(trained[0], trained[1])
+        else:
+            head, trained = head._replace(slot=trained[1]), trained[1:]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = (linear_cross_entropy if chunked else plain_loss)(hidden, head, labels)
+        loss.backward()
+        results.append([loss.detach(), hidden.grad, *(leaf.grad for leaf in trained)])
+    for one, other in zip(*results):
+        assert one is not None
+        assert other is not None
+        assert one.dtype == other.dtype == torch.float32
+        assert float((one - other).norm()) <= 2**-6 * float(other.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_16_bit_weights_gradient_is_rounded_once(dtype: torch.dtype, device: torch.device) -> None:
+    """Summed over all rows in float32, whatever the chunks: small and large chunks give one result to rounding."""
+    labels = labels_of(False).to(device)
+    gradients = []
+    for chunk_rows in (4, 1000):
+        weight = head_of("frozen", dtype).weight.to(device).requires_grad_()
+        hidden = normal(ROWS, N, dtype=dtype).to(device)
+        linear_cross_entropy(hidden, Head(weight), labels, chunk_rows=chunk_rows).backward()
+        assert weight.grad is not None
+        assert weight.grad.dtype == dtype
+        gradients.append(weight.grad.double())
+    wanted = head_gradient(hidden, Head(weight.detach()), labels)
+    for found in gradients:
+        assert float((found - wanted).norm() / wanted.norm()) < 2**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_second_backward_gives_the_gradients_again(dtype: torch.dtype, device: torch.device) -> None:
+    """With retain_graph, whatever the first one did with the memory of its gradients."""
+    hidden = normal(ROWS, N, dtype=dtype).to(device).requires_grad_()
+    weight = head_of("frozen", dtype).weight.to(device).requires_grad_()
+    loss = linear_cross_entropy(hidden, Head(weight), labels_of(False).to(device), chunk_rows=16) * 0.5
+    found = []
+    for _ in range(2):
+        found.append(torch.autograd.grad(loss, (hidden, weight), retain_graph=True))
+        found[-1][1].mul_(1.0)
+    rounding = 4 * torch.finfo(dtype).eps
+    for one, other in zip(*found):
+        assert one.data_ptr() != other.data_ptr()
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "full", "low-rank"])
+def test_fake_tensors_run_with_every_row_counted(kind: str) -> None:
+    """A plan sees loss and gradients without values, as if no label were masked."""
+    with FakeTensorMode():
+        hidden = torch.empty(ROWS, N, requires_grad=True)
+        weight = torch.empty(VOCABULARY, N, requires_grad=kind == "full")
+        slot = torch.empty(RANK, VOCABULARY, requires_grad=True) if kind == "low-rank" else None
+        basis = torch.empty(RANK, N) if kind == "low-rank" else None
+        labels = torch.empty(ROWS, dtype=torch.int64)
+        linear_cross_entropy(hidden, Head(weight, None, slot, basis, slot_is_zero=True), labels).backward()
+        for part in (hidden, weight, slot):
+            if part is not None and part.requires_grad:
+                assert part.grad is not None
+                assert part.grad.shape == part.shape
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the size of the largest tensor that any operation returns."""
 
@@ -118,15 +263,16 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["frozen", "low-rank"])
+@pytest.mark.parametrize("kind", ["frozen", "low-rank", "refresh"])
 def test_neither_logits_nor_a_full_gradient_exist(kind: str) -> None:
     """Negative control: the plain loss makes both."""
-    head, labels = head_of(kind), labels_of(False)
+    head, labels = head_of("low-rank" if kind == "refresh" else kind), labels_of(False)
+    refresh = (lambda gradient: head.basis) if kind == "refresh" else None
     for chunked in (True, False):
         hidden = normal(ROWS, N).requires_grad_()
         with LargestTensor() as seen:
             if chunked:
-                loss = linear_cross_entropy(hidden, head, labels, chunk_rows=8)
+                loss = linear_cross_entropy(hidden, head, labels, chunk_rows=8, refresh=refresh)
             else:
                 loss = plain_loss(hidden, head, labels)
             loss.backward()

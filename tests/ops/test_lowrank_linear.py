@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lisa_kernels.ops.lowrank_linear import capture_linear, lowrank_linear
+from lisa_kernels.ops.lowrank_linear.reference import weight_gradient
 
 M, N, RANK, TOKENS = 48, 64, 8, 35
 LEADING = [(TOKENS,), (5, 7), (1, 5, 7)]
@@ -181,13 +182,13 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_slots_gradient_in_float32
     layer = Layer(zero_slot=captured)
     seen: list[Tensor] = []
 
-    def on_gradient(gradient: Tensor) -> Tensor:
-        seen.append(gradient)
+    def choose(dy: Tensor, x: Tensor) -> Tensor:
+        seen.append(weight_gradient(dy, x))
         return layer.basis
 
     with torch.autocast("cpu", torch.bfloat16):
         if captured:
-            y = capture_linear(layer.x, layer.weight, layer.bias, layer.slot, on_gradient)
+            y = capture_linear(layer.x, layer.weight, layer.bias, layer.slot, choose)
         else:
             y = layer.forward()
         gradients = layer.gradients(y) if backward_inside else []
@@ -208,15 +209,15 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_slots_gradient_in_float32
 
 @pytest.mark.parametrize("leading", LEADING, ids=["2-D", "3-D", "4-D"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_capturing_forms_the_gradient_once_and_projects_it(leading: tuple[int, ...], bias: bool) -> None:
+def test_capturing_asks_once_for_a_basis_and_projects_the_gradient_on_it(leading: tuple[int, ...], bias: bool) -> None:
     layer = Layer(leading=leading, bias=bias, zero_slot=True)
     seen: list[Tensor] = []
 
-    def on_gradient(gradient: Tensor) -> Tensor:
-        seen.append(gradient.clone())
+    def choose(dy: Tensor, x: Tensor) -> Tensor:
+        seen.append(weight_gradient(dy, x))
         return layer.basis
 
-    y = capture_linear(layer.x, layer.weight, layer.bias, layer.slot, on_gradient)
+    y = capture_linear(layer.x, layer.weight, layer.bias, layer.slot, choose)
     assert seen == []
     gradients = layer.gradients(y)
     full = layer.dy.double().reshape(-1, M).t() @ layer.x.detach().double().reshape(-1, N)
@@ -229,16 +230,16 @@ def test_capturing_forms_the_gradient_once_and_projects_it(leading: tuple[int, .
         assert relative_error(gradient, exact) <= PRODUCT
 
 
-def test_capturing_forms_the_gradient_once_under_checkpointing() -> None:
+def test_capturing_asks_once_under_checkpointing() -> None:
     layer = Layer(zero_slot=True)
     seen: list[Tensor] = []
 
-    def on_gradient(gradient: Tensor) -> Tensor:
-        seen.append(gradient)
+    def choose(dy: Tensor, x: Tensor) -> Tensor:
+        seen.append(x)
         return layer.basis
 
     def forward(x: Tensor) -> Tensor:
-        return capture_linear(x, layer.weight, layer.bias, layer.slot, on_gradient)
+        return capture_linear(x, layer.weight, layer.bias, layer.slot, choose)
 
     gradients = layer.gradients(checkpoint(forward, layer.x, use_reentrant=False))
     assert len(seen) == 1
@@ -249,10 +250,10 @@ def test_a_frozen_slot_asks_for_no_gradient() -> None:
     layer = Layer(zero_slot=True)
     layer.slot.requires_grad_(False)
 
-    def on_gradient(gradient: Tensor) -> Tensor:
-        raise AssertionError("the full gradient was formed for a frozen slot")
+    def choose(dy: Tensor, x: Tensor) -> Tensor:
+        raise AssertionError("a basis was wanted for a frozen slot")
 
-    capture_linear(layer.x, layer.weight, layer.bias, layer.slot, on_gradient).backward(layer.dy)
+    capture_linear(layer.x, layer.weight, layer.bias, layer.slot, choose).backward(layer.dy)
     assert layer.x.grad is not None
 
 

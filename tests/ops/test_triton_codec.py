@@ -1,4 +1,4 @@
-"""The compiled kernels of the codec, fold_ and the gradients' norm give the definition's bits."""
+"""The compiled kernels of the codec and the gradients' norm give the definition's bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from .kernel_checks import (
     FP32,
     assert_equal_bits,
     check_codec,
-    check_fold,
     check_norm,
     check_reciprocal,
     elements_of,
@@ -129,15 +128,6 @@ def test_the_reciprocal_of_every_mantissa_is_correctly_rounded(seed: int) -> Non
         first = (127 << 23) + (part << 20)
         values = torch.arange(first, first + (1 << 20), dtype=torch.int32).view(FP32)
         check_reciprocal(Machine(90, fuzz=100 * seed + part), 0, values)
-
-
-@pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
-def test_fold_equals_the_definition(machine: Machine, dtype: torch.dtype, stochastic: bool, shift: int) -> None:
-    """Bands that begin at the start, inside a tile, at an odd place, and that end in the middle of one."""
-    for n, first in ((4096, 0), (1, 0), (2048, 1024), (257, 2047), (3001, 2**32 - 700), (2048, 2**33 + 8)):
-        check_fold(machine, normal(n, 1, dtype), normal(n, 2), first, stochastic, shift)
 
 
 @pytest.mark.parametrize("squares", [True, False], ids=["squares", "largest"])

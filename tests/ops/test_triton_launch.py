@@ -211,22 +211,6 @@ def test_gradients_are_measured_by_dtype() -> None:
     assert combine(launches, torch.device("cpu")).tolist() == [3.0, 3.0 * 4]
 
 
-@pytest.mark.parametrize(
-    ("first", "columns", "programs", "access"),
-    [(0, 2048, 1, VECTOR), (1024, 1024, 1, VECTOR), (1024, 2048, 2, VECTOR), (1028, 1024, 2, ELEMENT)],
-    ids=["from the start", "inside a tile", "over two tiles", "at an odd place"],
-)
-def test_a_band_is_folded_on_the_tiles_of_the_whole_weight(
-    first: int, columns: int, programs: int, access: int
-) -> None:
-    """So its random words are those of its elements' places in the whole weight."""
-    from lisa_kernels.ops.fold.triton_kernel import fold_launch
-
-    band, update = torch.zeros(columns), torch.zeros(columns)
-    launch = fold_launch(band, update, torch.ones(()), torch.zeros((), dtype=torch.int64), first, True)
-    assert (launch.programs, launch.constants["ACCESS"]) == (programs, access)
-
-
 def specialised(kernel: Any) -> list[str]:
     """Return the run-time arguments whose values or addresses would make Triton compile a kernel again."""
     found = []
@@ -243,15 +227,17 @@ def specialised(kernel: Any) -> list[str]:
 def every_kernel() -> list[Any]:
     from lisa_kernels.ops.adamw8.triton_kernel import adamw8_many, adamw8_one, adamw32_many
     from lisa_kernels.ops.blockwise8.triton_kernel import dequantize_kernel, quantize_kernel
-    from lisa_kernels.ops.fold.triton_kernel import fold_band
+    from lisa_kernels.ops.fold.triton_kernel import fold_tile
     from lisa_kernels.ops.grad_norm.triton_kernel import grad_norm_many
+    from lisa_kernels.ops.project.triton_kernel import project_tile
 
-    return [adamw8_many, adamw8_one, adamw32_many, dequantize_kernel, quantize_kernel, fold_band, grad_norm_many]
+    moments = [adamw8_many, adamw8_one, adamw32_many, dequantize_kernel, quantize_kernel]
+    return [*moments, fold_tile, grad_norm_many, project_tile]
 
 
 def test_new_values_never_recompile() -> None:
     """Neither a size, a row, a tile nor an address is part of what a kernel is compiled for."""
-    assert [specialised(kernel) for kernel in every_kernel()] == [[]] * 7
+    assert [specialised(kernel) for kernel in every_kernel()] == [[]] * 8
 
 
 def test_a_kernel_that_would_recompile_is_seen() -> None:

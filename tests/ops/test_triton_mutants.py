@@ -27,7 +27,6 @@ from .kernel_checks import (
     State,
     Step,
     check_codec,
-    check_fold,
     check_norm,
     check_reciprocal,
     check_steps,
@@ -156,10 +155,6 @@ def codes_of(values: Tensor, key: Tensor | None = None) -> Check:
     return lambda machine: check_codec(machine, values, True, 256, key)
 
 
-def fold_at(first: int, dtype: torch.dtype) -> Check:
-    return lambda machine: check_fold(machine, normal(2048, 1, dtype), normal(2048, 2), first, True)
-
-
 def norm_of(grad: Tensor) -> Check:
     return lambda machine: check_norm(machine, [grad])
 
@@ -231,10 +226,6 @@ DEFECTS: dict[str, tuple[str, str, str, Check]] = {
         "adamw8", "lists = (params, grads, m_codes, m_absmax, v_codes, v_absmax)",
         "lists = (params, grads, m_codes, v_absmax, v_codes, m_absmax)", STEPS,
     ),
-    "elements before a band": ("fold", " & (ahead == 0)", "", fold_at(16, FP32)),
-    "words of the band, not of the weight": (
-        "fold", "random_state(tl.load(key), start)", "random_state(tl.load(key), start - first)", fold_at(2048, BF16)
-    ),
     "a NaN below infinity": ("grad_norm", "program_id(0), top.to", "program_id(0), tl.minimum(top, EXPONENT).to", NANS),
     "squares off by a power of two": ("grad_norm", "total * unit * unit", "total * unit", TINY),
     "squares without a scale": (
@@ -246,7 +237,7 @@ DEFECTS: dict[str, tuple[str, str, str, Check]] = {
 # The others take longer together than a plain run may.
 FAST = {
     "starts in 32 bits", "weights rounded half a place up", "no floor of v",
-    "m rounded half a code down", "reciprocal one place low", "elements before a band", "a NaN below infinity",
+    "m rounded half a code down", "reciprocal one place low", "a NaN below infinity",
 }  # fmt: skip
 
 

@@ -16,7 +16,6 @@ from .kernel_checks import (
     HYPER,
     Case,
     check_codec,
-    check_fold,
     check_norm,
     check_reciprocal,
     check_steps,
@@ -89,13 +88,10 @@ def test_a_hundred_steps_of_training(machine: Machine, block_size: int | None) -
 
 @on_all
 def test_the_other_kernels(machine: Machine) -> None:
-    """Codec, fold_, norm and reciprocal."""
+    """Codec, norm and reciprocal."""
     for signed in (True, False):
         for n, block_size in ((4097, 256), (4096, 256)):
             values = normal(n, n) if signed else normal(n, n).abs()
             check_codec(machine, values, signed, block_size, KEY)
-    for dtype in DTYPES:
-        check_fold(machine, normal(3000, 1, dtype), normal(3000, 2), 2**32 - 704, True)
-        check_fold(machine, normal(3001, 1, dtype), normal(3001, 2), 2**32 - 701, True)
     check_norm(machine, [normal(n, n, dtype) for n in SIZES for dtype in DTYPES])
     check_reciprocal(machine, 1 << 12)

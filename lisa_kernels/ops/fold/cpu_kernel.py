@@ -23,25 +23,27 @@ if TYPE_CHECKING:
 
 def fold_(
     library: Library, weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor,
-    stochastic: bool, seed: int, parameter: int,
+    stochastic: bool, seed: int, parameter: int, remainder: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add leftᵀ · right to `decay` · weight in place; the contract is the package's. float64 weights stay in torch."""
     if weight.dtype not in DTYPE_CODES:
-        reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter)
+        reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter, remainder)
         return
     rows, columns = weight.shape
     band = max(1, BAND_ELEMENTS // max(columns, 1))
-    key, scale = int(random_key(seed, parameter, clock).item()), float(decay.item())
+    key, scale, right = int(random_key(seed, parameter, clock).item()), float(decay.item()), right.to(torch.float32)
     for start in range(0, rows, band):
-        target = weight[start : start + band]
-        update = left[:, start : start + band].to(torch.float32).t() @ right.to(torch.float32)
-        dense = target.contiguous()
+        targets = [tensor[start : start + band] for tensor in (weight, remainder) if tensor is not None]
+        update = left[:, start : start + band].to(torch.float32).t() @ right
+        dense = [target.contiguous() for target in targets]
+        places = [pointer("the weight", tensor, target.dtype) for tensor, target in zip(dense, targets)]
         library.call(
-            "fold", pointer("the weight", dense, weight.dtype), pointer("the update", update, torch.float32),
-            dense.numel(), start * columns, scale, key, DTYPE_CODES[weight.dtype], stochastic,
+            "fold", places[0], places[1] if len(places) > 1 else None, pointer("the update", update, torch.float32),
+            update.numel(), start * columns, scale, key, DTYPE_CODES[weight.dtype], stochastic,
         )  # fmt: skip
-        if dense.data_ptr() != target.data_ptr():
-            target.copy_(dense)
+        for target, folded in zip(targets, dense):
+            if folded.data_ptr() != target.data_ptr():
+                target.copy_(folded)
 
 
 def register(fold_op: CustomOpDef) -> None:

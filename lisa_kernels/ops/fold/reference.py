@@ -11,19 +11,35 @@ from lisa_kernels.ops.random_bits import random_key, random_words, round_to_bflo
 BAND_ELEMENTS = 1 << 20
 
 
+def join(weight: Tensor, remainder: Tensor) -> Tensor:
+    """Return the float32 masters of bfloat16 weights and int16 remainders."""
+    return (weight.to(torch.float32).view(torch.int32) + remainder).view(torch.float32)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bfloat16 weights and int16 remainders of finite float32 masters."""
+    bits = master.contiguous().view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
 def fold_(
     weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int,
-    parameter: int,
+    parameter: int, remainder: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add leftᵀ · right to `decay` · weight in place; see the contract in the package."""
     rows, columns = weight.shape
     band = max(1, BAND_ELEMENTS // max(columns, 1))
-    key = random_key(seed, parameter, clock)
+    key, right = random_key(seed, parameter, clock), right.to(torch.float32)
     for start in range(0, rows, band):
         target = weight[start : start + band]
-        update = left[:, start : start + band].to(torch.float32).t() @ right.to(torch.float32)
-        new = target.to(torch.float32) * decay + update
-        if stochastic and weight.dtype == torch.bfloat16:
+        rest = None if remainder is None else remainder[start : start + band]
+        update = left[:, start : start + band].to(torch.float32).t() @ right
+        old = target.to(torch.float32) if rest is None else join(target, rest)
+        new = old * decay + update
+        if rest is not None:
+            for part, value in zip((target, rest), split(new)):
+                part.copy_(value)
+        elif stochastic and weight.dtype == torch.bfloat16:
             bits = weight_bits(random_words(key, start * columns, new.numel())[1])
             target.copy_(round_to_bfloat16(new, bits.view(new.shape)))
         else:

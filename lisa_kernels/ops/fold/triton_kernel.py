@@ -1,10 +1,14 @@
-"""W ← decay · W + leftᵀ · right in Triton: torch's product of a band of rows, then decay, sum and rounding in one pass.
+"""W ← decay · W + leftᵀ · right in Triton: one pass over W, the product of each of its tiles on the tensor cores.
 
-The bands are the reference's own. The random words are those of the element's place in the whole weight, so programs
-work on tiles of the whole weight that begin at multiples of their size, and leave out what lies before the band.
+The product is never in memory. Where the definition rounds W and the product in float32, so does the kernel; the
+product itself differs from the definition's by the order of its sums and by what `add_product` says: under 2⁻¹⁶ + r ·
+2⁻²³ of |left|ᵀ · |right|, r · 2⁻²³ alone being the definition's own. Random words are those of an element's place in
+the weight, whatever the tile.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,99 +16,145 @@ import triton.language as tl
 from torch import Tensor
 
 from lisa_kernels.ops.fold import reference
-from lisa_kernels.ops.fold.reference import BAND_ELEMENTS
 from lisa_kernels.ops.random_bits import random_key
-from lisa_kernels.ops.tiles import (
-    ACCESS_BYTES,
-    ELEMENT,
-    LONGEST_VECTOR,
-    VECTOR,
-    WARP,
-    Launch,
-    tile_shape,
-    vector_of,
-    warp_size,
-)
+from lisa_kernels.ops.tiles import ACCESS_BYTES, ELEMENT, LONGEST_VECTOR, VECTOR, WARP, Launch, warp_size
 from lisa_kernels.ops.tiles.triton_kernel import (
     TRITON_DTYPES,
+    add_product,
     advance,
-    element_offsets,
-    element_pointers,
-    load_floats,
-    random_state,
-    random_words,
-    store_floats,
-    tile_mask,
-    tile_offsets,
+    random_words_at,
+    whole_vectors,
 )
 
-# Elements of a program.
-ELEMENTS = 2048
+
+class FoldTile(NamedTuple):
+    """What a program works on: `M` · `N` elements of the weight, and `K` directions of the slot at a time."""
+
+    M: int = 64
+    N: int = 128
+    K: int = 16
+    threads: int = 128
+
+
+TILE = FoldTile()
+# Element by element, a wider tile's addresses would not fit in the registers.
+ODD_TILE = FoldTile(32, 64)
+# From this many rows or columns on, places within a tile would not fit in 32 bits.
+LARGEST_SIDE = 1 << 24
 
 
 @triton.jit
-def fold_step(
-    weight, update, decay, offsets, SHIFT: tl.constexpr, before, left, state, STOCHASTIC: tl.constexpr,
-    VECTOR: tl.constexpr, ACCESS: tl.constexpr,
+def product_tile(
+    left, right, rows, columns, rank, is_row, is_column, ACCESS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
-    """Fold one step of a tile, whose elements from `before` to `left` are the band's."""
-    ahead = tile_mask(offsets, SHIFT, before, VECTOR, ACCESS)
-    mask = tile_mask(offsets, SHIFT, left, VECTOR, ACCESS) & (ahead == 0)
-    new = load_floats(weight, offsets, SHIFT, mask, VECTOR, ACCESS) * decay
-    new += load_floats(update, offsets, SHIFT, mask, VECTOR, ACCESS)
-    _, second = random_words(state, element_offsets(offsets, SHIFT, VECTOR))
-    store_floats(element_pointers(weight, offsets, SHIFT, VECTOR), new, second & 0xFFFF, mask, STOCHASTIC, ACCESS)
+    """The tile of leftᵀ · right that begins at the columns to which `left` and `right` point, float32 [M, N]."""
+    depth = tl.arange(0, K)
+    left_offsets = depth[:, None] * rows + tl.arange(0, M)[None, :]
+    right_offsets = depth[:, None] * columns + tl.arange(0, N)[None, :]
+    total = tl.zeros((M, N), tl.float32)
+    for start in range(0, rank, K):
+        is_inside = (depth < rank - start)[:, None]
+        slot = tl.load(left + left_offsets, mask=is_inside & is_row[None, :], other=0)
+        basis = tl.load(right + right_offsets, mask=is_inside & is_column[None, :], other=0)
+        total = add_product(tl.trans(slot), basis, total)
+        left = advance(left, rows.to(tl.int64) * K, ACCESS)
+        right = advance(right, columns.to(tl.int64) * K, ACCESS)
+    return total
 
 
-@triton.jit(do_not_specialize=["first", "count"], do_not_specialize_on_alignment=["weight", "update", "decay", "key"])
-def fold_band(
-    weight, update, decay, key, first: tl.int64, count: tl.int64, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STEPS: tl.constexpr,
-    PASSES: tl.constexpr,
+@triton.jit
+def load_master(weight, remainder, mask):
+    """The float32 weights: those stored, or those that bfloat16 ones and their remainders make."""
+    stored = tl.load(weight, mask=mask, other=0)
+    if remainder is None:
+        values = stored.to(tl.float32)
+    else:
+        difference = tl.load(remainder, mask=mask, other=0).to(tl.int32)
+        bits = (stored.to(tl.uint16, bitcast=True).to(tl.int32) << 16) + difference
+        values = bits.to(tl.float32, bitcast=True)
+    return values
+
+
+@triton.jit
+def store_master(weight, remainder, values, bits16, mask, STOCHASTIC: tl.constexpr):
+    """Store float32 weights: exactly, if there are remainders; else rounded, by `bits16` or to nearest."""
+    if remainder is not None:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x8000) >> 16
+        tl.store(remainder, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
+        tl.store(weight, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    elif STOCHASTIC:
+        rounded = (values.to(tl.uint32, bitcast=True) + bits16) >> 16
+        tl.store(weight, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(weight, values.to(weight.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "columns", "rank"],
+    do_not_specialize_on_alignment=["weight", "remainder", "left", "right", "decay", "key"],
+)
+def fold_tile(
+    weight, remainder, left, right, decay, key, rows: tl.int64, columns: tl.int64, rank: tl.int64,
+    STOCHASTIC: tl.constexpr, FAR: tl.constexpr, ACCESS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
-    """Fold `update` into the `count` elements of `weight`, the first of which is element `first` of the parameter."""
-    start = (first // BLOCK + tl.program_id(0)) * BLOCK
-    weight = advance(weight, start - first, ACCESS)
-    update = advance(update, start - first, ACCESS)
-    before = tl.maximum(first - start, 0).to(tl.int32)
-    left = tl.minimum(first + count - start, BLOCK).to(tl.int32)
-    offsets = tile_offsets(ROWS, LANES, VECTOR, BLOCK)
-    decay = tl.load(decay)
-    state = random_state(tl.load(key), start)
-    for step in tl.static_range(STEPS):
-        fold_step(
-            weight, update, decay, offsets, step * LANES * VECTOR, before, left, state, STOCHASTIC, VECTOR, ACCESS
-        )
+    """Fold one tile of a dense weight [rows, columns]; left [rank, rows] and right [rank, columns] are dense too."""
+    across = tl.cdiv(columns, N)
+    row, column = tl.program_id(0) // across * M, tl.program_id(0) % across * N
+    rows, columns = whole_vectors(rows.to(tl.int32), ACCESS), whole_vectors(columns.to(tl.int32), ACCESS)
+    start = row * columns + column
+    is_row, is_column = tl.arange(0, M) < rows - row.to(tl.int32), tl.arange(0, N) < columns - column.to(tl.int32)
+    left, right = advance(left, row, ACCESS), advance(right, column, ACCESS)
+    product = product_tile(left, right, rows, columns, rank.to(tl.int32), is_row, is_column, ACCESS, M, N, K)
+
+    offsets = tl.arange(0, M)[:, None] * columns + tl.arange(0, N)[None, :]
+    mask = is_row[:, None] & is_column[None, :]
+    places = advance(weight, start, ACCESS) + offsets
+    rests = remainder
+    if remainder is not None:
+        rests = advance(remainder, start, ACCESS) + offsets
+    new = load_master(places, rests, mask) * tl.load(decay) + product
+    _, second = random_words_at(tl.load(key), start, offsets, FAR)
+    store_master(places, rests, new, second & 0xFFFF, mask, STOCHASTIC)
 
 
 def fold_launch(
-    weight: Tensor, update: Tensor, decay: Tensor, key: Tensor, first: int, stochastic: bool, warp: int = WARP
-) -> Launch:
-    """Return the launch that folds float32 `update` into a dense band of a weight that begins at element `first`."""
-    shape = tile_shape(ELEMENTS, vector_of(weight.dtype), warp)
-    unaligned = any(tensor.data_ptr() % ACCESS_BYTES for tensor in (weight, update))
-    access = ELEMENT if unaligned or weight.numel() % LONGEST_VECTOR or first % LONGEST_VECTOR else VECTOR
-    arguments = {"weight": weight, "update": update, "decay": decay, "key": key, "first": first}
-    constants = {"STOCHASTIC": stochastic, "ACCESS": access, **shape.constants()}
-    programs = -(-(first + weight.numel()) // shape.elements) - first // shape.elements
-    return Launch(fold_band, {**arguments, "count": weight.numel()}, constants, programs, shape.num_warps)
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor, remainder: Tensor | None,
+    stochastic: bool, warp: int = WARP, tile: FoldTile | None = None,
+) -> Launch:  # fmt: skip
+    """Return the launch that folds dense left [r, m] and right [r, n] into a dense weight [m, n]."""
+    (rows, columns), rank = weight.shape, len(left)
+    tensors = [weight, left, right] if remainder is None else [weight, left, right, remainder]
+    odd = any(tensor.data_ptr() % ACCESS_BYTES for tensor in tensors) or any(n % LONGEST_VECTOR for n in weight.shape)
+    tile = tile or (ODD_TILE if odd else TILE)
+    arguments: dict[str, Tensor | int] = {"weight": weight, "left": left, "right": right, "decay": decay, "key": key}
+    constants: dict[str, Any] = {
+        "STOCHASTIC": stochastic and remainder is None and weight.dtype == torch.bfloat16,
+        "FAR": weight.numel() > 1 << 32, "ACCESS": ELEMENT if odd else VECTOR, "M": tile.M, "N": tile.N, "K": tile.K,
+    }  # fmt: skip
+    (constants if remainder is None else arguments)["remainder"] = remainder
+    programs = -(-rows // tile.M) * -(-columns // tile.N)
+    arguments = {**arguments, "rows": rows, "columns": columns, "rank": rank}
+    return Launch(fold_tile, arguments, constants, programs, tile.threads // warp)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return (tensor if tensor.dtype in TRITON_DTYPES else tensor.to(torch.float32)).contiguous()
 
 
 def fold_(
     weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int,
-    parameter: int,
+    parameter: int, remainder: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fold on a GPU; the contract is the package's. float64 weights stay in torch."""
-    rows, columns = weight.shape
-    if weight.dtype not in TRITON_DTYPES or not weight.numel():
-        reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter)
+    if weight.dtype not in TRITON_DTYPES or not weight.numel() or max(weight.shape) >= LARGEST_SIDE:
+        reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter, remainder)
         return
-    band = max(1, BAND_ELEMENTS // columns)
-    key, right, warp = random_key(seed, parameter, clock), right.to(torch.float32), warp_size(weight.device)
-    for start in range(0, rows, band):
-        target = weight[start : start + band]
-        update = left[:, start : start + band].to(torch.float32).t() @ right
-        dense = target.contiguous()
-        fold_launch(dense, update, decay, key, start * columns, stochastic, warp).run()
-        if dense.data_ptr() != target.data_ptr():
-            target.copy_(dense)
+    key, dense = random_key(seed, parameter, clock), weight.contiguous()
+    rest = None if remainder is None else remainder.contiguous()
+    fold_launch(dense, _dense(left), _dense(right), decay, key, rest, stochastic, warp_size(weight.device)).run()
+    for given, folded in ((weight, dense), (remainder, rest)):
+        if given is not None and folded is not None and given.data_ptr() != folded.data_ptr():
+            given.copy_(folded)

@@ -1,64 +1,105 @@
 """Cross entropy of an output layer without its logits: contract, checks and autograd.
 
 Neither the logits [tokens, V] nor, for a frozen head or one with a low-rank slot, a gradient [V, n] ever exists; a
-chunk of `chunk_rows` rows takes 8 · chunk_rows · V bytes, about 131 MB at 128 rows and a vocabulary of 128 k.
+chunk of `chunk_rows` rows takes 10 · chunk_rows · V bytes, about 330 MB at 256 rows and a vocabulary of 128 k. Logits
+are formed a second time for the gradient of a 16-bit weight that trains in full.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.ops.linear_cross_entropy.reference import Gradients, Head, chunk_loss
+from lisa_kernels.ops.linear_cross_entropy.reference import Curve, Gradients, Head, HeadGradient, chunk_loss, spans
+from lisa_kernels.uncompiled import uncompiled
 
-__all__ = ["CHUNK_ROWS", "Head", "linear_cross_entropy"]
+__all__ = ["CHUNK_ROWS", "Curve", "Head", "HeadGradient", "linear_cross_entropy"]
 
 CHUNK_ROWS = 256
+
+Refresh = Callable[[HeadGradient], Tensor]
 
 
 def _zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
     return torch.zeros_like(like, dtype=torch.float32) if wanted and like is not None else None
 
 
+@torch.library.custom_op("lisa_kernels::counted_rows", mutates_args=())
+def _counted_rows(labels: Tensor, ignored: int) -> Tensor:
+    return (labels != ignored).nonzero().squeeze(1)
+
+
+@_counted_rows.register_fake
+def _(labels: Tensor, ignored: int) -> Tensor:
+    # All of them: what a plan must hold room for.
+    return torch.empty_like(labels, dtype=torch.int64)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor | None, basis: Tensor | None,
-        scale: float, labels: Tensor, chunk_rows: int,
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor | None, head: Head, labels: Tensor,
+        chunk_rows: int, refresh: Refresh | None,
     ) -> Tensor:  # fmt: skip
-        head = Head(weight, bias, slot, basis, scale)
         needs_rows, needs_weight, needs_bias, needs_slot, *_ = ctx.needs_input_grad
-        gradients = None
-        if any(ctx.needs_input_grad):
-            hidden = torch.empty_like(rows) if needs_rows else None
-            others = (_zeros(weight, needs_weight), _zeros(bias, needs_bias), _zeros(slot, needs_slot))
-            gradients = Gradients(hidden, *others)
-            ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, gradients.slot)
-            ctx.dtypes = (rows.dtype, weight.dtype, None if bias is None else bias.dtype, torch.float32)
+        # Under autocast the weight is narrowed here, once, and its gradient is in its own dtype all the same.
+        head = head._replace(weight=weight.to(rows.dtype))
+        hidden = torch.empty_like(rows) if needs_rows else None
+        # In float32 the weight's gradient is summed on the way, in the memory that it will have anyway.
+        dweight = _zeros(weight, needs_weight and rows.dtype == weight.dtype == torch.float32)
+        dbias = _zeros(bias, needs_bias)
+        dslot = _zeros(slot, needs_slot and refresh is None)
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
-        for at in range(0, len(rows), chunk_rows):
-            span = slice(at, at + chunk_rows)
-            loss = loss + chunk_loss(rows[span], labels[span], head, at, gradients)
+        total = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        for span in spans(len(rows), chunk_rows):
+            gradients = Gradients(None if hidden is None else hidden[span], dweight, dbias, dslot)
+            part, total[span] = chunk_loss(rows[span], labels[span], head, gradients)
+            loss += part
+        if needs_slot and refresh is not None:
+            gradient = HeadGradient(rows, labels, head, total, chunk_rows)
+            dslot = gradient.project(refresh(gradient)).mul_(head.scale)
+        ctx.save_for_backward(hidden, dbias, dslot, *((rows, labels, total, head.weight) if needs_weight else ()))
+        ctx.head, ctx.dweight = head if needs_weight else None, dweight
+        ctx.settings = (chunk_rows, weight.dtype, None if bias is None else bias.dtype)
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scaled = [
-            None if saved is None else (saved * dloss).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes)
-        ]
-        return (*scaled, None, None, None, None)
+        hidden, dbias, dslot, *others = ctx.saved_tensors
+        chunk_rows, weight_dtype, bias_dtype = ctx.settings
+        dweight, ctx.dweight = ctx.dweight, None
+        if dweight is not None:
+            dweight.mul_(dloss)
+        elif others:
+            rows, labels, total, _ = others
+            gradient = HeadGradient(rows, labels, ctx.head, total, chunk_rows)
+            with _no_autocast(rows.device.type):
+                dweight = gradient.whole(dloss, weight_dtype)
+        drows = None if hidden is None else (hidden * dloss).to(hidden.dtype)
+        dbias = None if dbias is None else (dbias * dloss).to(bias_dtype)
+        return drows, dweight, dbias, (None if dslot is None else dslot * dloss), None, None, None, None
 
 
+@uncompiled
 def linear_cross_entropy(
-    hidden: Tensor, head: Head, labels: Tensor, *, ignore_index: int = -100, chunk_rows: int = CHUNK_ROWS
-) -> Tensor:
+    hidden: Tensor, head: Head, labels: Tensor, *, ignore_index: int = -100, chunk_rows: int = CHUNK_ROWS,
+    refresh: Refresh | None = None,
+) -> Tensor:  # fmt: skip
     """Return the sum of the cross entropies of `hidden` [..., n] through `head` against `labels` [...], float32 0-d.
 
     Rows whose label is `ignore_index` are dropped before the head. Gradients: hidden, and of the head's weight, bias
-    and slot those that require one. Divide by the number of labels that count for the mean.
+    and slot those that require one. `refresh`: is given products with the head's gradient before the slot's is formed
+    and returns the basis P [r, n] of that; the slot must then be zero. Divide by the number of labels that count for
+    the mean. Runs uncompiled in a compiled model.
     """
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != head.weight.shape[1]:
         raise InputError(
@@ -68,10 +109,14 @@ def linear_cross_entropy(
     if (head.slot is None) != (head.basis is None):
         raise InputError("a slot without a basis, or a basis without a slot, was given; both or neither are wanted.")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    kept = (flat != ignore_index).nonzero().squeeze(1)
+    kept = _counted_rows(flat, ignore_index)
     if kept.numel() < flat.numel():
         rows, flat = rows.index_select(0, kept), flat.index_select(0, kept)
-    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, head.weight, head.bias, head.slot, head.basis, head.scale, flat, chunk_rows
-    )
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        rows = rows.to(torch.get_autocast_dtype(device))
+    with _no_autocast(device):
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            rows, head.weight, head.bias, head.slot, head, flat, chunk_rows, refresh
+        )
     return loss

@@ -1,7 +1,8 @@
 """A linear layer with a low-rank slot beside its weight: contract, autograd and `torch.library` schema.
 
 What a low-rank layer keeps for its backward is x Pᵀ [tokens, r] in place of x [tokens, n], and the full gradient
-[m, n] is never formed. `capture_linear` is the exception, used by one backward when a basis is due.
+[m, n] is never formed. `capture_linear` keeps x too, for one backward when a basis is due; `linear` is the same layer
+without a slot, frozen or trained in full.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.ops.lowrank_linear import reference
+from lisa_kernels.ops.lowrank_linear.products import is_slow, matmul
+from lisa_kernels.uncompiled import uncompiled
 
-__all__ = ["capture_linear", "lowrank_linear"]
+__all__ = ["capture_linear", "linear", "lowrank_linear"]
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -118,12 +121,17 @@ def lowrank_linear(
 class _CaptureLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, on_gradient: Callable[[Tensor], Tensor]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        slot: Tensor,
+        choose: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.on_gradient = on_gradient
+        ctx.choose = choose
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.nn.functional.linear(x, weight, bias)
+        return reference.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -133,18 +141,79 @@ class _CaptureLinear(torch.autograd.Function):
         with _no_autocast(dy):
             dx = reference.input_gradient(dy, weight, None, None, 1.0) if needs_dx else None
             if needs_slot:
-                gradient = reference.weight_gradient(dy, x)
-                dslot = ctx.on_gradient(gradient).to(torch.float32) @ gradient.t()
+                basis = ctx.choose(dy, x)
+                dslot = reference.slot_gradient(dy, matmul(x, basis.t().to(x.dtype)), 1.0)
         dbias = _bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
         return dx, None, dbias, dslot, None
 
 
+@uncompiled
 def capture_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, on_gradient: Callable[[Tensor], Tensor]
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, choose: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Return y = x Wᵀ + b; the backward forms G [m, n] once, asks `on_gradient(G)` for a basis P and gives dB = P Gᵀ.
+    """Return y = x Wᵀ + b; the backward asks `choose(dY, x)` for a basis P [r, n] and gives dB = P Gᵀ for G = dYᵀ x.
 
-    The slot B must be zero. `on_gradient` takes float32 [m, n] and returns [r, n]; it decides what to keep.
+    x: [tokens, n]; the slot B must be zero. `choose` decides whether G is ever formed. Runs uncompiled in a compiled
+    model, for it is rare.
     """
     x_, weight_, bias_ = _autocast(x, weight, bias)
-    return _CaptureLinear.apply(x_, weight_, bias_, slot, on_gradient)  # type: ignore[no-any-return,no-untyped-call]
+    return _CaptureLinear.apply(x_, weight_, bias_, slot, choose)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@torch.library.custom_op("lisa_kernels::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with _no_autocast(x):
+        return reference.linear(x, weight, bias)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("lisa_kernels::linear_backward", mutates_args=())
+def _linear_backward(
+    dy: Tensor, weight: Tensor, x: Tensor | None, needs_dx: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with _no_autocast(dy):
+        dx = reference.input_gradient(dy, weight, None, None, 1.0) if needs_dx else dy.new_empty((0,))
+        dw = dy.new_empty((0,)) if x is None else reference.weight_gradient(dy, x, weight.dtype)
+        return dx, dw
+
+
+@_linear_backward.register_fake
+def _(dy: Tensor, weight: Tensor, x: Tensor | None, needs_dx: bool) -> tuple[Tensor, Tensor]:
+    dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]) if needs_dx else (0,))
+    return dx, dy.new_empty((0,) if x is None else tuple(weight.shape))
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    weight, x = ctx.saved_tensors
+    needs_dx, needs_dw, needs_bias = ctx.needs_input_grad
+    dx, dw = _linear_backward(dy, weight, x, needs_dx)
+    return (
+        dx if needs_dx else None,
+        dw if needs_dw else None,
+        _bias_gradient(dy, ctx.bias_dtype) if needs_bias else None,
+    )
+
+
+_linear.register_autograd(_linear_gradients, setup_context=_setup_linear)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y = x Wᵀ + b with gradients for all three, as `torch.nn.functional.linear` does, at a bearable speed.
+
+    x: [..., n]; weight: [m, n]; bias: [m] or None. A frozen weight keeps nothing for the backward, one in training x.
+    """
+    x_, weight_, bias_ = _autocast(x, weight, bias)
+    if x_ is None or not is_slow(x_):
+        return torch.nn.functional.linear(x_, weight_, bias_)  # type: ignore[arg-type]
+    y: Tensor = _linear(x_, weight_, bias_)
+    return y

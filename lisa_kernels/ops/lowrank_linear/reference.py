@@ -12,23 +12,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lisa_kernels.ops.lowrank_linear.products import is_slow, matmul, sum_of_outer_products, weight_gradient_in
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Return left @ right; on CPUs 16-bit operands are multiplied in float32.
 
-    torch's own 16-bit `dY @ W` falls to a path of 0.2 GFLOP/s on CPUs without bfloat16 matrix units.
-    """
-    if left.device.type == "cpu" and left.dtype in (torch.bfloat16, torch.float16):
-        return (left.to(torch.float32) @ right.to(torch.float32)).to(left.dtype)
-    return left @ right
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b [..., m]."""
+    if not is_slow(x):
+        return torch.nn.functional.linear(x, weight, bias)
+    y = matmul(x, weight.t())
+    return y if bias is None else y.add_(bias)
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, basis: Tensor, scale: float, slot_is_zero: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (y [..., m], x Pᵀ [..., r]); a slot known to be zero costs nothing."""
-    projected = x @ basis.t()
-    y = torch.nn.functional.linear(x, weight, bias)
+    projected = matmul(x, basis.t())
+    y = linear(x, weight, bias)
     if not slot_is_zero:
         y = y + (scale * (projected.to(slot.dtype) @ slot)).to(y.dtype)
     return y, projected
@@ -44,10 +44,10 @@ def input_gradient(dy: Tensor, weight: Tensor, slot: Tensor | None, basis: Tenso
 
 def slot_gradient(dy: Tensor, projected: Tensor, scale: float) -> Tensor:
     """Return dB float32 [r, m], summed over all tokens in float32."""
-    rows = projected.reshape(-1, projected.shape[-1])
-    return scale * (rows.t().to(torch.float32) @ dy.reshape(-1, dy.shape[-1]).to(torch.float32))
+    gradient = sum_of_outer_products(projected, dy)
+    return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """Return the full gradient G = dYᵀ x, float32 [m, n]: only ever formed for one matrix of a refresh."""
-    return dy.reshape(-1, dy.shape[-1]).t().to(torch.float32) @ x.reshape(-1, x.shape[-1]).to(torch.float32)
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the full gradient G = dYᵀ x [m, n] in `dtype`, summed in float32."""
+    return sum_of_outer_products(dy, x) if dtype == torch.float32 else weight_gradient_in(dtype, dy, x)

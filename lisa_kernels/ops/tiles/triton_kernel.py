@@ -1,4 +1,4 @@
-"""What all kernels over tiles share in Triton: places, masks, loads and stores, and the random words of elements."""
+"""What all kernels share in Triton: places, masks, loads and stores, random words of elements, products of matrices."""
 
 from __future__ import annotations
 
@@ -62,6 +62,14 @@ def advance(pointer, start, ACCESS: tl.constexpr):
     if ACCESS != ELEMENT_TILE:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def whole_vectors(count, ACCESS: tl.constexpr):
+    """A count, known to be a multiple of 8 unless tiles are reached element by element."""
+    if ACCESS != ELEMENT_TILE:
+        count = count // 8 * 8
+    return count
 
 
 @triton.jit
@@ -133,3 +141,53 @@ def random_words(state, index):
     x = (x ^ (x >> 15)) * 0x846CA68B
     first = x ^ (x >> 16)
     return first, first * 0x9E3779B1
+
+
+@triton.jit
+def random_words_at(key, start, offsets, FAR: tl.constexpr):
+    """The two random words of the elements `start` (int64) + `offsets` (int32); FAR: some lie beyond 2**32."""
+    low = key.to(tl.uint32)
+    if FAR:
+        low += ((start + offsets) >> 32).to(tl.uint32) * 0x9E3779B9
+    first = mix32((start.to(tl.uint32) + offsets.to(tl.uint32)) ^ mix32(low) ^ (key >> 32).to(tl.uint32))
+    return first, first * 0x9E3779B1
+
+
+@triton.jit
+def halves(values):
+    """Two bfloat16 tiles whose sum is a float32 tile to 2⁻¹⁷ of each value, and a float16 one exactly."""
+    values = values.to(tl.float32)
+    high = values.to(tl.bfloat16)
+    return high, (values - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def add_product(left, right, total):
+    """`total` + left · right, in float32, for tiles of any float dtypes.
+
+    Two tiles of one 16-bit dtype are multiplied exactly. Else what is not bfloat16 is taken as a sum of bfloat16 parts,
+    and products of the smallest parts are left out: 2⁻¹⁶ of |left| · |right|, or 2⁻²³ where both are float32. Sums of k
+    terms err by up to k · 2⁻²³ besides.
+    """
+    if left.dtype == tl.float32 and right.dtype == tl.float32:
+        left_high, left_rest = halves(left)
+        right_high, right_rest = halves(right)
+        left_low = (left - left_high.to(tl.float32) - left_rest.to(tl.float32)).to(tl.bfloat16)
+        right_low = (right - right_high.to(tl.float32) - right_rest.to(tl.float32)).to(tl.bfloat16)
+        total = tl.dot(left_high, right_low, tl.dot(left_low, right_high, tl.dot(left_rest, right_rest, total)))
+        total = tl.dot(left_high, right_rest, tl.dot(left_rest, right_high, total))
+        total = tl.dot(left_high, right_high, total)
+    elif left.dtype == right.dtype:
+        total = tl.dot(left, right, total)
+    elif right.dtype == tl.bfloat16:
+        high, low = halves(left)
+        total = tl.dot(high, right, tl.dot(low, right, total))
+    elif left.dtype == tl.bfloat16:
+        high, low = halves(right)
+        total = tl.dot(left, high, tl.dot(left, low, total))
+    else:
+        left_high, left_low = halves(left)
+        right_high, right_low = halves(right)
+        total = tl.dot(left_high, right_low, tl.dot(left_low, right_high, total))
+        total = tl.dot(left_high, right_high, total)
+    return total

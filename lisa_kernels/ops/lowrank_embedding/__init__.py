@@ -1,0 +1,107 @@
+"""An embedding with a low-rank slot beside its table: contract, autograd and `torch.library` schema.
+
+The lookup itself stays the model's own; what it returns passes through here and takes the slot's gradient along. Saved
+for the backward are the ids and the basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisa_kernels.ops.lowrank_embedding import reference
+from lisa_kernels.uncompiled import uncompiled
+
+__all__ = ["capture_embedding", "lowrank_embedding"]
+
+
+@torch.library.custom_op("lisa_kernels::lowrank_embedding", mutates_args=())
+def _lowrank_embedding(y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float, padding: int) -> Tensor:
+    return y.clone()
+
+
+@_lowrank_embedding.register_fake
+def _(y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float, padding: int) -> Tensor:
+    return torch.empty_like(y)
+
+
+@torch.library.custom_op("lisa_kernels::lowrank_embedding_backward", mutates_args=())
+def _lowrank_embedding_backward(
+    dy: Tensor, ids: Tensor, basis: Tensor, vocabulary: int, factor: float, padding: int
+) -> Tensor:
+    return reference.slot_gradient(dy, ids, basis, vocabulary, factor, padding)
+
+
+@_lowrank_embedding_backward.register_fake
+def _(dy: Tensor, ids: Tensor, basis: Tensor, vocabulary: int, factor: float, padding: int) -> Tensor:
+    return dy.new_empty((basis.shape[0], vocabulary), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ids, slot, basis, factor, padding = inputs
+    ctx.save_for_backward(ids, basis)
+    ctx.settings = (slot.shape[1], factor, padding)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    needs_y, _, needs_slot, *_ = ctx.needs_input_grad
+    ids, basis = ctx.saved_tensors
+    dslot = _lowrank_embedding_backward(dy, ids, basis, *ctx.settings) if needs_slot else None
+    return (dy if needs_y else None), None, dslot, None, None, None
+
+
+_lowrank_embedding.register_autograd(_backward, setup_context=_setup_context)
+
+
+def lowrank_embedding(
+    y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float = 1.0, padding: int = -1
+) -> Tensor:
+    """Return y = factor · E[ids] as it was looked up, with a gradient for the slot B, which must be zero.
+
+    y: [..., n]; ids: integers [...]; slot: float32 [r, V]; basis P: [r, n]. Tokens of the id `padding` (-1: none) give
+    no gradient.
+    """
+    # Without its version: where the table is the head's too, that one may refresh the basis before this backward.
+    result: Tensor = _lowrank_embedding(y, ids, slot, basis.data, factor, padding)
+    return result
+
+
+class _CaptureEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, ids: Tensor, slot: Tensor, on_gradient: Callable[[Tensor], Tensor], factor: float,
+        padding: int, least_rows: int,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(ids)
+        ctx.on_gradient, ctx.least_rows, ctx.settings = on_gradient, least_rows, (slot.shape[1], factor, padding)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        needs_y, _, needs_slot, *_ = ctx.needs_input_grad
+        dslot = None
+        if needs_slot:
+            vocabulary, factor, padding = ctx.settings
+            basis = ctx.on_gradient(reference.compact_gradient(dy, ids, factor, padding, ctx.least_rows))
+            dslot = reference.slot_gradient(dy, ids, basis, vocabulary, factor, padding)
+        return (dy if needs_y else None), None, dslot, None, None, None, None
+
+
+@uncompiled
+def capture_embedding(
+    y: Tensor, ids: Tensor, slot: Tensor, on_gradient: Callable[[Tensor], Tensor], factor: float = 1.0,
+    padding: int = -1, least_rows: int = 0,
+) -> Tensor:  # fmt: skip
+    """Return y as `lowrank_embedding` does; the backward asks `on_gradient` for a basis P and gives dB = P Gᵀ.
+
+    `on_gradient` takes the rows of G that are not zero, float32 [max(tokens, least_rows), n], and returns [r, n]. Runs
+    uncompiled in a compiled model.
+    """
+    result: Tensor = _CaptureEmbedding.apply(  # type: ignore[no-untyped-call]
+        y, ids, slot, on_gradient, factor, padding, least_rows
+    )
+    return result
