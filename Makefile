@@ -41,14 +41,18 @@ lint: $(STAMP)  ## check format, lint rules and types
 kernels: $(STAMP)  ## compile every GPU kernel for seven targets, report its machine code, check it against its budgets
 	$(BIN)/python -m bench.kernels --check
 
-bench: $(STAMP)  ## time an optimizer step beside its peers and record the rows (about 5 minutes on two cores)
+bench: $(STAMP)  ## time optimizers, layers and whole steps beside their peers and record the rows (half an hour on two cores)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[bench]"
 	$(BIN)/lisa-kernels bench optimizer --small-tensors --record
+	$(BIN)/lisa-kernels bench lowrank --record
+	$(BIN)/lisa-kernels bench step --record
 
-gpu: $(STAMP)  ## on a machine with a GPU: the same tests and the optimizer's benchmark there
+gpu: $(STAMP)  ## on a machine with a GPU: the same tests and benchmarks there
 	$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
 	$(BIN)/python -m pytest
 	$(BIN)/lisa-kernels bench optimizer --device cuda --small-tensors --record
+	$(BIN)/lisa-kernels bench lowrank --device cuda --record
+	$(BIN)/lisa-kernels bench step --device cuda --record
 
 quality: $(STAMP)  ## run the comparison of all methods (about an hour on two cores; goes on where it stopped)
 	$(BIN)/python -m bench.quality

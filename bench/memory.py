@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,42 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for inner in value.values():
             yield from _tensors(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)
     elif hasattr(value, "__dict__"):
         yield from _tensors(vars(value))
 
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of all tensors in `optimizer.state`; storage that several share counts once."""
+    return held_bytes(optimizer.state.values())
+
+
+def held_bytes(values: Iterable[Any]) -> int:
+    """Return the bytes of all tensors in `values`, which may be nested; storage that several share counts once."""
     storages = {}
-    for values in optimizer.state.values():
-        for tensor in _tensors(values):
+    for value in values:
+        for tensor in _tensors(value):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+@contextlib.contextmanager
+def saved_for_backward(kept: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Collect the storages, with their bytes, that autograd keeps for the backward, besides those of `kept`."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield found
 
 
 def free_bytes(device: str) -> int:
@@ -66,7 +90,8 @@ def extra_bytes(step: Callable[[], object], device: str) -> int:
     return max(_resident_rise(step), _allocated_rise(step))
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Return a size that Linux keeps for this process: VmRSS, what is resident now, or VmHWM, the most that was."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
@@ -76,9 +101,9 @@ def _resident_rise(step: Callable[[], object]) -> int:
         CLEAR_REFS.write_text(RESET_PEAK)
     except OSError:  # not Linux, or a container that does not let a process reset its peak
         return 0
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     step()
-    return max(0, _status_bytes("VmHWM") - before)
+    return max(0, status_bytes("VmHWM") - before)
 
 
 def _allocated_rise(step: Callable[[], object]) -> int:

@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import torch
 from rich.console import Console
 
 from bench import plots
+from bench.command import main_of, parse_device, positive, set_threads
 from bench.memory import free_bytes
 from bench.optimizer_cases import Case, Entry, Row, Running, identity, start, why_not
 from bench.optimizer_table import print_rows
 from bench.peers import CONTESTANTS, DTYPES, YARDSTICK, parse_peers
-from bench.rows import append_row, environment
+from bench.rows import append_row
 from bench.timing import COPY_BYTES, copy_clock, interleave, spread
-from lisa_kernels.cli import USAGE_ERROR, add_bench_optimizer_options
+from lisa_kernels.cli import add_bench_optimizer_options
 from lisa_kernels.errors import InputError, unknown_name
 
 SMALL_TENSORS, SMALL_ELEMENTS = 10_000, 1_024
@@ -120,33 +119,17 @@ def parse_dtypes(text: str) -> list[str]:
     return list(DTYPES) if text == "all" else [text]
 
 
-def parse_device(text: str) -> str:
-    """Return `cpu` or `cuda`; `auto` is a GPU where torch sees one."""
-    if text not in ("auto", "cpu", "cuda"):
-        raise unknown_name("device", text, ["auto", "cpu", "cuda"])
-    if text == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU here; use --device cpu, or a CUDA build of torch.")
-    return "cuda" if text != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise InputError(f"--{name} {value}: a number of at least 1 is wanted.")
-    return value
-
-
 def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     """Check what was asked for, measure every case and show it; returns the rows."""
     sizes, device, dtypes = parse_sizes(arguments.sizes), parse_device(arguments.device), parse_dtypes(arguments.dtype)
-    rounds = _positive("rounds", arguments.rounds)
+    rounds = positive("rounds", arguments.rounds)
     if arguments.plot is not None:
         plots.check_picture(arguments.plot)
     entries = [Entry(contestant, dtype) for dtype in dtypes for contestant in parse_peers(arguments.peers)]
     yardstick = Entry(CONTESTANTS[YARDSTICK], "fp32")
     if yardstick not in entries:
         entries.append(yardstick)
-    if arguments.threads is not None:
-        torch.set_num_threads(_positive("threads", arguments.threads))
+    set_threads(arguments.threads)
     cases = [Case(device, size) for size in sizes]
     if arguments.small_tensors:
         cases.append(Case(device, SMALL_ELEMENTS, SMALL_TENSORS))
@@ -168,19 +151,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 0, or 2 for a mistake in what was given."""
-    parser = argparse.ArgumentParser(prog="python -m bench.optimizer", description="Time one optimizer step.")
-    add_bench_optimizer_options(parser)
-    arguments = parser.parse_args(argv)
-    try:
-        rows = run(arguments, Console(stderr=True))
-    except InputError as error:
-        if arguments.debug:
-            raise
-        print(f"lisa-kernels bench: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    if arguments.json:
-        print(json.dumps({"environment": environment(), "rows": [asdict(row) for row in rows]}))
-    return 0
+    return main_of("optimizer", "Time one optimizer step.", add_bench_optimizer_options, run, argv)
 
 
 if __name__ == "__main__":

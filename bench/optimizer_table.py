@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import table_console
 from bench.optimizer_cases import Row
 
-# Of a file or pipe, which have no width of their own.
-WIDTH = 166
 COLUMNS = (
     "optimizer", "dtype", "p50 ms", "p20-p80 ms", "ns/\nelement", "bytes/\nelement", "GB/s", "share\nof copy",
     "× torch\nfused fp32", "state B/\nelement", "extra\nMiB", "rounds, or why none",
@@ -65,4 +63,4 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
         table.add_column(name, justify="left" if words else "right", no_wrap=name != COLUMNS[-1])
     for row in rows:
         table.add_row(*cells(row))
-    (console or Console(width=None if sys.stdout.isatty() else WIDTH)).print(table, highlight=False)
+    (console or table_console()).print(table, highlight=False)

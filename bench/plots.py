@@ -54,6 +54,57 @@ def plot_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if lines:
         figure.legend(loc="outside right upper", fontsize="small")
+    _save(figure, path)
+
+
+PARTS = ("forward", "backward", "optimizer", "refresh")
+
+
+def plot_parts(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw each method's step as a bar of its four parts, with a line from p20 to p80."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["step_ms"] is not None][::-1]
+    figure = Figure(figsize=(10.0, 1.5 + 0.4 * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    names, left = [row["method"] for row in shown], [0.0] * len(shown)
+    for part in PARTS:
+        widths = [row[f"{part}_ms"] for row in shown]
+        axes.barh(names, widths, left=left, label=part)
+        left = [start + width for start, width in zip(left, widths)]
+    for index, row in enumerate(shown):
+        axes.plot([row["p20_ms"], row["p80_ms"]], [index, index], color="black", linewidth=1.0)
+    axes.set_xlabel("training step, ms")
+    axes.grid(alpha=0.3, axis="x")
+    if shown:
+        figure.legend(loc="outside upper center", ncols=len(PARTS), fontsize="small")
+    _save(figure, path)
+
+
+def plot_layers(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the backward of each form of each layer, in microseconds per token; a group of bars per case."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["backward_ms"] is not None]
+    cases = list(dict.fromkeys((row["inputs"], row["outputs"], row["dtype"]) for row in shown))
+    forms = list(dict.fromkeys(row["layer"] for row in shown))
+    figure = Figure(figsize=(10.0, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    for place, form in enumerate(forms):
+        mine = [row for row in shown if row["layer"] == form]
+        at = [cases.index((row["inputs"], row["outputs"], row["dtype"])) + place / (len(forms) + 1) for row in mine]
+        heights = [row["backward_ms"] * 1e3 / row["tokens"] for row in mine]
+        axes.bar(at, heights, 1 / (len(forms) + 1), label=form, align="edge")
+    axes.set_xticks([place + 0.5 for place in range(len(cases))], [f"{n} → {m}, {dtype}" for n, m, dtype in cases])
+    axes.set_yscale("log")
+    axes.set_ylabel("backward, µs per token")
+    axes.grid(alpha=0.3, axis="y")
+    if shown:
+        figure.legend(loc="outside right upper", fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path)
     except OSError as error:

@@ -75,6 +75,14 @@ CONTESTANTS = (
     Contestant("full fine-tuning, torch AdamW fp32", _torch_adamw, MIDDLE),
     Contestant("FullFineTune()", _attached(FullFineTune()), MIDDLE),
     Contestant("OwLore(4, 10, rank=32)", _attached(OwLore(4, 10, rank=32)), MIDDLE),
+    Contestant(
+        'OwLore(4, 10, rank=32, embeddings="low-rank")',
+        _attached(OwLore(4, 10, rank=32, embeddings="low-rank")),
+        MIDDLE,
+    ),
+    Contestant(
+        'OwLore(4, 10, rank=32, embeddings="frozen")', _attached(OwLore(4, 10, rank=32, embeddings="frozen")), MIDDLE
+    ),
     Contestant("OWS(2, 10)", _attached(OWS(2, 10)), MIDDLE),
     Contestant("LISA(2, 10)", _attached(LISA(2, 10)), MIDDLE),
     Contestant("GaLore(rank=32, gap=50)", _attached(GaLore(rank=32, gap=50, scale=1.0)), MIDDLE),

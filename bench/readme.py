@@ -86,7 +86,9 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
         if "sm_90" not in mine:
             continue
         here = mine["sm_90"]
-        counts = [f"{here['bytes_per_element']:g}", f"{here['instructions_per_element']:g}", str(here["registers"])]
+        instructions = here["instructions_per_element"]
+        shown = "a loop" if instructions is None else f"{instructions:g}"
+        counts = [f"{here['bytes_per_element']:g}", shown, str(here["registers"])]
         floors = [_floor(mine.get(target), gpu) for target, gpu in SHOWN_TARGETS.items()]
         lines.append([title, *counts, *floors])
     head = ["kernel", "B per element", "instructions per element, sm_90", "registers"]
@@ -120,15 +122,81 @@ def numerics_table(rows: list[dict[str, Any]]) -> str:
     return markdown(["state", "B per element", *SHOWN_PROBLEMS.values()], lines)
 
 
+CASE = ("geometry", "batch", "seq_len", "dtype", "settings")
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.0f}"
+
+
+def step_table(rows: list[dict[str, Any]]) -> str:
+    """Return the newest CPU rows of each method for the case that was measured last: seconds, ratios and bytes."""
+    here = [row for row in rows if row["ran_on"] == "cpu"]
+    here = [row for row in here if all(row[name] == here[-1][name] for name in CASE)]
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in here):
+        row = [row for row in here if row["name"] == name][-1]
+        if row["step_ms"] is None:
+            lines.append([row["method"], str(row["reason"]), *["-"] * 9])
+            continue
+        parts = [f"{row[f'{part}_ms'] / 1e3:.2f}" for part in ("step", "forward", "backward", "optimizer")]
+        ratios = [row["ratio_to_peft_lora"], row["ratio_to_full"]]
+        lines.append(
+            [row["method"], *parts, f"{row['refresh_ms'] / 1e3:.3f}"]
+            + ["-" if ratio is None else f"{ratio:.2f}×" for ratio in ratios]
+            + [_mebibytes(row[f"{kind}_bytes"]) for kind in ("saved", "state", "peak")]
+        )
+    head = ["method", "step, s", "forward", "backward", "optimizer", "refresh", "beside peft LoRA", "beside full"]
+    return markdown([*head, "saved, MiB", "kept, MiB", "peak, MiB"], lines)
+
+
+def _by_shape(rows: list[dict[str, Any]], title: str, cell: Callable[[dict[str, Any]], str]) -> str:
+    """Return a line for each form and dtype, a column for each shape, from the newest rows."""
+    shapes = sorted({(row["inputs"], row["outputs"]) for row in rows})
+    forms = list(dict.fromkeys((row["dtype"], row["name"]) for row in rows))
+    lines = []
+    for dtype, name in forms:
+        found = [_latest(rows, dtype=dtype, name=name, inputs=n, outputs=m) for n, m in shapes]
+        any_row = next(row for row in found if row is not None)
+        cells = ["-" if row is None else cell(row) if row["reason"] is None else str(row["reason"]) for row in found]
+        lines.append([any_row[title], dtype, *cells])
+    return markdown([title, "dtype", *(f"{n} → {m}" for n, m in shapes)], lines)
+
+
+def lowrank_table(rows: list[dict[str, Any]]) -> str:
+    """Return microseconds per token of each layer's backward on CPUs, beside our frozen layer, and its saved bytes."""
+
+    def cell(row: dict[str, Any]) -> str:
+        per_token = row["backward_ms"] * 1e3 / row["tokens"]
+        ratio, saved = row["backward_ratio_to_frozen"], row["saved_bytes"] / row["tokens"]
+        beside = "" if ratio is None else f" ({ratio:.3g}×)"
+        return f"{per_token:,.3g} µs{beside}, {saved:,.0f} B"
+
+    return _by_shape([row for row in rows if row["ran_on"] == "cpu" and row["part"] == "layer"], "layer", cell)
+
+
+def update_table(rows: list[dict[str, Any]]) -> str:
+    """Return milliseconds of one matrix's update on CPUs, the refresh spread over its gap, beside galore-torch's."""
+
+    def cell(row: dict[str, Any]) -> str:
+        ratio = row["ratio_to_galore_torch"]
+        return f"{row['update_ms']:,.3g} ms" + ("" if ratio is None else f" ({ratio:.3g}×)")
+
+    return _by_shape([row for row in rows if row["ran_on"] == "cpu" and row["part"] == "update"], "update", cell)
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "optimizer": optimizer_table, "kernels": kernels_table, "numerics": numerics_table,
+    "step": step_table, "lowrank": lowrank_table, "update": update_table,
 }  # fmt: skip
+# Tables whose rows stand in another's file.
+ROWS = {"update": "lowrank"}
 
 
 def main() -> None:
     """Write every table whose rows and markers exist."""
     for name, table in TABLES.items():
-        rows = read_rows(name)
+        rows = read_rows(ROWS.get(name, name))
         if rows and put(name, table(rows)):
             print(f"{name}: written")
 

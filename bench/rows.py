@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao", "flashoptim")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao", "flashoptim", "galore-torch", "badam")
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,18 @@
 """Fine-tune language models by layer sampling and low-rank gradients, with optimizer state in 8 bits."""
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.methods import LISA, OWS, BAdam, FullFineTune, GaLore, LoRAFA, OwLore, attach, layer_scores
+from lisa_kernels.methods import (
+    LISA,
+    OWS,
+    BAdam,
+    FullFineTune,
+    GaLore,
+    GaLoreAdamW8bit,
+    LoRAFA,
+    OwLore,
+    attach,
+    layer_scores,
+)
 from lisa_kernels.optim import AdamW8bit
 
 __all__ = [
@@ -11,6 +22,7 @@ __all__ = [
     "BAdam",
     "FullFineTune",
     "GaLore",
+    "GaLoreAdamW8bit",
     "InputError",
     "LoRAFA",
     "OwLore",

@@ -6,7 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ _SIZES_HELP = "elements of the tensor: 2^20, 1000, several with commas, or a ran
 _PEERS_HELP = (
     "torch-fused, torch-foreach, bitsandbytes, torchao, flashoptim, several with commas, all, or none; torch-fused in "
     "fp32 always runs, as the yardstick of ratios"
+)
+_METHODS_HELP = (
+    "owlore-frozen, owlore-low-rank, owlore-always, lisa, badam-ours, galore, lora-fa, full, torch-full, peft-lora, "
+    "peft-lora-fa, galore-torch, badam; several with commas, ours, peers or all"
 )
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -62,7 +66,12 @@ def _add_finetune(commands: Any) -> None:
     parser = commands.add_parser("finetune", formatter_class=_Formatter, help="fine-tune a model by layer sampling")
     _add_model_and_data(parser)
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder for the model, checkpoints and summary.json")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder for the model, checkpoints, summary.json and, of lora-fa, adapter/ as peft reads it",
+    )
     add("--method", default="owlore", help="lisa, ows, owlore, badam, galore, lora-fa or full")
     add(
         "--active-layers",
@@ -72,7 +81,12 @@ def _add_finetune(commands: Any) -> None:
     add("--period", type=int, help="steps between switches (default: 20 for lisa, else 50)")
     add("--rank", type=int, help="of low-rank layers (default: 128, lora-fa 16; less on small models)")
     add("--alpha", type=float, help="scale of lora-fa's adapters, divided by the rank (default: 32)")
-    add("--embeddings", help="embedding and head: always, frozen or sampled (default: always; badam frozen)")
+    add(
+        "--targets",
+        help="layers with lora-fa's adapters: all-linear, or names such as q_proj,v_proj (default: all-linear)",
+    )
+    add("--master", help="of 16-bit low-rank matrices while they train: remainder keeps 16 more bits (default: none)")
+    add("--embeddings", help="embedding and head: always, low-rank, frozen or sampled (default: always; badam frozen)")
     add(
         "--scores",
         help="what owlore and ows draw by: outlier, hill, weight-norm, gradient-norm or uniform (default: outlier)",
@@ -92,6 +106,7 @@ def _add_finetune(commands: Any) -> None:
     add("--epochs", type=float, help="passes over the data, in place of --steps")
     add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
     add("--no-packing", dest="packing", action="store_false", help="one example per row")
+    add("--keep-logits", action="store_true", help="form the logits of all tokens for the training loss")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
         help="recompute activations (default: from 0.5e9 parameters)")  # fmt: skip
     add("--eval-fraction", type=float, default=0.05, help="share of the data held out")
@@ -122,28 +137,90 @@ def add_bench_optimizer_options(parser: argparse.ArgumentParser) -> None:
     add("--small-tensors", action="store_true", help="also 10,000 tensors of 1,024 elements")
     add("--dtype", default="all", help="of weights and gradients: fp32, bf16 or all")
     add("--peers", default="all", help=_PEERS_HELP)
-    add("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one")
-    add("--threads", type=int, help="CPU threads (default: as torch has them)")
     add("--rounds", type=int, default=20, help="turns of each optimizer; fewer, at least 5, where a second ends first")
     add("--no-limits", action="store_true", help="run peers on CPUs also where one step takes seconds")
-    add("--record", action="store_true", help="append the rows to bench/results/optimizer.jsonl")
     add("--plot", type=Path, help="draw ns per element over the size into this file (.png, .svg, .pdf)")
+    _add_bench_common(parser, "optimizer")
+
+
+def add_bench_step_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench step`, which `python -m bench.step` takes as well."""
+    add = parser.add_argument
+    add("--methods", default="all", help=_METHODS_HELP)
+    add("--layers", type=int, default=12, help="decoder layers of the Llama model, whose weights are random")
+    add("--width", type=int, default=768, help="of its hidden states")
+    add("--intermediate", type=int, default=2048, help="width inside its MLPs")
+    add("--heads", type=int, default=12, help="attention heads")
+    add("--vocabulary", type=int, default=8192, help="tokens it knows")
+    add("--batch", type=int, default=4, help="rows per step")
+    add("--seq-len", type=int, default=256, help="tokens per row")
+    add("--dtype", default="fp32", help="of the weights: fp32 or bf16")
+    add("--rank", type=int, default=64, help="of owlore's layers")
+    add("--active-layers", type=int, default=5, help="layers that owlore trains at a time")
+    add("--lora-rank", type=int, default=16, help="of LoRA and LoRA-FA, ours and peers'")
+    add("--galore-rank", type=int, default=128, help="of GaLore, ours and the peer's")
+    add("--scores", default="uniform", help="what owlore draws by: uniform, or llama-2-7b's published outlier scores")
+    add("--rounds", type=int, default=8, help="draws of layers, or steps of methods that draw none")
+    add("--plot", type=Path, help="draw the parts of each step into this file (.png, .svg, .pdf)")
+    _add_bench_common(parser, "step")
+
+
+def add_bench_lowrank_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench lowrank`, which `python -m bench.lowrank` takes as well."""
+    add = parser.add_argument
+    add("--shapes", default="768x2048,4096x4096,4096x11008", help="INPUTSxOUTPUTS of the layer, several with commas")
+    add("--tokens", type=int, default=1024, help="rows of its input")
+    add("--dtype", default="all", help="of weights and activations: fp32, bf16 or all")
+    add("--rank", type=int, default=128, help="of low-rank layers, ours and galore-torch's")
+    add("--lora-rank", type=int, default=16, help="of LoRA and LoRA-FA, ours and peft's")
+    add("--gap", type=int, default=200, help="steps between refreshes of a basis, over which their time is spread")
+    add("--rounds", type=int, default=10, help="turns of each layer; fewer, at least 3, where five seconds end first")
+    add("--no-limits", action="store_true", help="run on CPUs also what takes minutes")
+    add("--plot", type=Path, help="draw forward and backward of each layer into this file (.png, .svg, .pdf)")
+    _add_bench_common(parser, "lowrank")
+
+
+def _add_bench_common(parser: argparse.ArgumentParser, name: str) -> None:
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one")
+    add("--threads", type=int, help="CPU threads (default: as torch has them)")
+    add("--record", action="store_true", help=f"append the rows to bench/results/{name}.jsonl")
     add("--json", action="store_true", help="print the result as JSON on standard output")
     add("--debug", action="store_true", help="show tracebacks")
 
 
 def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="time the kernels beside other packages (needs the sources)")
+    parser = commands.add_parser("bench", help="time steps and kernels beside other packages (needs the sources)")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    optimizer = benchmarks.add_parser(
+
+    def add(name: str, help: str, description: str, add_options: Callable[[argparse.ArgumentParser], None]) -> None:
+        benchmark = benchmarks.add_parser(name, formatter_class=_Formatter, help=help, description=description)
+        add_options(benchmark)
+        benchmark.set_defaults(run=_run_bench)
+
+    add(
         "optimizer",
-        formatter_class=_Formatter,
-        help="one optimizer step: ms, ns per element, GB/s, share of copy speed, bytes of state",
-        description="Time whole optimizer steps in one process and in turns. A peer that cannot run has a row with "
+        "one optimizer step: ms, ns per element, GB/s, share of copy speed, bytes of state",
+        "Time whole optimizer steps in one process and in turns. A peer that cannot run has a row with "
         "the reason. GB/s counts weights and state read and written once and gradients read once.",
+        add_bench_optimizer_options,
     )
-    add_bench_optimizer_options(optimizer)
-    optimizer.set_defaults(run=_run_bench)
+    add(
+        "step",
+        "whole training steps: forward, backward, optimizer, refresh; bytes saved, kept and at the peak",
+        "Time whole training steps of a Llama model in one process and in turns, beside full fine-tuning, peft, "
+        "galore-torch and badam. Methods that switch layers are averaged over draws; what only some steps do (new "
+        "bases, switches) is timed apart and spread over the steps between. A peer that cannot run has a row with the "
+        "reason.",
+        add_bench_step_options,
+    )
+    add(
+        "lowrank",
+        "one linear layer: forward, backward, bytes saved, and what its optimizer takes",
+        "Time single linear layers, trained, frozen, low-rank and with adapters, in one process and in turns; then the "
+        "update of one matrix in low rank beside galore-torch's.",
+        add_bench_lowrank_options,
+    )
 
 
 def _add_info(commands: Any) -> None:

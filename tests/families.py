@@ -204,11 +204,39 @@ DECODERS: dict[str, Family] = {
 }
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A model for LoRA-FA: how to make one, a batch it trains on, and the names of a new head's parameters."""
+
+    make: Callable[[], Any]
+    batch: Callable[[], dict[str, Tensor]]
+    head: tuple[str, ...] = ()
+
+
+def classification() -> dict[str, Tensor]:
+    """Return a batch of random tokens with a class for each row."""
+    return {"input_ids": tokens()["input_ids"], "labels": torch.tensor([0, 1])}
+
+
+def llama_classifier() -> Any:
+    """Return a Llama that classifies sequences into two."""
+    return build("LlamaForSequenceClassification", "LlamaConfig", **common(num_labels=2))
+
+
 def tokens(rows: int = 2, columns: int = 12, seed: int = 0) -> dict[str, Tensor]:
     """Return a batch of random tokens that are their own labels; special tokens and the image token are left out."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, IMAGE_TOKEN, (rows, columns), generator=generator)
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+ADAPTED: dict[str, Adapted] = {
+    "roberta-classifier": Adapted(roberta_classifier, classification, ("classifier.",)),
+    "llama-classifier": Adapted(llama_classifier, classification, ("score.",)),
+    "roberta-masked": Adapted(roberta_masked, tokens),
+    "t5": Adapted(t5, tokens),
+    **{name: Adapted(family.make, tokens) for name, family in DECODERS.items()},
+}
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_finetune_takes_every_promised_flag_and_says_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = _help(capsys, "finetune")
     flags = "model data method active-layers period rank embeddings scores lr steps epochs batch-size accumulate "
-    flags += "seq-len dtype seed eval-fraction save-every resume report-to output json"
+    flags += "seq-len dtype seed eval-fraction save-every resume report-to output json keep-logits"
     for flag in flags.split():
         assert f"--{flag}" in text
     assert "tokens per row (default: 512)" in text

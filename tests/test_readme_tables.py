@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.readme import markdown, optimizer_table, put
+from bench.readme import lowrank_table, markdown, optimizer_table, put, step_table, update_table
 
 
 def row(**changed: Any) -> dict[str, Any]:
@@ -34,3 +34,44 @@ def test_a_table_goes_between_its_markers_and_nowhere_else(tmp_path: Path) -> No
     assert put("x", markdown(["h"], [["1"]]), readme)
     assert readme.read_text() == page.replace("old", "| h |\n| --- |\n| 1 |")
     assert not put("y", "text", readme)
+
+
+def step_row(**changed: Any) -> dict[str, Any]:
+    return {
+        "ran_on": "cpu", "geometry": "12 layers", "batch": 4, "seq_len": 256, "dtype": "fp32", "settings": "rank 64",
+        "name": "lisa", "method": "LISA", "reason": None, "step_ms": 2500.0, "forward_ms": 900.0, "backward_ms": 1200.0,
+        "optimizer_ms": 380.0, "refresh_ms": 20.0, "ratio_to_peft_lora": 0.7, "ratio_to_full": None,
+        "saved_bytes": 3 << 20, "state_bytes": 2 << 20, "peak_bytes": 1 << 30, **changed,
+    }  # fmt: skip
+
+
+def test_steps_of_another_case_stay_out_of_the_table() -> None:
+    """Only what was measured last is comparable; a reason takes the place of numbers."""
+    other = step_row(geometry="4 layers", name="full", method="full")
+    missing = step_row(name="badam", method="badam", step_ms=None, reason="not installed")
+    lines = step_table([other, step_row(step_ms=1.0), missing, step_row(ran_on="cuda"), step_row()]).splitlines()
+    assert lines[2:] == [
+        "| LISA | 2.50 | 0.90 | 1.20 | 0.38 | 0.020 | 0.70× | - | 3 | 2 | 1,024 |",
+        "| badam | not installed |" + " - |" * 9,
+    ]
+    assert {line.count("|") for line in lines} == {12}
+
+
+def layer_row(**changed: Any) -> dict[str, Any]:
+    return {
+        "ran_on": "cpu", "part": "layer", "dtype": "fp32", "inputs": 8, "outputs": 16, "name": "low-rank",
+        "layer": "ours", "update": "ours", "reason": None, "tokens": 1000, "backward_ms": 5.0, "saved_bytes": 4000,
+        "backward_ratio_to_frozen": 1.1, "update_ms": 2.0, "ratio_to_galore_torch": 0.02, **changed,
+    }  # fmt: skip
+
+
+def test_layers_have_a_column_for_each_shape_and_updates_a_table_of_their_own() -> None:
+    rows = [
+        layer_row(backward_ms=9.0), layer_row(), layer_row(inputs=32, dtype="bf16"), layer_row(part="update"),
+        layer_row(part="update", inputs=32, reason="slow", update_ms=None),
+    ]  # fmt: skip
+    assert lowrank_table(rows).splitlines()[2:] == [
+        "| ours | fp32 | 5 µs (1.1×), 4 B | - |",
+        "| ours | bf16 | - | 5 µs (1.1×), 4 B |",
+    ]
+    assert update_table(rows).splitlines()[2:] == ["| ours | fp32 | 2 ms (0.02×) | slow |"]

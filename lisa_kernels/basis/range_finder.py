@@ -1,27 +1,43 @@
 """Bases of the row space of a gradient: a randomized range finder first, warm power iterations later.
 
-Source of the range finder: Halko, Martinsson, Tropp (2011), algorithms 4.3 and 5.1; the warm iteration is one step of
-subspace iteration from the previous basis.
+Source of the range finder: Halko, Martinsson, Tropp (2011), algorithms 4.4 and 5.1; the warm iteration is one step of
+subspace iteration from the previous basis and a few random rows. Nothing here waits for the device: a gradient that is
+not finite, or zero throughout, is noticed there and changes nothing.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from lisa_kernels.basis.gradients import FactoredGradient, Gradient, cheaper, lift, project
+from lisa_kernels.basis.orthonormal import (
+    filled_rows,
+    leading_rows,
+    nearest_turn,
+    orthonormal_rows,
+    whitened_rows,
+)
+
 OVERSAMPLING = 16
+# Each multiplies the sketch by GᵀG; two hold 0.99 of the exact energy on spectra as flat as k^-0.6.
+FIRST_PASSES = 2
 
 
-def orthonormal_rows(rows: Tensor) -> Tensor:
-    """Return float32 [r, n] with orthonormal rows that span the rows of `rows` [r, n]; needs r ≤ n."""
-    q: Tensor = torch.linalg.qr(rows.to(torch.float32).t())[0]
-    return q.t().contiguous()
+class Found(NamedTuple):
+    """A basis float32 [r, n], and whether (bool 0-d, on the device) the gradient had a say in it."""
+
+    basis: Tensor
+    usable: Tensor
 
 
 def _normal(rows: int, columns: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Return float32 normal numbers, drawn where the generator lives, so that every device gets the same."""
     drawn = torch.randn(rows, columns, generator=generator, device=generator.device, dtype=torch.float32)
-    return drawn.to(device)
+    # A copy from memory that is not pinned would wait for the GPU.
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 def random_basis(rank: int, columns: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -29,32 +45,70 @@ def random_basis(rank: int, columns: int, generator: torch.Generator, device: to
     return orthonormal_rows(_normal(rank, columns, generator, device))
 
 
-def first_basis(gradient: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Return float32 [rank, n] with orthonormal rows that capture the leading row space of `gradient` float32 [m, n].
+def _power_pass(gradient: Gradient, rows: Tensor) -> Tensor:
+    """Return Q G float32 [k, n], where Q [k, m] has orthonormal rows that span those of `rows` · Gᵀ.
 
-    Sketches with `OVERSAMPLING` extra rows, takes one power pass, and keeps the leading directions of the sketch.
+    Without Q the weak directions of (rows Gᵀ) G would be lost to rounding.
     """
+    return lift(whitened_rows(filled_rows(project(rows, gradient))), gradient)
+
+
+def _with_others(rows: Tensor, m: int, generator: torch.Generator) -> Tensor:
+    """Return [k, n]: `rows` [r, n] and, where the matrix has room for them, `OVERSAMPLING` random ones of length 1."""
+    rank, n = rows.shape
+    others = min(rank + OVERSAMPLING, m, n) - rank
+    return torch.cat([rows, _normal(others, n, generator, rows.device) / n**0.5])
+
+
+def _affordable(gradient: Gradient, rows: Tensor, passes: int) -> Gradient:
+    return cheaper(gradient, 2 * passes * len(rows)) if isinstance(gradient, FactoredGradient) else gradient
+
+
+def find_first(gradient: Gradient, rank: int, generator: torch.Generator) -> Found:
+    """Return the basis of the leading row space of `gradient`, or a random one where it has no say."""
     m, n = gradient.shape
-    width = min(rank + OVERSAMPLING, m, n)
-    rows = orthonormal_rows(_normal(width, m, generator, gradient.device) @ gradient)
-    rows = orthonormal_rows(orthonormal_rows(rows @ gradient.t()) @ gradient)
-    # The leading directions within the oversampled space: eigenvectors of the small Gram matrix of P Gᵀ.
-    projected = rows @ gradient.t()
-    # Scaled to one, so that its square neither overflows nor vanishes.
-    projected = projected / projected.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    directions: Tensor = torch.linalg.eigh(projected @ projected.t())[1]
-    return (directions.flip(1)[:, :rank].t() @ rows).contiguous()
+    start = _normal(rank, n, generator, gradient.device) / n**0.5
+    rows = _with_others(start, m, generator)
+    gradient = _affordable(gradient, rows, FIRST_PASSES)
+    rows = _power_pass(gradient, rows)
+    for _ in range(FIRST_PASSES - 1):
+        rows = _power_pass(gradient, whitened_rows(filled_rows(rows)))
+    usable = _has_say(rows)
+    return Found(orthonormal_rows(torch.where(usable, leading_rows(rows, rank), start), start), usable)
 
 
-def refresh_basis(gradient: Tensor, basis: Tensor) -> Tensor:
+def find_refreshed(gradient: Gradient, basis: Tensor, generator: torch.Generator) -> Found:
+    """Return the basis after one power pass from `basis` float32 [r, n], or that one where the gradient has no say.
+
+    Random rows go along, which find within one pass what the old rows do not see at all. The new rows are turned to lie
+    as near to the old ones as they can, so that transport moves little.
+    """
+    rows = _with_others(basis, gradient.shape[0], generator)
+    rows = _power_pass(_affordable(gradient, rows, 1), rows)
+    found = orthonormal_rows(leading_rows(rows, len(basis)), basis)
+    usable = _has_say(rows)
+    return Found(torch.where(usable, nearest_turn(basis, found) @ found, basis), usable)
+
+
+def _has_say(rows: Tensor) -> Tensor:
+    """Return bool 0-d: what a power pass gave is finite, as it is only of a finite gradient, and not all zero."""
+    return torch.isfinite(rows).all() & (rows != 0).any()
+
+
+def first_basis(gradient: Gradient, rank: int, generator: torch.Generator) -> Tensor:
+    """Return float32 [rank, n] with orthonormal rows that capture the leading row space of `gradient` [m, n].
+
+    Rows are ordered by energy, as far as neighbours differ. A gradient that is zero, or has a NaN or an infinity, gives
+    random directions.
+    """
+    return find_first(gradient, rank, generator).basis
+
+
+def refresh_basis(gradient: Gradient, basis: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return the basis after one warm power iteration, float32 [r, n]: P ← orth((P Gᵀ) G) from the previous P.
 
-    The inner product is orthonormalised first, so that weak directions are not lost to rounding. Rows of the result are
-    ordered and signed to stay close to the old ones.
+    The rows lie as near to the old ones as a basis of the new space can. A gradient that is zero, or has a NaN or an
+    infinity, gives the old basis back. Without a generator the random rows that go along are always the same.
     """
-    left = orthonormal_rows(basis.to(torch.float32) @ gradient.t())
-    rows = orthonormal_rows(left @ gradient)
-    # Procrustes: among all bases of the new space the one nearest the old rows, so that transport moves little.
-    u, _, vh = torch.linalg.svd(rows @ basis.to(torch.float32).t())
-    turn: Tensor = (u @ vh).t()
-    return (turn @ rows).contiguous()
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    return find_refreshed(gradient, basis.to(torch.float32), generator).basis

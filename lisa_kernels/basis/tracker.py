@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lisa_kernels.basis.range_finder import first_basis, random_basis, refresh_basis
+from lisa_kernels.basis.gradients import FactoredGradient, Gradient
+from lisa_kernels.basis.orthonormal import deviation
+from lisa_kernels.basis.range_finder import find_first, find_refreshed
+
+# Of |P Pᵀ − 1|. A basis rounded to bfloat16 deviates by up to 0.008.
+LOST = 0.05
 
 
 def stream_generator(seed: int, stream: int, activation: int) -> torch.Generator:
@@ -22,7 +27,12 @@ class BasisTracker:
     """Follows one matrix's basis: none yet, in use, or due for a refresh.
 
     `gap` steps lie between two refreshes of one matrix (0: never again after the first); `offset` staggers matrices so
-    that no step refreshes all. `stream` seeds the range finder: results depend on (seed, stream, activation) only.
+    that no step refreshes all. Random rows are a function of (seed, stream, activation + steps) only.
+
+    When a basis is due is settled on the host, what becomes of it on the device, and neither waits for the other: a
+    gradient that is not finite, or zero, leaves the basis as it is until the next refresh. So that a first basis is
+    not long in random directions then, it is tried again after 1 to 7 steps, 8 to 63 …, up to the gap: work that the
+    device throws away where there is a basis already. `early` False leaves it out, for gradients known to be good.
     """
 
     rank: int
@@ -30,58 +40,119 @@ class BasisTracker:
     offset: int
     seed: int
     stream: int
+    early: bool = True
     activation: int = 0
     steps: int = 0
     due: bool = True
     has_basis: bool = False
-    postponed: int = 0
+    retrying: bool = False
     rotation: Tensor | None = field(default=None, repr=False)
+    # How often a basis was (not refreshed, found broken and re-made): what a state brought, and since, on the device.
+    _counted: tuple[int, int] = field(default=(0, 0), repr=False)
+    _counts: Tensor | None = field(default=None, repr=False)
+    # Whether a gradient has had a say in the basis since the start; on the device from the first update on.
+    _found: Tensor | bool = field(default=False, repr=False)
 
     def start(self, activation: int) -> None:
         """Forget the basis: the layer begins period number `activation`."""
         self.activation, self.steps, self.due, self.has_basis, self.rotation = activation, 0, True, False, None
+        self.retrying, self._found = False, False
 
     def advance(self) -> None:
         """Count one optimizer step and decide whether the next backward refreshes the basis."""
         self.steps += 1
         if self.gap and (self.steps + self.offset) % self.gap == 0:
-            self.due = True
+            self.due, self.retrying = True, False
+        elif not self.due and self._early():
+            self.due = self.retrying = True
 
-    def _generator(self) -> torch.Generator:
-        return stream_generator(self.seed, self.stream, self.activation)
+    def _early(self) -> bool:
+        """Return whether a first basis is tried again: once between two powers of 8, staggered as refreshes are."""
+        power = 8 ** ((self.steps.bit_length() - 1) // 3)
+        return self.early and self.steps < self.gap and self.steps == power + 7 * power * self.offset // self.gap
 
-    def update(self, gradient: Tensor, basis: Tensor) -> Tensor:
-        """Write the basis that is due into `basis` [r, n] from `gradient` float32 [m, n], and return it.
+    def update(self, gradient: Gradient, basis: Tensor) -> Tensor:
+        """Write the basis that is due into `basis` [r, n] from `gradient` [m, n], and return it.
 
-        A gradient with a NaN or an infinity postpones a refresh and never reaches the basis, and so does one that is
-        zero throughout and would leave arbitrary directions. Before the first basis the slot then gets random ones:
-        its optimizer skips a step that is not finite, and a zero gradient is zero in every basis.
+        A gradient with a NaN or an infinity never reaches the basis, and neither does one that is zero throughout.
+        Before the first basis the slot then gets random directions: its optimizer skips a step that is not finite, and
+        a zero gradient is zero in every basis.
         """
-        if not self.due:
-            return basis
-        largest = float(torch.linalg.vector_norm(gradient, math.inf))
-        if not 0.0 < largest < math.inf:
-            self.postponed += 1
-            if not self.has_basis:
-                basis.copy_(random_basis(self.rank, gradient.shape[1], self._generator(), gradient.device))
-            return basis
-        if self.has_basis:
-            # A copy also where the basis is float32 already: it is overwritten below.
-            old = basis.to(torch.float32, copy=True)
-            basis.copy_(refresh_basis(gradient, old))
-            self.rotation = basis.to(torch.float32) @ old.t()
-        else:
-            basis.copy_(first_basis(gradient, self.rank, self._generator()))
-        self.due, self.has_basis = False, True
+        return self._update(gradient, basis) if self.due else basis
+
+    def update_factored(self, dy: Tensor, x: Tensor, basis: Tensor) -> Tensor:
+        """Do what `update` does for G = dYᵀ x, of dy [tokens, m] and x [tokens, n], without forming it if it can."""
+        return self.update(FactoredGradient(dy, x), basis)
+
+    @torch.no_grad()
+    def _update(self, gradient: Gradient, basis: Tensor) -> Tensor:
+        # Autocast, where a backward runs under it, would make products of 16-bit numbers of these.
+        with torch.autocast(basis.device.type, enabled=False):
+            usable, lost = self._refresh(gradient, basis) if self.has_basis else self._find(gradient, basis)
+        seen = torch.stack([~usable, lost]).to(torch.int64)
+        self._counts = seen if self._counts is None else self._counts + seen
+        self.due, self.retrying, self.has_basis = False, False, True
+        self._found = usable | self._found
         return basis
 
+    def _generator(self) -> torch.Generator:
+        return stream_generator(self.seed, self.stream, self.activation + self.steps)
+
+    def _find(self, gradient: Gradient, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a first basis; returns bool 0-d whether the gradient was usable, and that nothing was lost."""
+        found = find_first(gradient, self.rank, self._generator())
+        basis.copy_(found.basis)
+        return found.usable, torch.zeros_like(found.usable)
+
+    def _refresh(self, gradient: Gradient, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Refresh the basis; returns bool 0-d whether the gradient was usable, and whether the old basis was broken."""
+        # A copy also where the basis is float32 already: it is overwritten below.
+        old = basis.to(torch.float32, copy=True)
+        lost = ~(deviation(old) < LOST)
+        # Any orthonormal rows will do to begin again from.
+        old = torch.where(lost, torch.eye(*old.shape, dtype=old.dtype, device=old.device), old)
+        found = find_refreshed(gradient, old, self._generator())
+        wanted = found.usable
+        if self.retrying:
+            wanted = wanted & (lost | ~torch.as_tensor(self._found, device=basis.device))
+        basis.copy_(torch.where(wanted, found.basis, old))
+        unit = torch.eye(self.rank, dtype=old.dtype, device=old.device)
+        self.rotation = torch.where(wanted, basis.to(torch.float32) @ old.t(), unit)
+        return found.usable, lost
+
+    @property
+    def postponed(self) -> int:
+        """How many gradients were of no use where a basis was due; waits for the device."""
+        return self._read_counts()[0]
+
+    @property
+    def remade(self) -> int:
+        """How many bases were found to have lost orthonormality and were made anew; waits for the device."""
+        return self._read_counts()[1]
+
+    def _read_counts(self) -> tuple[int, int]:
+        """Add what the device counted, and warn of bases that were found broken since the last time."""
+        if self._counts is not None:
+            postponed, remade = self._counts.tolist()
+            self._counts = None
+            self._counted = self._counted[0] + postponed, self._counted[1] + remade
+            if remade:
+                warnings.warn(
+                    f"the basis of matrix {self.stream} had lost its orthonormality {remade} times when it was "
+                    "refreshed, and was made anew; something else writes to it.",
+                    stacklevel=3,
+                )
+        return self._counted
+
     def state_dict(self) -> dict[str, int | bool]:
-        """Return what a resumed run needs besides the basis itself."""
-        names = ("activation", "steps", "due", "has_basis", "postponed")
-        return {name: getattr(self, name) for name in names}
+        """Return what a resumed run needs besides the basis itself; waits for the device."""
+        names = ("activation", "steps", "due", "has_basis", "retrying", "postponed", "remade")
+        return {**{name: getattr(self, name) for name in names}, "found": bool(self._found)}
 
     def load_state_dict(self, state: dict[str, int | bool]) -> None:
         """Continue from `state_dict()`."""
-        for name in ("activation", "steps", "due", "has_basis", "postponed"):
+        for name in ("activation", "steps", "due", "has_basis", "retrying"):
             setattr(self, name, type(getattr(self, name))(state[name]))
+        self._found = bool(state["found"])
+        self._counted, self._counts = (int(state["postponed"]), int(state["remade"])), None
         self.rotation = None

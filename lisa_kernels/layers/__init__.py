@@ -1,18 +1,30 @@
 """The bridge to a model: find its decoder blocks, give linears a low-rank slot, keep frozen what is frozen."""
 
 from lisa_kernels.layers.blocks import ModelParts, find_blocks, split_model
+from lisa_kernels.layers.embedding import LowRankEmbedding, TappedEmbedding, lookup_factor, tap_embedding
 from lisa_kernels.layers.freezing import FreezeGuard, check_attachable
+from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
 from lisa_kernels.layers.lowrank import LowRankLinear, find_linears, is_linear, linear_shape, swap_linears
+from lisa_kernels.layers.plain_linears import PlainLinears
+from lisa_kernels.layers.slot import SlotModule
 
 __all__ = [
     "FreezeGuard",
+    "LossWithoutLogits",
+    "LowRankEmbedding",
     "LowRankLinear",
     "ModelParts",
+    "PlainLinears",
+    "SlotModule",
+    "TappedEmbedding",
     "check_attachable",
     "find_blocks",
     "find_linears",
     "is_linear",
+    "leave_out_logits",
     "linear_shape",
+    "lookup_factor",
     "split_model",
     "swap_linears",
+    "tap_embedding",
 ]

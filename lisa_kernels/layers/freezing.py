@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.uncompiled import uncompiled
 
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,8 +31,9 @@ class FreezeGuard:
         self._warned = False
         self._handle = model.register_forward_pre_hook(self)
 
+    @uncompiled
     def __call__(self, model: nn.Module, args: Any) -> None:
-        """Check the model, as a forward pre-hook is called."""
+        """Check the model, as a forward pre-hook is called; never part of a compiled graph."""
         check_checkpointing(model)
         drop_input_gradients(model)
         self.enforce(model)

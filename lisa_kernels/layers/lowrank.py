@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker
 from lisa_kernels.errors import InputError
-from lisa_kernels.ops.lowrank_linear import capture_linear, lowrank_linear
+from lisa_kernels.layers.slot import SlotModule
+from lisa_kernels.ops.lowrank_linear import capture_linear, linear, lowrank_linear
 
 # Below this a matrix is a gate or a small classifier: it is trained in full, its gradient costs nothing.
 MIN_SIDE = 8
@@ -21,7 +21,7 @@ HOOK_TABLES = (
 )  # fmt: skip
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Return whether the module is transformers' Conv1D: a linear layer whose weight is stored [in, out]."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]
@@ -29,7 +29,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether the module is a linear layer that can carry a slot."""
-    return isinstance(module, (nn.Linear, LowRankLinear)) or _is_conv1d(module)
+    return isinstance(module, (nn.Linear, LowRankLinear)) or is_conv1d(module)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -37,108 +37,44 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     weight = module.weight
     assert isinstance(weight, Tensor)
     first, second = weight.shape
-    stored_transposed = module.transposed if isinstance(module, LowRankLinear) else _is_conv1d(module)
+    stored_transposed = module.transposed if isinstance(module, LowRankLinear) else is_conv1d(module)
     return (int(second), int(first)) if stored_transposed else (int(first), int(second))
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(SlotModule):
     """y = x Wᵀ + b + scale · (x Pᵀ) B, with W frozen and the slot B trained while the layer is active.
 
-    The weight and bias are the swapped layer's own parameters under their own names. The slot is a parameter [r, m]
-    (float32) and the basis a buffer [r, n] (the weight's dtype); both are empty while the layer is inactive and neither
-    is ever in `state_dict()`. With a tracker the basis comes from gradients and the slot is folded after each step;
-    without one (LoRA-FA) the basis is fixed and the slot stays.
-
-    Bytes while active: 4·r·m for the slot, as much for its gradient, r·n weights for the basis.
+    The weight and bias are the swapped layer's own parameters under their own names.
     """
 
     def __init__(self, original: nn.Module, rank: int, scale: float = 1.0, tracker: BasisTracker | None = None) -> None:
-        super().__init__()
+        super().__init__(linear_shape(original), rank, scale, tracker)
         assert isinstance(original.weight, nn.Parameter)
-        self.transposed = _is_conv1d(original)
+        self.transposed = is_conv1d(original)
         self.weight = original.weight
         self.bias: nn.Parameter | None = getattr(original, "bias", None)  # type: ignore[assignment]
-        m, n = linear_shape(original)
-        self.out_features, self.in_features = m, n
-        self.rank, self.scale, self.tracker = rank, scale, tracker
-        self.capturing = False
-        self.slot = nn.Parameter(torch.empty(0), requires_grad=False)
-        self.register_buffer("basis", torch.empty(0), persistent=False)
-        self.basis: Tensor
         self.train(original.training)
         # Hooks that users put on the layer keep firing; the tables are shared, so later ones do too.
         for table in HOOK_TABLES:
             object.__setattr__(self, table, getattr(original, table))
         self._is_full_backward_hook = original._is_full_backward_hook
 
-    @property
-    def matrix(self) -> Tensor:
-        """The weight read as [m, n]; a view."""
-        return self.weight.t() if self.transposed else self.weight
-
-    @property
-    def active(self) -> bool:
-        """Whether the slot owns storage."""
-        return self.slot.numel() > 0
-
-    def activate(self, basis: Tensor | None = None) -> None:
-        """Give the slot and the basis their storage; the slot is zero, the basis `basis` or to be found."""
-        device, dtype = self.weight.device, self.weight.dtype
-        self.slot.data = torch.zeros(self.rank, self.out_features, device=device)
-        self.basis = torch.zeros(self.rank, self.in_features, device=device, dtype=dtype)
-        if basis is not None:
-            self.basis.copy_(basis)
-
-    def arm(self) -> None:
-        """Settle whether backwards until the next step form the full gradient, because a basis is due.
-
-        The choice holds for the whole step: what gradient checkpointing recomputes must be what the forward did, and
-        the first of several backwards already makes the basis.
-        """
-        self.capturing = self.active and self.tracker is not None and self.tracker.due
-
-    def deactivate(self, keep_basis: bool = False) -> None:
-        """Free the slot's storage, its gradient's, and the basis's unless it is kept."""
-        self.capturing = False
-        self.slot.grad = None
-        self.slot.data = torch.empty(0, device=self.slot.device)
-        if not keep_basis:
-            self.basis = torch.empty(0, device=self.slot.device)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., m] for x [..., n]."""
         folds = self.tracker is not None
         if not self.active or (folds and not torch.is_grad_enabled()):
-            return nn.functional.linear(x, self.matrix, self.bias)
+            return linear(x, self.matrix, self.bias)
         # As rows: of three dimensions torch's biased linear is itself a view, which no model could change in place.
         rows = x.reshape(-1, self.in_features)
         if self.capturing:
-            y = capture_linear(rows, self.matrix, self.bias, self.slot, self._on_gradient)
+            y = capture_linear(rows, self.matrix, self.bias, self.slot, self._choose_basis)
         else:
             y = lowrank_linear(rows, self.matrix, self.bias, self.slot, self.basis, self.scale, folds)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _on_gradient(self, gradient: Tensor) -> Tensor:
+    def _choose_basis(self, dy: Tensor, x: Tensor) -> Tensor:
         assert self.tracker is not None
-        with torch.no_grad():
-            return self.tracker.update(gradient, self.basis)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[f"{prefix}slot"]
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # The slot is never saved: hand over what is here, so that strict loading misses nothing.
-        key = f"{prefix}slot"
-        state_dict[key] = self.slot
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        del state_dict[key]
-
-    def extra_repr(self) -> str:
-        """Describe the layer as `nn.Linear` does."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, active={self.active}"
-        )
+        return self.tracker.update_factored(dy, x, self.basis)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from lisa_kernels.methods.definitions import (
     OwLore,
     method_by_name,
 )
+from lisa_kernels.methods.galore_adamw import GaLoreAdamW8bit
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.scoring import layer_scores
 
@@ -23,6 +24,7 @@ __all__ = [
     "BAdam",
     "FullFineTune",
     "GaLore",
+    "GaLoreAdamW8bit",
     "LoRAFA",
     "Method",
     "OwLore",

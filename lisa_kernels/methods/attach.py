@@ -11,44 +11,61 @@ from torch import Tensor, nn
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import check_attachable, find_blocks
-from lisa_kernels.methods.definitions import Method
+from lisa_kernels.methods.adapter_plan import adapter_plan, check_adapter_plan
+from lisa_kernels.methods.definitions import LoRAFA, Method
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.scoring import layer_scores
-from lisa_kernels.methods.units import check_plan, make_plan
+from lisa_kernels.methods.units import Plan, check_layered_plan, layered_plan
 
 
 def attach(
     model: nn.Module, method: Method, lr: float = 1e-4, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
     weight_decay: float = 1e-2, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
-    scores: Sequence[float] | None = None, blocks: str | None = None,
+    scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
     calibration: batches (input_ids, …) for scores that need data, see `layer_scores`. scores: one number per layer,
     where they were computed before. blocks: the path of the decoder blocks where they are not found by themselves.
-    weight_decay leaves vectors (norms, biases) alone; max_grad_norm clips inside the step, see `AdamW8bit`. The model's
-    own parameters stay what they are; linears that get a low-rank slot are swapped until `detach()`. Raises InputError,
-    the model untouched, for anything that cannot work.
+    weight_decay leaves vectors (norms, biases) alone; max_grad_norm clips inside the step, see `AdamW8bit`. In training
+    the loss of a language model is computed without forming the logits of all tokens, where that is exact (its loss is
+    the cross entropy of its output layer's logits, scaled and capped or not), which a forward of a few tokens finds out
+    here; keep_logits=True leaves the loss to the model. The model's own parameters stay what they are; linears that
+    get a low-rank slot are swapped until `detach()`. Raises InputError, the model untouched, for anything that cannot
+    work.
     """
     if not isinstance(method, Method):
         raise InputError(f"method is {method!r}; an instance such as OwLore(active_layers=5) is wanted.")
     check_attachable(model)
     # Before the scores, which may take minutes.
-    check_plan(model, method, blocks)
+    _check_plan(model, method, blocks)
     scores = _scores(model, method, calibration, scores, blocks)
-    plan = make_plan(model, method, seed, blocks)
+    plan = _make_plan(model, method, seed, blocks)
     try:
         sampler = method.make_sampler(len(plan.drawn), seed, scores and _with_outer(scores, len(plan.drawn)))
         settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         return SampledAdamW(
             model, method, plan, sampler, block_size=block_size, rounding=rounding, seed=seed,
-            max_grad_norm=max_grad_norm, **settings
+            max_grad_norm=max_grad_norm, keep_logits=keep_logits, **settings
         )  # fmt: skip
     except BaseException:
         for swap in plan.swaps:
             swap.undo()
         raise
+
+
+def _check_plan(model: nn.Module, method: Method, blocks: str | None) -> None:
+    if isinstance(method, LoRAFA):
+        check_adapter_plan(model, method)
+    else:
+        check_layered_plan(model, method, blocks)
+
+
+def _make_plan(model: nn.Module, method: Method, seed: int, blocks: str | None) -> Plan:
+    if isinstance(method, LoRAFA):
+        return adapter_plan(model, method, seed)
+    return layered_plan(model, method, seed, blocks)
 
 
 def _scores(

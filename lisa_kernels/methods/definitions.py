@@ -13,10 +13,11 @@ from lisa_kernels.samplers import AdaptiveSampler, CyclicSampler, Sampler, Unifo
 from lisa_kernels.scores import SCORE_KINDS
 
 CHOICES = {
-    "embeddings": ("always", "frozen", "sampled"),
+    "embeddings": ("always", "low-rank", "frozen", "sampled"),
     "retired_state": ("drop", "keep"),
     "design": ("marginals", "sequential"),
     "order": ("random", "ascending", "descending"),
+    "master": ("none", "remainder"),
 }
 LEAST = {"active_layers": 1, "period": 1, "rank": 1, "gap": 0}
 
@@ -31,7 +32,8 @@ class Method:
 
     `form` is how an active layer trains: "full" (its weights), "low-rank" (a slot folded into the weight after each
     step) or "adapter" (a slot that stays). embeddings: "always" trains embedding, head and final norm all the time,
-    "frozen" never, "sampled" makes embedding and head two more layers of the draw (one where they are tied).
+    "low-rank" too, embedding and head through slots of `rank` (one where they are tied), "frozen" never, "sampled"
+    makes embedding and head two more layers of the draw (one where they are tied).
     retired_state: "drop" frees a layer's moments when it leaves, "keep" holds them for its return. Raises InputError
     for values out of range.
     """
@@ -89,7 +91,7 @@ class Method:
 class LISA(Method):
     """Layerwise importance sampled AdamW: layers drawn uniformly every `period` steps, at full rank.
 
-    Source: arXiv 2403.17919.
+    Source: arXiv 2403.17919. rank: of embedding and head where these are low-rank.
     """
 
     name: ClassVar[str] = "lisa"
@@ -97,6 +99,7 @@ class LISA(Method):
     period: int = 20
     embeddings: str = "always"
     retired_state: str = "drop"
+    rank: int = 128
 
     def make_sampler(self, layers: int, seed: int, scores: Sequence[float] | None) -> Sampler | None:
         """Return a uniform sampler."""
@@ -109,7 +112,8 @@ class OWS(Method):
 
     Source: arXiv 2405.18380. scores: a kind of `layer_scores`, or one number per layer; "gradient-norm" adapts to the
     gradient norms seen in training. design: "marginals" gives each layer the probability its score asks for (at most
-    1); "sequential" draws one after the other, as the published code does, and flattens them.
+    1); "sequential" draws one after the other, as the published code does, and flattens them. rank: of embedding and
+    head where these are low-rank.
     """
 
     name: ClassVar[str] = "ows"
@@ -119,6 +123,7 @@ class OWS(Method):
     embeddings: str = "always"
     retired_state: str = "drop"
     design: str = "marginals"
+    rank: int = 128
 
     def score_kind(self) -> str | None:
         """Return the kind of scores to compute; adapting and given ones need none."""
@@ -138,7 +143,9 @@ class OwLore(OWS):
     """Outlier-weighed layer sampling with low-rank gradients in the sampled layers.
 
     Source: arXiv 2405.18380. gap: steps between refreshes of one matrix's basis while its layer stays active (0: only
-    at activation). scale multiplies the learning rate of the low-rank slots.
+    at activation). scale multiplies the learning rate of the low-rank slots. master: "remainder" keeps 16 more bits of
+    each bfloat16 matrix while it trains, 2 bytes per weight of the active layers, so that updates add up in float32;
+    "none" rounds each update stochastically.
     """
 
     name: ClassVar[str] = "owlore"
@@ -152,13 +159,14 @@ class OwLore(OWS):
     gap: int = 200
     scale: float = 1.0
     design: str = "marginals"
+    master: str = "none"
 
 
 @dataclass(frozen=True)
 class BAdam(Method):
     """Block coordinate descent with Adam: one block after the other, its state cleared at each switch.
 
-    Source: arXiv 2404.02827.
+    Source: arXiv 2404.02827. rank: of embedding and head where these are low-rank.
     """
 
     name: ClassVar[str] = "badam"
@@ -167,6 +175,7 @@ class BAdam(Method):
     active_layers: int = 1
     embeddings: str = "frozen"
     retired_state: str = "drop"
+    rank: int = 128
 
     def make_sampler(self, layers: int, seed: int, scores: Sequence[float] | None) -> Sampler | None:
         """Return a sampler that goes through all blocks before it returns to one."""
@@ -177,7 +186,7 @@ class BAdam(Method):
 class GaLore(Method):
     """Every layer at once, each with a gradient projected on `rank` directions that are refreshed every `gap` steps.
 
-    Source: arXiv 2403.03507; unlike there, moments are carried into each new basis.
+    Source: arXiv 2403.03507; unlike there, moments are carried into each new basis. master: see `OwLore`.
     """
 
     name: ClassVar[str] = "galore"
@@ -186,6 +195,7 @@ class GaLore(Method):
     gap: int = 200
     scale: float = 0.25
     embeddings: str = "always"
+    master: str = "none"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import FreezeGuard, LowRankLinear
-from lisa_kernels.methods.definitions import Method
+from lisa_kernels.layers import FreezeGuard, LossWithoutLogits, PlainLinears, SlotModule, leave_out_logits
+from lisa_kernels.methods.adapters import Adapters
+from lisa_kernels.methods.definitions import LoRAFA, Method
+from lisa_kernels.methods.peft_folder import read_adapter, write_adapter
 from lisa_kernels.methods.slots import (
     check_slots_state,
     fold_slots,
@@ -43,6 +47,7 @@ class SampledAdamW(AdamW8bit):
         *,
         lr: float,
         weight_decay: float,
+        keep_logits: bool = False,
         **settings: Any,
     ) -> None:
         self.model, self.method, self.plan, self.sampler = model, method, plan, sampler
@@ -52,13 +57,19 @@ class SampledAdamW(AdamW8bit):
         self._active: list[int] = []
         self._norms: dict[int, Tensor] = {}
         self._guard: FreezeGuard | None = None
+        self._adapters = Adapters(model, method, plan.always.lowrank) if isinstance(method, LoRAFA) else None
+        for layer in self._layers().values():
+            layer.exact_master = method.get("master", "none") == "remainder"
         super().__init__(self._groups(lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings)
         self._guard = FreezeGuard(model)
+        self._plain_linears = PlainLinears(model)
+        self._loss: LossWithoutLogits | None = None
         try:
             self._activate_always()
             self._begin_period()
+            self._loss = None if keep_logits else leave_out_logits(model)
         except BaseException:
-            self._guard.remove(model)
+            self._remove_hooks()
             raise
 
     def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -72,6 +83,11 @@ class SampledAdamW(AdamW8bit):
             {"params": [param for param in full if param.dim() < 2], "weight_decay": 0.0, "name": "vectors"},
         ]
         return [group for group in groups if group["params"]]
+
+    @property
+    def forms_logits(self) -> bool:
+        """Whether the training loss forms the logits of all tokens at once, as the plain model does."""
+        return self._loss is None
 
     # Which layers train
 
@@ -102,10 +118,10 @@ class SampledAdamW(AdamW8bit):
     def _active_units(self) -> list[Unit]:
         return [*(self.plan.drawn[index] for index in self._active), self.plan.always]
 
-    def _active_slots(self) -> list[LowRankLinear]:
+    def _active_slots(self) -> list[SlotModule]:
         return [layer for unit in self._active_units() for layer in unit.lowrank.values()]
 
-    def _layers(self) -> dict[str, LowRankLinear]:
+    def _layers(self) -> dict[str, SlotModule]:
         return {path: layer for unit in self.plan.units() for path, layer in unit.lowrank.items()}
 
     def _activate_always(self) -> None:
@@ -150,6 +166,7 @@ class SampledAdamW(AdamW8bit):
         """Update the active layers, fold their slots, and switch layers when the period is over."""
         if self._guard is None:
             raise InputError("this optimizer was detached; attach the model again to train on.")
+        self._check_unmerged()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -196,6 +213,7 @@ class SampledAdamW(AdamW8bit):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state together with sampler, active layers, bases and adapters."""
+        self._check_unmerged()
         packed = super().state_dict()
         packed["attachment"] = {
             "method": self.method.settings(),
@@ -221,6 +239,7 @@ class SampledAdamW(AdamW8bit):
             raise InputError("this state is not of an attached model (it has no 'attachment'); load it into AdamW8bit.")
         if self._guard is None:
             raise InputError("this optimizer was detached; attach the model again to load a state.")
+        self._check_unmerged()
         if saved["method"] != self.method.settings():
             raise InputError(f"the state was saved with {saved['method']}; this run has {self.method.settings()}.")
         layers = self._layers()
@@ -245,16 +264,71 @@ class SampledAdamW(AdamW8bit):
         take_slots_state(layers, saved["slots"])
         self._arm()
 
+    # Adapters
+
+    def _attached_adapters(self) -> Adapters:
+        if self._adapters is None:
+            raise InputError(f"method {self.method.name!r} has no adapters; attach the model with LoRAFA(...).")
+        if self._guard is None:
+            raise InputError("this optimizer was detached, its adapters are in the weights; attach the model again.")
+        return self._adapters
+
+    def _check_unmerged(self) -> None:
+        if self._adapters is not None and self._adapters.merged:
+            raise InputError("the adapters are merged into the weights; call unmerge() on the optimizer first.")
+
+    @torch.no_grad()
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapters, and a new head if there is one, as a folder that peft loads; whole or not at all.
+
+        A folder that holds an adapter and nothing else is replaced. Raises InputError for one that holds more, and for
+        methods other than LoRAFA.
+        """
+        write_adapter(self._attached_adapters(), Path(folder))
+
+    @torch.no_grad()
+    def load_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Take over a LoRA adapter of the same rank and layers, by peft or by `save_adapter`; the moments start anew.
+
+        Where its A is not orthonormal it is split, so that the product and with it the model's function are the
+        adapter's. Raises InputError, the model untouched, for what does not fit.
+        """
+        adapters = self._attached_adapters()
+        self._check_unmerged()
+        read_adapter(adapters, Path(folder))
+        self.retire(self.plan.always.params())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← W + scale · Bᵀ A until `unmerge()`: the model runs as fast as a plain one, and cannot train.
+
+        A copy of the weights with adapters goes to host memory, so that `unmerge()` is exact in every dtype. `detach()`
+        merges for good and copies nothing.
+        """
+        self._attached_adapters().merge()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put weights and adapters back as they were before `merge()`, bit for bit."""
+        self._attached_adapters().unmerge()
+
     # The end
+
+    def _remove_hooks(self) -> None:
+        assert self._guard is not None
+        self._guard.remove(self.model)
+        self._plain_linears.remove()
+        if self._loss is not None:
+            self._loss.remove()
 
     @torch.no_grad()
     def detach(self) -> nn.Module:
         """Merge adapters, put plain layers back with `requires_grad` as it was, free the state; returns the model."""
         if self._guard is None:
             return self.model
-        if self.method.form == "adapter":
-            fold_slots(self, list(self.plan.always.lowrank.values()), merge=True)
-        self._guard.remove(self.model)
+        if self._adapters is not None:
+            self._adapters.merge_for_good()
+        self._remove_hooks()
         for swap in self.plan.swaps:
             swap.layer.deactivate()
             swap.undo()

@@ -7,27 +7,31 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lisa_kernels.basis import transport_moments
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import LowRankLinear
+from lisa_kernels.layers import SlotModule
 from lisa_kernels.ops.fold import fold_
 from lisa_kernels.optim import AdamW8bit
 
 
-def stagger(layers: Sequence[LowRankLinear]) -> None:
+def stagger(layers: Sequence[SlotModule]) -> None:
     """Spread the basis refreshes of the active layers evenly over their gap, so that no step pays for all."""
     tracked = [layer.tracker for layer in layers if layer.tracker is not None]
     for index, tracker in enumerate(tracked):
         tracker.offset = index * tracker.gap // len(tracked)
 
 
-def _group_of(optimizer: AdamW8bit, layer: LowRankLinear) -> dict[str, Any]:
+def _group_of(optimizer: AdamW8bit, layer: SlotModule) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups if any(param is layer.slot for param in group["params"]))
 
 
-def transport_slots(optimizer: AdamW8bit, layers: Sequence[LowRankLinear]) -> None:
-    """Carry the moments of every slot whose basis was refreshed by the last backward into the new basis."""
+def transport_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
+    """Carry the moments of every slot whose basis was refreshed by the last backward into the new basis.
+
+    A gradient that was of no use left the basis and a rotation of exactly one; then the state keeps its every bit.
+    """
     for layer in layers:
         tracker = layer.tracker
         if tracker is None or tracker.rotation is None:
@@ -35,34 +39,44 @@ def transport_slots(optimizer: AdamW8bit, layers: Sequence[LowRankLinear]) -> No
         rotation, tracker.rotation = tracker.rotation, None
         if layer.slot in optimizer.state:
             betas = _group_of(optimizer, layer)["betas"]
+            state = optimizer.state[layer.slot]
+            before = {name: tensor.clone() for name, tensor in state.items()}
             m, v = optimizer.moments(layer.slot)
-            step = optimizer.state[layer.slot]["step"]
-            optimizer.set_moments(layer.slot, *transport_moments(m, v, rotation, step, betas))
+            gradient = layer.slot.grad
+            if gradient is not None:
+                gradient = gradient * optimizer._unscaling(gradient.device)
+            optimizer.set_moments(layer.slot, *transport_moments(m, v, rotation, state["step"], betas, gradient))
+            turned = (rotation != torch.eye(layer.rank, device=rotation.device)).any()
+            for name, tensor in state.items():
+                tensor.copy_(torch.where(turned, tensor, before[name]))
 
 
-def fold_slots(optimizer: AdamW8bit, layers: Sequence[LowRankLinear], merge: bool = False) -> None:
-    """W ← (1 − lr·wd) W + scale · Bᵀ P and B ← 0, for slots that fold after each step, or for all with `merge`.
+def lifting_factors(layer: SlotModule) -> tuple[Tensor, Tensor]:
+    """Return (left, right) with leftᵀ · right = scale · Bᵀ P in the weight's own order."""
+    slot = layer.slot.data if layer.scale == 1.0 else layer.slot.data * layer.scale
+    return (layer.basis, slot) if layer.transposed else (slot, layer.basis)
+
+
+def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
+    """W ← (1 − lr·wd) W + scale · Bᵀ P and B ← 0, for slots that fold after each step.
 
     A skipped step left B at zero; its decay is then left out on the device, so that W stays as it was.
     """
     for layer in layers:
-        if layer.tracker is None and not merge:
+        if layer.tracker is None:
             continue
         clock, _ = optimizer._counters_on(layer.slot.device)
-        decay = torch.ones((), device=layer.slot.device)
-        if not merge:
-            group = _group_of(optimizer, layer)
-            decay = torch.where(optimizer.last_skip(layer.slot.device), 1.0, 1.0 - group["lr"] * group["weight_decay"])
-        slot = layer.slot.data if layer.scale == 1.0 else layer.slot.data * layer.scale
-        left, right = (layer.basis, slot) if layer.transposed else (slot, layer.basis)
+        group = _group_of(optimizer, layer)
+        decay = torch.where(optimizer.last_skip(layer.slot.device), 1.0, 1.0 - group["lr"] * group["weight_decay"])
         fold_(
-            layer.weight.data, left, right, decay=decay, clock=clock, stochastic=optimizer.rounding == "stochastic",
-            seed=optimizer.seed, parameter=optimizer.index_of(layer.slot),
+            layer.weight.data, *lifting_factors(layer), decay=decay, clock=clock,
+            stochastic=optimizer.rounding == "stochastic", seed=optimizer.seed,
+            parameter=optimizer.index_of(layer.slot), remainder=layer.remainder if layer.remainder.numel() else None,
         )  # fmt: skip
         layer.slot.data.zero_()
 
 
-def slots_state(layers: Mapping[str, LowRankLinear]) -> dict[str, dict[str, Any]]:
+def slots_state(layers: Mapping[str, SlotModule]) -> dict[str, dict[str, Any]]:
     """Return basis, tracker and (for adapters) slot of every layer that holds a basis."""
     state: dict[str, dict[str, Any]] = {}
     for path, layer in layers.items():
@@ -72,26 +86,30 @@ def slots_state(layers: Mapping[str, LowRankLinear]) -> dict[str, dict[str, Any]
                 entry["slot"] = layer.slot.detach()
             else:
                 entry["tracker"] = layer.tracker.state_dict()
+            if layer.remainder.numel():
+                entry["remainder"] = layer.remainder
             state[path] = entry
     return state
 
 
-def check_slots_state(layers: Mapping[str, LowRankLinear], state: Mapping[str, Mapping[str, Any]]) -> None:
+def check_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise InputError unless `state` is what `slots_state` returns for layers of these shapes."""
     for path, entry in state.items():
         if path not in layers:
             raise InputError(f"the state holds a basis for {path}, which this model does not have.")
         layer = layers[path]
-        wanted = {"basis": (layer.rank, layer.in_features)}
+        wanted: dict[str, tuple[int, ...]] = {"basis": (layer.rank, layer.in_features)}
         if layer.tracker is None:
             wanted["slot"] = (layer.rank, layer.out_features)
+        if "remainder" in entry:
+            wanted["remainder"] = tuple(layer.weight.shape)
         for name, shape in wanted.items():
             given = tuple(entry[name].shape) if name in entry else ()
             if given != shape:
                 raise InputError(f"the saved {name} of {path} is {list(given)}; this model needs {list(shape)}.")
 
 
-def take_slots_state(layers: Mapping[str, LowRankLinear], state: Mapping[str, Mapping[str, Any]]) -> None:
+def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mapping[str, Any]]) -> None:
     """Take over what `slots_state` returned; active layers already own their storage, bases not in it are freed."""
     for path, layer in layers.items():
         entry = state.get(path)
@@ -104,10 +122,12 @@ def take_slots_state(layers: Mapping[str, LowRankLinear], state: Mapping[str, Ma
             layer.slot.data.copy_(entry["slot"])
         else:
             layer.tracker.load_state_dict(entry["tracker"])
+        if "remainder" in entry and layer.remainder.numel():
+            layer.remainder.copy_(entry["remainder"])
 
 
 @contextmanager
-def slots_in_shape(layers: Iterable[LowRankLinear]) -> Iterator[None]:
+def slots_in_shape(layers: Iterable[SlotModule]) -> Iterator[None]:
     """Give inactive slots their shape, without storage, so that kept moments can be checked against it."""
     resting = [layer for layer in layers if not layer.active]
     try:

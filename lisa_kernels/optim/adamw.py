@@ -15,7 +15,7 @@ from lisa_kernels.ops.adamw8 import FLOAT_DTYPES
 from lisa_kernels.ops.blockwise8 import block_count, check_block_size, dequantize_blockwise, quantize_blockwise
 from lisa_kernels.ops.grad_norm import grad_norm
 from lisa_kernels.ops.random_bits import random_key
-from lisa_kernels.optim.batches import Keys, gather
+from lisa_kernels.optim.batches import Batch, Keys, gather
 
 ROUNDINGS = ("stochastic", "nearest")
 # Tensors below this many elements, and all 1-D tensors, keep 32-bit moments: they are few bytes and the most sensitive.
@@ -64,6 +64,7 @@ class AdamW8bit(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _largest_gradient = LARGEST_GRADIENT
     # Set by GradScaler around step(), absent otherwise.
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -112,13 +113,19 @@ class AdamW8bit(Optimizer):
         """Add a group, as `torch.optim.Optimizer` does; its parameters take the next indices."""
         _check_hyper({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        try:
+            self._check_params(self.param_groups[-1])
+        except InputError:
+            self.param_groups.pop()
+            raise
+        self._indices = {param: index for index, param in enumerate(self._params())}
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        for param in group["params"]:
             if param.dtype not in FLOAT_DTYPES or param.layout is not torch.strided:
-                self.param_groups.pop()
                 raise InputError(
                     f"a parameter is {param.layout} {param.dtype}; dense float32, bfloat16 or float16 is wanted."
                 )
-        self._indices = {param: index for index, param in enumerate(self._params())}
 
     def index_of(self, param: Tensor) -> int:
         """Return the parameter's position over all groups, which keys its random numbers."""
@@ -150,10 +157,15 @@ class AdamW8bit(Optimizer):
         """The gradients' 2-norm before the last step clipped it, float32 0-d; None without `max_grad_norm`."""
         return self._last_grad_norm
 
-    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
-        n, device = param.numel(), param.device
+    def _moment_shape(self, param: Tensor) -> torch.Size:
+        """Return the shape of each moment: the parameter's, unless a subclass steps something smaller in its place."""
+        return param.shape
+
+    def _new_state(self, param: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
+        shape, device = self._moment_shape(param), device or param.device
+        n = shape.numel()
         state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
-        if param.dim() >= 2 and n >= MIN_8BIT_ELEMENTS:
+        if len(shape) >= 2 and n >= MIN_8BIT_ELEMENTS:
             blocks = block_count(n, self.block_size)
             for name in ("m", "v"):
                 state[f"{name}_codes"] = torch.zeros(n, dtype=torch.uint8, device=device)
@@ -179,7 +191,7 @@ class AdamW8bit(Optimizer):
         largest, squares = measured[0] if len(measured) == 1 else _joined(measured)
         unscaling = self._unscaling(first)
         # Compared so that a NaN counts as too large.
-        skip = torch.logical_not(largest * unscaling <= LARGEST_GRADIENT)
+        skip = torch.logical_not(largest * unscaling <= self._largest_gradient)
         if getattr(self, "found_inf", None) is not None:
             skip = skip | (self.found_inf.to(first) > 0).any()  # type: ignore[union-attr]
         if limit is None:
@@ -203,11 +215,16 @@ class AdamW8bit(Optimizer):
     def _take_step(self) -> None:
         """Do the work of `step`: for subclasses, whose `super().step()` would run every step hook twice."""
         batches = gather(self.param_groups, self._state_of)
-        if not batches:
-            return
+        if batches:
+            grad_scale = self._begin_step(grad for batch in batches for grad in batch.grads)
+            for batch in batches:
+                self._update(batch, grad_scale, batch.params)
+
+    def _begin_step(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Decide from all gradients whether this step is skipped, and count it; returns what to multiply them by."""
         grads: dict[torch.device, list[Tensor]] = {}
-        for batch in batches:
-            grads.setdefault(batch.kind.device, []).extend(batch.grads)
+        for grad in gradients:
+            grads.setdefault(grad.device, []).append(grad)
         skip, grad_scale = self._measure(grads)
         if self._counters is None:
             zero = torch.zeros((), dtype=torch.int64, device=skip.device)
@@ -216,14 +233,15 @@ class AdamW8bit(Optimizer):
         self._counters[0].add_(took.to(self._counters[0].device))
         self._counters[1].add_((1 - took).to(self._counters[1].device))
         self._last_skip = {device: skip.to(device) for device in grads}
-        for batch in batches:
-            device = batch.kind.device
-            batch.count(took.to(device))
-            indices = tuple([self._indices[param] for param in batch.params])
-            keys = self._keys.at(self._counters_on(device)[0], self.seed, indices)
-            batch.update(
-                self._last_skip[device], grad_scale.to(device), keys, self.block_size, self.rounding == "stochastic"
-            )
+        return grad_scale
+
+    def _update(self, batch: Batch, grad_scale: Tensor, owners: Iterable[Tensor]) -> None:
+        """Update one batch; its random numbers are keyed by `owners`, the parameters that its tensors stand for."""
+        skip = self._last_skip[batch.kind.device]
+        batch.count((~skip).to(torch.int64))
+        indices = tuple([self._indices[param] for param in owners])
+        keys = self._keys.at(self._counters_on(skip.device)[0], self.seed, indices)
+        batch.update(skip, grad_scale.to(skip.device), keys, self.block_size, self.rounding == "stochastic")
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -233,12 +251,12 @@ class AdamW8bit(Optimizer):
 
     def moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """Return float32 copies of (m, v) in the parameter's shape."""
-        state = self.state[param]
+        state, shape = self.state[param], self._moment_shape(param)
         if "m" in state:
-            return state["m"].view(param.shape).clone(), state["v"].view(param.shape).clone()
+            return state["m"].view(shape).clone(), state["v"].view(shape).clone()
         m = dequantize_blockwise(state["m_codes"], state["m_absmax"], "m", self.block_size)
         v = dequantize_blockwise(state["v_codes"], state["v_absmax"], "v", self.block_size)
-        return m.view(param.shape), v.view(param.shape)
+        return m.view(shape), v.view(shape)
 
     def set_moments(self, param: Tensor, m: Tensor, v: Tensor) -> None:
         """Replace the moments by float32 (m, v) of the parameter's shape, quantising them as a step would."""
@@ -327,7 +345,7 @@ class AdamW8bit(Optimizer):
         for number, values in state_dict["state"].items():
             if str(number) not in params:
                 raise InputError(f"the state is of a parameter {number} that is in none of its groups.")
-            expected = self._new_state(params[str(number)].detach().to("meta"))
+            expected = self._new_state(params[str(number)], torch.device("meta"))
             given = {name: (tuple(value.shape), value.dtype) for name, value in values.items()}
             wanted = {name: (tuple(value.shape), value.dtype) for name, value in expected.items()}
             if given and given != wanted:

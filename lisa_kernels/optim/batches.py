@@ -71,29 +71,31 @@ def _hyper(group: dict[str, Any]) -> Hyper:
     return Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
 
 
+def with_gradients(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return those that a step moves, each with its gradient; InputError where one is sparse or on another device."""
+    moving = [(param, param.grad) for param in params if param.grad is not None and param.numel()]
+    for param, grad in moving:
+        if grad.layout is not torch.strided or grad.device != param.device:
+            _refuse(param, grad)
+    return moving
+
+
 def gather(param_groups: Iterable[dict[str, Any]], state_of: Callable[[Tensor], dict[str, Tensor]]) -> list[Batch]:
     """Return batches of all parameters that have a gradient.
 
     InputError where one is sparse or on another device, before `state_of` has made any state.
     """
-    moving = [
-        (_hyper(group), [param for param in group["params"] if param.grad is not None and param.numel()])
-        for group in param_groups
-    ]
-    for _, params in moving:
-        for param in params:
-            if param.grad.layout is not torch.strided or param.grad.device != param.device:
-                _refuse(param, param.grad)
+    moving = [(_hyper(group), with_gradients(group["params"])) for group in param_groups]
     batches: dict[tuple[torch.device, bool], Batch] = {}
-    for hyper, params in moving:
-        for param in params:
+    for hyper, pairs in moving:
+        for param, grad in pairs:
             state = state_of(param)
             kind = param.device, "m_codes" in state
             batch = batches.get(kind)
             if batch is None:
                 batch = batches[kind] = Batch(Kind(*kind))
             batch.params.append(param)
-            batch.grads.append(param.grad)
+            batch.grads.append(grad)
             batch.states.append(state)
         for batch in batches.values():
             if len(batch.params) > (batch.groups[-1][1] if batch.groups else 0):

@@ -316,6 +316,13 @@ def _hand_over(
         packed["param_groups"].append({**settings, **group, "params": list(numbered)})
         for number, param in numbered.items():
             state = optimizer.state.get(param)
-            if state:
-                packed["state"][number] = write(_Moments(int(state["step"]), *optimizer.moments(param)))
+            if not state:
+                continue
+            moments = _Moments(int(state["step"]), *optimizer.moments(param))
+            if moments.m.shape != param.shape:
+                raise InputError(
+                    f"the moments of parameter {number} are those of a projected gradient {list(moments.m.shape)}; "
+                    "optimizers that do not project cannot go on from them."
+                )
+            packed["state"][number] = write(moments)
     return packed

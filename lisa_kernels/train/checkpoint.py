@@ -1,14 +1,11 @@
-"""Checkpoints without pickle that are whole or not there: safetensors and JSON, written aside and renamed."""
+"""Checkpoints without pickle: safetensors and JSON."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.files import PARTIAL
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
-_PARTIAL = ".partial"
 
 
 def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -67,37 +64,6 @@ def load_tree(folder: Path, name: str) -> dict[str, Any]:
     return tree
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `target` when the block ends well, and never shows otherwise."""
-    partial = target.with_name(f".{target.name}{_PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for path in partial.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    _sync(partial)
-    if target.exists():
-        # A folder cannot be replaced in one move: the old one steps aside first.
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old)
-    else:
-        partial.rename(target)
-    _sync(target.parent)
-
-
 def find_checkpoints(folder: Path) -> list[Path]:
     """Return the run's checkpoints, oldest first."""
     found = [(int(match.group(1)), path) for path in folder.glob("checkpoint-*") if (match := _NAME.match(path.name))]
@@ -106,7 +72,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what an interrupted write left behind."""
-    for path in [*folder.glob(f".checkpoint-*{_PARTIAL}"), *folder.glob(".checkpoint-*.old")]:
+    for path in [*folder.glob(f".checkpoint-*{PARTIAL}"), *folder.glob(".checkpoint-*.old")]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -17,7 +17,14 @@ from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
 from lisa_kernels.train.models import check_token_ids, load_model, load_tokenizer, parse_dtype
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions
 from lisa_kernels.train.records import load_records
-from lisa_kernels.train.run_folder import SUMMARY_FILE, open_run, save_final_model, start_run, write_json
+from lisa_kernels.train.run_folder import (
+    ADAPTER_FOLDER,
+    SUMMARY_FILE,
+    open_run,
+    save_final_model,
+    start_run,
+    write_json,
+)
 from lisa_kernels.train.tokenize import (
     TokenizedData,
     collate,
@@ -162,7 +169,7 @@ def finetune(options: FineTuneOptions, console: Console) -> tuple[int, dict[str,
     scores = facts["scores"] if "scores" in facts else _scores(model, method, train, options, pad)
     optimizer = attach(
         model, method, lr=options.learning_rate, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
-        max_grad_norm=options.max_grad_norm or None,
+        max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits,
     )  # fmt: skip
     progress = LiveProgress(console, optimizer, options.batch_size * options.accumulate * train.tokens / len(train))
     interrupt = StopOnInterrupt()
@@ -246,6 +253,8 @@ def _finish(
     from lisa_kernels.train.progress import plot_layer_history, print_layer_history
 
     history, names, period = optimizer.history, optimizer.layer_names, optimizer.period
+    if optimizer.method.form == "adapter":
+        optimizer.save_adapter(options.output / ADAPTER_FOLDER)
     model = optimizer.detach()
     model.config.use_cache = True  # type: ignore[union-attr]
     save_final_model(model, trainer.processing_class, options.output)

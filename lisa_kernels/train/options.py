@@ -37,7 +37,9 @@ class FineTuneOptions:
     period: int | None = None
     rank: int | None = None
     alpha: float | None = None
+    targets: str | None = None
     embeddings: str | None = None
+    master: str | None = None
     scores: str | None = None
     lr: float | None = None
     lr_schedule: str = "linear"
@@ -52,6 +54,7 @@ class FineTuneOptions:
     packing: bool = True
     dtype: str = "auto"
     gradient_checkpointing: bool | None = None
+    keep_logits: bool = False
     seed: int = 0
     eval_fraction: float = 0.05
     eval_every: int = 0
@@ -89,9 +92,10 @@ class FineTuneOptions:
 
     def build_method(self, default_rank: int | None = None, layers: int | None = None) -> Method:
         """Return the method with the settings given; defaults shrink to what a small model holds."""
+        targets = self.targets if self.targets in (None, "all-linear") else tuple(self.targets.split(","))
         settings = {
             "active_layers": self.active_layers, "period": self.period, "rank": self.rank, "alpha": self.alpha,
-            "embeddings": self.embeddings, "scores": self.scores,
+            "targets": targets, "embeddings": self.embeddings, "master": self.master, "scores": self.scores,
         }  # fmt: skip
         method = method_by_name(self.method, **settings)
         rank, active = method.get("rank", None), method.get("active_layers", None)

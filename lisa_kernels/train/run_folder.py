@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.train.checkpoint import find_checkpoints, remove_leftovers, written_whole
+from lisa_kernels.files import written_whole
+from lisa_kernels.train.checkpoint import find_checkpoints, remove_leftovers
 from lisa_kernels.train.options import FineTuneOptions
 
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
+ADAPTER_FOLDER = "adapter"
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

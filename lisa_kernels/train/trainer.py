@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.files import written_whole
 from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.train.checkpoint import (
     find_checkpoints,
@@ -22,7 +23,6 @@ from lisa_kernels.train.checkpoint import (
     remove_leftovers,
     save_tree,
     set_random_state,
-    written_whole,
 )
 
 TRAINING_STATE = "training_state"

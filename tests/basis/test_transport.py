@@ -155,3 +155,38 @@ def test_betas_without_a_bound_hold_nothing_up(betas: tuple[float, float]) -> No
 
 def test_no_first_moment_and_no_memory_bound_the_update_by_one() -> None:
     assert largest_update_squared((0.0, 0.0)) == 1.0
+
+
+def test_a_direction_of_which_the_old_basis_knew_nothing_begins_as_adam_does() -> None:
+    """Half of the new rows lie outside the old span: their v̂ is the gradient's square, and updates begin small."""
+    steps = 400
+    m, v = moments_of(stationary_gradients(steps))
+    q = torch.eye(RANK)
+    q[RANK // 2 :] = 0
+    gradient = stationary_gradients(1, seed=5)[0]
+    new_m, new_v = transport_moments(m, v, q, step_of(steps), BETAS, gradient)
+    known, _ = transport_moments(m, v, torch.eye(RANK), step_of(steps), BETAS)
+    assert torch.equal(new_m[: RANK // 2], known[: RANK // 2])
+    assert torch.allclose(new_v[: RANK // 2], v[: RANK // 2], rtol=1e-3)
+    correction = 1 - BETAS[1] ** steps
+    assert torch.allclose(new_v[RANK // 2 :], gradient[RANK // 2 :] ** 2 * correction, rtol=TRANSPORT)
+
+    def first_update(square: Tensor) -> float:
+        """Return the largest update, in units of the rate, that the gradient then makes."""
+        mean = 0.9 * new_m + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        return largest_update(mean[RANK // 2 :], square[RANK // 2 :], steps + 1)
+
+    assert first_update(new_v) < 0.2
+    without = transport_moments(m, v, q, step_of(steps), BETAS)[1]
+    assert first_update(without) > 1.5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_gradient_never_reaches_the_moments(bad: float) -> None:
+    m, v = moments_of(stationary_gradients(20))
+    gradient = torch.full_like(m, bad)
+    for q in (torch.eye(RANK), 0.5 * torch.eye(RANK)):
+        wanted = transport_moments(m, v, q, step_of(20), BETAS)
+        given = transport_moments(m, v, q, step_of(20), BETAS, gradient)
+        assert all(torch.equal(one, other) for one, other in zip(given, wanted))

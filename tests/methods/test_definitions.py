@@ -71,8 +71,8 @@ def test_names_and_settings_that_are_misspelt_are_refused() -> None:
     """The nearest method, and the settings that the method has."""
     with pytest.raises(InputError, match="unknown method 'owlor': did you mean 'owlore'"):
         method_by_name("owlor")
-    with pytest.raises(InputError, match=r"'lisa' has no setting 'rank'; it has active_layers, period"):
-        method_by_name("lisa", rank=4)
+    with pytest.raises(InputError, match=r"'lisa' has no setting 'alpha'; it has active_layers, period"):
+        method_by_name("lisa", alpha=4)
     with pytest.raises(InputError, match="no settings"):
         method_by_name("full", rank=4)
     assert method_by_name("lisa", active_layers=None, period=3) == LISA(period=3)

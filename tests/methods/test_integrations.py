@@ -35,12 +35,12 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {name: value[index] for name, value in self.rows.items()}
 
 
-def trainer(folder: Path, method: Method, **settings: Any) -> tuple[Any, Any]:
+def trainer(folder: Path, method: Method, keep_logits: bool = False, **settings: Any) -> tuple[Any, Any]:
     """Return a plain Trainer with the optimizer handed in, and the optimizer."""
     from transformers import Trainer, TrainingArguments
 
     model = llama(layers=4)
-    optimizer = attach(model, method, lr=5e-3)
+    optimizer = attach(model, method, lr=5e-3, keep_logits=keep_logits)
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=6, per_device_train_batch_size=2, save_steps=3, logging_steps=1,
         report_to=[], use_cpu=True, disable_tqdm=True, seed=1, lr_scheduler_type="linear", **settings,
@@ -77,6 +77,23 @@ def test_a_trainer_that_enables_checkpointing_and_accumulates(tmp_path: Path) ->
     assert not any(seen)
     assert optimizer.calls == 6
     assert all(name.startswith("model.layers.") for name in changed(run.model, before))
+
+
+@pytest.mark.parametrize("embeddings", ["always", "low-rank"])
+def test_a_trainer_gets_the_models_own_loss_without_logits(embeddings: str, tmp_path: Path) -> None:
+    """With accumulation, where it hands over how many labels a step has: the logged losses and norms are the same."""
+    logs = []
+    for keep_logits in (False, True):
+        method = OwLore(active_layers=1, period=2, rank=4, gap=2, scores="uniform", embeddings=embeddings)
+        settings = {"gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2}
+        run, optimizer = trainer(tmp_path / str(keep_logits), method, keep_logits, **settings)
+        assert optimizer.forms_logits is keep_logits
+        run.train()
+        logs.append([(row["loss"], row["grad_norm"]) for row in run.state.log_history if "loss" in row])
+        assert run.evaluate(Rows())["eval_loss"] > 0
+    assert len(logs[0]) == 6
+    for one, other in zip(*logs):
+        assert one == pytest.approx(other, rel=1e-3)
 
 
 def test_schedulers_drive_every_group() -> None:

@@ -17,6 +17,7 @@ from lisa_kernels.methods import Method, SampledAdamW
 SWITCHING: dict[str, Method] = {
     "lisa": LISA(active_layers=1, period=1),
     "lisa-sampled": LISA(active_layers=1, period=1, embeddings="sampled"),
+    "lisa-low-rank": LISA(active_layers=1, period=1, rank=4, embeddings="low-rank"),
     "owlore": OwLore(active_layers=2, period=1, rank=4, scores="uniform"),
     "ows": OWS(active_layers=2, period=1, scores="gradient-norm"),
     "badam": BAdam(period=1),

@@ -271,12 +271,30 @@ def test_a_refresh_carries_the_moments_into_the_new_basis() -> None:
     assert refreshes == 2
 
 
+def test_a_refresh_that_a_bad_gradient_prevents_keeps_every_bit() -> None:
+    """Bases and moments are what they were, though a refresh of all of them was due."""
+    model = llama()
+    optimizer = attached(model, gap=1)
+    train(model, optimizer, tokens(seed=1))
+    layers = [layer for _, layer in layers_of(model)]
+    before = [[tensor.clone() for tensor in (layer.basis, *optimizer.state[layer.slot].values())] for layer in layers]
+    assert all(layer.capturing for layer in layers)
+    (model(**tokens()).loss * float("inf")).backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(layer.tracker is not None and layer.tracker.postponed == 1 for layer in layers)
+    for layer, tensors in zip(layers, before):
+        for now, then in zip((layer.basis, *optimizer.state[layer.slot].values()), tensors):
+            assert torch.equal(now, then)
+
+
 def test_refreshes_are_staggered() -> None:
-    """No step refreshes the bases of all layers, and within one gap each is refreshed once."""
+    """Past the early ones, no step refreshes the bases of all layers, and within one gap each is refreshed once."""
     model = llama()
     optimizer = attached(model, gap=6)
     layers = dict(layers_of(model))
-    train(model, optimizer, tokens())
+    for _ in range(6):
+        train(model, optimizer, tokens())
     counts = dict.fromkeys(layers, 0)
     for _ in range(6):
         due = [name for name, layer in layers.items() if layer.capturing]

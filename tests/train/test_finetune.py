@@ -111,6 +111,27 @@ def test_what_is_written_is_the_model_that_was_measured(text: Path, tmp_path: Pa
     assert math.isclose(summary(tmp_path / "again")["eval_loss_before"], first["eval_loss_after"], rel_tol=1e-5)
 
 
+def test_a_lora_fa_run_leaves_its_adapter_beside_the_model(text: Path, tmp_path: Path) -> None:
+    """On the base that the run began with, peft computes what the saved model computes."""
+    import peft
+    import transformers
+
+    from lisa_kernels.train.models import load_model
+
+    run = tmp_path / "run"
+    assert main(arguments(text, run, "--targets", "q_proj,v_proj", method="lora-fa")) == 0
+    ids = torch.arange(3, 60)[None]
+    base = load_model("preset:tiny", torch.float32, 0).eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(run)
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, run / "adapter")(ids).logits
+        wanted = merged(ids).logits
+    torch.testing.assert_close(adapted, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, wanted, rtol=1e-4, atol=1e-3)
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
+
+
 def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send the process a ctrl-C in the middle of that step."""
     from lisa_kernels.methods import SampledAdamW
@@ -286,7 +307,7 @@ def test_supervised_data_shows_its_mask_and_trains(
     assert summary(tmp_path / "run")["eval_loss_after"] < summary(tmp_path / "run")["eval_loss_before"]
 
 
-@pytest.mark.parametrize("embeddings", ["frozen", "always"])
+@pytest.mark.parametrize("embeddings", ["frozen", "always", "low-rank"])
 def test_gradient_checkpointing_changes_memory_and_not_results(embeddings: str, text: Path, tmp_path: Path) -> None:
     for name, flag in (("on", "--gradient-checkpointing"), ("off", "--no-gradient-checkpointing")):
         assert main(arguments(text, tmp_path / name, flag, "--embeddings", embeddings, method="owlore")) == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lisa_kernels import InputError, OwLore
+from lisa_kernels import InputError, LoRAFA, OwLore
 from lisa_kernels.train.options import FineTuneOptions
 
 
@@ -35,6 +35,27 @@ def test_default_rank_and_layers_shrink_to_the_model_but_given_ones_do_not() -> 
     assert (method.get("rank", 0), method.get("active_layers", 0)) == (8, 3)
     method = _options(rank=64, active_layers=4).build_method(default_rank=8, layers=3)
     assert (method.get("rank", 0), method.get("active_layers", 0)) == (64, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (None, "all-linear"),
+        ("all-linear", "all-linear"),
+        ("q_proj", ("q_proj",)),
+        ("q_proj,v_proj", ("q_proj", "v_proj")),
+    ],
+    ids=str,
+)
+def test_targets_are_names_with_commas_between(given: Any, wanted: Any) -> None:
+    assert _options(method="lora-fa", targets=given).build_method() == LoRAFA(targets=wanted)
+
+
+def test_a_name_left_empty_and_targets_of_another_method_are_refused() -> None:
+    with pytest.raises(InputError, match="targets"):
+        _options(method="lora-fa", targets="q_proj,")
+    with pytest.raises(InputError, match="'owlore' has no setting 'targets'"):
+        _options(targets="q_proj")
 
 
 def test_each_method_begins_at_its_own_rate() -> None:

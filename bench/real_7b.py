@@ -1,0 +1,197 @@
+"""A real training step of a 7B model on this machine: seconds of its parts and the most memory the process held.
+
+    python -m bench.real_7b                     # OwLore, 5 of 32 layers, rank 128, 64 tokens; needs 15 GB
+    python -m bench.real_7b --method lisa
+    python -m bench.real_7b --layers 2          # a thinner stack, to try it
+
+The geometry is Llama-2-7B's, the weights are random bfloat16. The last step ends with a switch of layers; a first step
+finds the bases of its layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from bench.command import main_of, positive, set_threads
+from bench.memory import STATUS, status_bytes
+from bench.rows import append_row
+from bench.timing import seconds_of_parts
+from lisa_kernels import LISA, OwLore, attach
+from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.methods import Method
+from lisa_kernels.train.presets import preset_config
+
+PRESET, LR = "llama-2-7b", 3e-4
+METHODS = ("owlore", "lisa")
+PATTERN_ELEMENTS, WEIGHT_SCALE = 1 << 20, 0.02
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training step: seconds of its parts, and the process's resident bytes after it and at their peak so far."""
+
+    method: str
+    layers: int
+    tokens: int
+    step: int
+    active_layers: list[int]
+    rank: int | None
+    embeddings: str
+    loss: float
+    build_s: float
+    attach_s: float
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    step_s: float
+    resident_bytes: int
+    peak_resident_bytes: int
+
+
+def build_model(layers: int) -> Any:
+    """Return the model with random bfloat16 weights; one pattern of numbers fills them all, which takes seconds."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = preset_config(PRESET)
+    config.num_hidden_layers = layers
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    pattern = torch.randn(PATTERN_ELEMENTS, generator=torch.Generator().manual_seed(0)).mul_(WEIGHT_SCALE)
+    pattern = pattern.to(torch.bfloat16)
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            filled = torch.empty(param.shape, dtype=torch.bfloat16)
+            _fill(filled, pattern)
+            setattr(module, name, nn.Parameter(filled))
+    return model.train()
+
+
+def _fill(weight: torch.Tensor, pattern: torch.Tensor) -> None:
+    """Fill a norm's weight with ones, and a matrix with the pattern, over and over."""
+    if weight.dim() < 2:
+        weight.fill_(1.0)
+        return
+    flat = weight.view(-1)
+    for part in flat.split(len(pattern)):
+        part.copy_(pattern[: len(part)])
+
+
+def method_of(arguments: argparse.Namespace) -> Method:
+    """Return the method that was asked for, its layers drawn uniformly; it switches in the last step."""
+    if arguments.method not in METHODS:
+        raise unknown_name("method", arguments.method, METHODS)
+    if arguments.method == "lisa":
+        return LISA(arguments.active_layers or 2, arguments.steps, embeddings=arguments.embeddings or "always")
+    return OwLore(
+        arguments.active_layers or 5, arguments.steps, rank=arguments.rank, scores="uniform",
+        embeddings=arguments.embeddings or "frozen",
+    )  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add = parser.add_argument
+    add("--method", default="owlore", help="owlore or lisa")
+    add("--layers", type=int, default=32, help="decoder layers, 0.4 GB each")
+    add("--tokens", type=int, default=64, help="in the one row of the batch")
+    add("--steps", type=int, default=2, help="training steps; the last one ends with a switch")
+    add("--active-layers", type=int, help="layers trained at a time (default: owlore 5, lisa 2)")
+    add("--rank", type=int, default=128, help="of owlore's layers")
+    add("--embeddings", help="embedding and head (default: owlore frozen, lisa always)")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--threads", type=int, help="CPU threads (default: as torch has them)")
+    add("--record", action="store_true", help="append the rows to bench/results/real_7b.jsonl")
+    add("--json", action="store_true", help="print the result as JSON on standard output")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
+    """Build the model, train it for some steps and show what they took; returns a row for each step."""
+    for name in ("layers", "tokens", "steps"):
+        positive(name, getattr(arguments, name))
+    if not STATUS.exists():
+        raise InputError("the most memory that a process held is read from /proc: run this on Linux.")
+    method = method_of(arguments)
+    set_threads(arguments.threads)
+    begin = time.perf_counter()
+    model = build_model(arguments.layers)
+    built = time.perf_counter()
+    optimizer = attach(model, method, lr=LR, seed=arguments.seed)
+    attached = time.perf_counter()
+    facts = {
+        "method": arguments.method, "layers": arguments.layers, "tokens": arguments.tokens,
+        "rank": method.get("rank", None), "embeddings": method.get("embeddings", ""),
+        "build_s": built - begin, "attach_s": attached - built,
+    }  # fmt: skip
+    console.print(
+        f"built in {facts['build_s']:.1f} s, attached in {facts['attach_s']:.1f} s; {method}", highlight=False
+    )
+    rows = []
+    for number in range(arguments.steps):
+        row = _step(model, optimizer, arguments.tokens, facts, number)
+        console.print(in_words(row), highlight=False, soft_wrap=True)
+        rows.append(row)
+        if arguments.record:
+            append_row("real_7b", {**asdict(row), "steps": arguments.steps, "ran_on": "cpu"})
+    return rows
+
+
+def _step(model: Any, optimizer: Any, tokens: int, facts: dict[str, Any], number: int) -> Row:
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
+    active, loss = optimizer.active_layers, torch.empty(())
+
+    def forward() -> None:
+        nonlocal loss
+        loss = model(input_ids=ids, labels=ids).loss
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = seconds_of_parts((forward, lambda: loss.backward(), update), "cpu")
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise RuntimeError(f"the loss of step {number} is {value}")
+    return Row(
+        **facts,
+        step=number,
+        active_layers=active,
+        loss=value,
+        forward_s=seconds[0],
+        backward_s=seconds[1],
+        optimizer_s=seconds[2],
+        step_s=sum(seconds),
+        resident_bytes=status_bytes("VmRSS"),
+        peak_resident_bytes=status_bytes("VmHWM"),
+    )
+
+
+def in_words(row: Row) -> str:
+    """Return the row as a line of text."""
+    return (
+        f"step {row.step}: layers {row.active_layers}, loss {row.loss:.3f}, forward {row.forward_s:.1f} s, "
+        f"backward {row.backward_s:.1f} s, optimizer {row.optimizer_s:.1f} s, whole {row.step_s:.1f} s; resident "
+        f"{row.resident_bytes / 1e9:.2f} GB, at the peak {row.peak_resident_bytes / 1e9:.2f} GB"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns 0, or 2 for a mistake in what was given."""
+    return main_of("real_7b", "Time real training steps of a 7B geometry.", add_options, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""A token embedding with a low-rank slot, hung on the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lisa_kernels.basis import BasisTracker
+from lisa_kernels.errors import InputError
+from lisa_kernels.layers.slot import SlotModule
+from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding
+
+# The child under which an embedding carries its slot.
+CHILD = "low_rank"
+# Rows looked up to see what a model's own class of embedding makes of its table.
+PROBED_ROWS = 64
+
+
+class LowRankEmbedding(SlotModule):
+    """The slot B [r, V] and basis P [r, n] of a token embedding's table [V, n]; it is not the embedding itself.
+
+    The embedding stays the model's own and keeps its forward; the slot hangs on it as a child module. The table is
+    reached as `weight` and registered there only.
+    """
+
+    def __init__(self, embedding: nn.Embedding, rank: int, tracker: BasisTracker) -> None:
+        super().__init__((embedding.num_embeddings, embedding.embedding_dim), rank, tracker=tracker)
+        # Past nn.Module, which would register it a second time.
+        object.__setattr__(self, "weight", embedding.weight)
+
+
+class EmbeddingTap:
+    """A forward hook that takes the gradient of looked-up rows into the slot of `layer`.
+
+    `layer` is the embedding's own slot or, where the table is tied to the output layer's weight, the slot of that
+    layer: both uses then add up in one gradient, in one basis.
+    """
+
+    def __init__(self, embedding: nn.Embedding, layer: SlotModule) -> None:
+        self.layer = layer
+        self.factor = lookup_factor(embedding)
+        self.padding = -1 if embedding.padding_idx is None else embedding.padding_idx
+
+    def __call__(self, embedding: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+        """Return the rows with the slot in their graph, as a forward hook is called."""
+        layer = self.layer
+        if not layer.active or not torch.is_grad_enabled():
+            return y
+        ids = args[0] if args else kwargs["input"]
+        if layer.capturing:
+            return capture_embedding(y, ids, layer.slot, layer.refresh_basis, self.factor, self.padding, layer.rank)
+        return lowrank_embedding(y, ids, layer.slot, layer.basis, self.factor, self.padding)
+
+
+@dataclass
+class TappedEmbedding:
+    """An embedding that was given a slot: where it sits, the layer that holds the slot, and how to take it off."""
+
+    path: str
+    embedding: nn.Embedding
+    layer: SlotModule
+    handle: RemovableHandle
+
+    def undo(self) -> None:
+        """Take hook and slot off; the embedding is as it was, with its table as it is now."""
+        self.handle.remove()
+        self.embedding._modules.pop(CHILD, None)
+
+
+@torch.no_grad()
+def lookup_factor(embedding: nn.Embedding) -> float:
+    """Return the constant f with which the module returns f · E[ids]: not 1 where a model scales its embedding.
+
+    Raises InputError for modules that return anything else, or change their table or its gradient.
+    """
+    if embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        raise InputError(
+            "an embedding with max_norm or scale_grad_by_freq cannot carry a low-rank slot; use "
+            'embeddings="always", "frozen" or "sampled".'
+        )
+    table = embedding.weight
+    ids = torch.arange(min(PROBED_ROWS, len(table)), device=table.device)
+    rows, found = table[ids].to(torch.float32), embedding(ids).to(torch.float32)
+    squares = float((rows * rows).sum())
+    factor = float((rows * found).sum()) / squares if squares else 1.0
+    # Wide enough for products rounded to bfloat16.
+    if not torch.allclose(found, factor * rows, rtol=1e-2, atol=1e-2 * float(rows.abs().max())):
+        raise InputError(
+            f'{type(embedding).__name__} returns more than its rows; use embeddings="always", "frozen" or "sampled".'
+        )
+    return 1.0 if abs(factor - 1.0) < 1e-3 else factor
+
+
+def tap_embedding(path: str, embedding: nn.Embedding, layer: SlotModule) -> TappedEmbedding:
+    """Lead the gradient of `embedding`'s rows into the slot of `layer`, which it carries if it is its own."""
+    tap = EmbeddingTap(embedding, layer)
+    handle = embedding.register_forward_hook(tap, with_kwargs=True)
+    if isinstance(layer, LowRankEmbedding):
+        embedding.add_module(CHILD, layer)
+    return TappedEmbedding(path, embedding, layer, handle)

@@ -1,0 +1,211 @@
+"""The training loss of an attached language model, computed from what its output layer reads: logits never exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisa_kernels.layers.loss_probe import IGNORED, MISFITS, PROBED_TOKENS, Probe, is_plain_loss
+from lisa_kernels.layers.lowrank import LowRankLinear, is_linear, linear_shape
+from lisa_kernels.ops.linear_cross_entropy import Curve, Head, linear_cross_entropy
+
+PLAIN = Curve()
+
+
+def causal_loss(
+    hidden: Tensor, layer: nn.Module, labels: Tensor, num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = IGNORED, shift_labels: Tensor | None = None, curve: Curve = PLAIN,
+) -> Tensor:  # fmt: skip
+    """Return the mean cross entropy of the next tokens, float32 0-d, without logits.
+
+    hidden: [..., T, n], what the output layer `layer` reads. labels: [..., T], the tokens themselves;
+    shift_labels: the next ones, where they are known. num_items_in_batch: what to divide the sum by, else the number
+    of labels that count. curve: what the model makes of the layer's logits.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    head = head_of(layer)._replace(curve=curve)
+    hidden, targets = hidden.to(head.weight.device), shift_labels.to(head.weight.device)
+    refresh = layer.refresh_basis if isinstance(layer, LowRankLinear) and layer.capturing else None
+    total = linear_cross_entropy(hidden, head, targets, ignore_index=ignore_index, refresh=refresh)
+    if num_items_in_batch is None:
+        return total / (targets != ignore_index).sum()
+    return total / (
+        num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    )
+
+
+def head_of(layer: nn.Module) -> Head:
+    """Return what the loss needs of an output layer."""
+    if not isinstance(layer, LowRankLinear):
+        return Head(layer.weight, layer.bias)  # type: ignore[arg-type]
+    if not layer.active:
+        return Head(layer.matrix, layer.bias)
+    return Head(layer.matrix, layer.bias, layer.slot, layer.basis, layer.scale, layer.tracker is not None)
+
+
+class LossWithoutLogits:
+    """Hooks on a transformers model with which its loss, in training, is computed a few hundred tokens at a time.
+
+    When labels are given, gradients are on and the model is in training mode, the output layer sees one position only;
+    the model's loss function gets the hidden states that the layer would have read. What else the model adds to its
+    loss stays. Logits are formed when they are read from the model's output; evaluation and generation are as before.
+    """
+
+    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
+        self.model, self.layer = model, layer
+        self.plain: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]
+        self._own = model.__dict__.get("_loss_function")
+        self._names = list(inspect.signature(model.forward).parameters)
+        self.curve = PLAIN
+        self._probe: Probe | None = None
+        self._armed = False
+        self._hidden: Tensor | None = None
+        self._autocast: torch.dtype | None = None
+        model.loss_function = self._loss  # type: ignore[assignment]
+        self._handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            layer.register_forward_pre_hook(self._narrow),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off and give the model its loss function back."""
+        for handle in self._handles:
+            handle.remove()
+        del self.model._loss_function
+        if self._own is not None:
+            self.model.loss_function = self._own
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = {**dict(zip(self._names, args)), **kwargs}
+        keep = given.get("logits_to_keep", 0)
+        wanted = given.get("labels") is not None and given.get("return_dict") is not False
+        whole = isinstance(keep, int) and keep == 0
+        training = model.training and torch.is_grad_enabled()
+        self._armed = wanted and whole and (training or self._probe is not None)
+        self._hidden = None
+
+    def _narrow(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+        if not self._armed:
+            return None
+        (self._hidden,) = args
+        device = self._hidden.device.type
+        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if self._probe is not None:
+            return (self._probe.positions(head_of(layer), self._hidden),)
+        return (self._hidden[..., :1, :],)
+
+    def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._hidden is None:
+            return self.plain(*args, **kwargs)
+        if self._probe is not None:
+            return self._probe.compare(*args, **kwargs)
+        return self._chunked(self._hidden, *args, **kwargs)
+
+    def _chunked(
+        self, hidden: Tensor, logits: Tensor, labels: Tensor, vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None, ignore_index: int = IGNORED,
+        shift_labels: Tensor | None = None, **others: Any,
+    ) -> Tensor:  # fmt: skip
+        return causal_loss(hidden, self.layer, labels, num_items_in_batch, ignore_index, shift_labels, self.curve)
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        hidden, self._armed, self._hidden = self._hidden, False, None
+        # There is no output where the forward raised.
+        if output is None or hidden is None or self._probe is not None:
+            return None
+        return with_logits_on_demand(output, self._logits, hidden, self._autocast)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.layer(hidden)
+        if self.curve.cap is not None:
+            return self.curve.cap * torch.tanh(logits * (self.curve.scale / self.curve.cap))
+        return logits if self.curve.scale == 1.0 else logits * self.curve.scale
+
+    @torch.no_grad()
+    def is_exact(self) -> bool:
+        """Return whether the model's loss is the cross entropy of its output layer's logits, scaled and capped or not.
+
+        Runs a forward of a few tokens and notes the curve.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        self._probe = Probe(self.model)
+        try:
+            ids = torch.arange(PROBED_TOKENS, device=self.layer.weight.device).unsqueeze(0)  # type: ignore[arg-type]
+            output = self.model(input_ids=ids, labels=ids)
+            found = self._probe.curves
+            if not isinstance(output, Mapping) or len(found) != 1 or found[0] is None:
+                return False
+            self.curve = found[0]
+            return True
+        except MISFITS:
+            return False
+        finally:
+            self._probe = None
+            for module, mode in modes:
+                module.training = mode
+
+
+def leave_out_logits(model: nn.Module) -> LossWithoutLogits | None:
+    """Compute the model's training loss without logits from now on; None, the model as it was, where that is not exact.
+
+    It is for models of transformers with an output layer, whose loss is the cross entropy of what this layer returns,
+    scaled or softly capped by numbers of their configuration. Warns of models with an output layer and another loss.
+    """
+    get_output = getattr(model, "get_output_embeddings", None)
+    layer = get_output() if callable(get_output) else None
+    has_loss = isinstance(getattr(type(model), "loss_function", None), property)
+    if not has_loss or not isinstance(layer, nn.Module) or not is_linear(layer):
+        return None
+    if is_plain_loss(model.loss_function, linear_shape(layer)[0]):  # type: ignore[arg-type]
+        without = LossWithoutLogits(model, layer)
+        if without.is_exact():
+            return without
+        without.remove()
+    warnings.warn(
+        f"the loss of {type(model).__name__} is not the cross entropy of the next tokens by its output layer; it goes "
+        "on forming the logits of all tokens.",
+        stacklevel=4,
+    )
+    return None
+
+
+def with_logits_on_demand(
+    output: Any, logits_of: Callable[[Tensor], Tensor], hidden: Tensor, autocast: torch.dtype | None
+) -> Any:
+    """Return the model's output with its logits formed, in its graph and under its autocast, when they are read."""
+    values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    result = _on_demand(type(output))(**{**values, "logits": None})  # type: ignore[arg-type]
+
+    def form() -> Tensor:
+        with torch.autocast(hidden.device.type, dtype=autocast) if autocast else nullcontext():
+            return logits_of(hidden)
+
+    result.form_logits = form
+    return result
+
+
+@cache
+def _on_demand(cls: type) -> type:
+    """Return a subclass of a model's output whose `logits` are formed by `form_logits` when they are read."""
+
+    def read(self: Any) -> Tensor | None:
+        formed: Tensor | None = self.__dict__.get("logits")
+        if formed is None and "form_logits" in self.__dict__:
+            formed = self.__dict__["logits"] = self.form_logits()
+        return formed
+
+    def write(self: Any, value: Tensor | None) -> None:
+        self.__dict__["logits"] = value
+
+    return type(cls.__name__, (cls,), {"logits": property(read, write), "__module__": __name__})

@@ -1,0 +1,99 @@
+"""What every layer with a low-rank slot has: the slot, the basis, and when they own storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisa_kernels.basis import BasisTracker, Gradient
+
+
+class SlotModule(nn.Module):
+    """A weight [m, n] that trains through a slot B [r, m] beside it, read with a basis P [r, n].
+
+    The slot is a parameter (float32) and the basis a buffer (the weight's dtype); both are empty while the layer is
+    inactive and neither is ever in `state_dict()`. With a tracker the basis comes from gradients and the slot is
+    folded into the weight after each step; without one (LoRA-FA) the basis is fixed and the slot stays.
+
+    With `exact_master` a bfloat16 weight has a remainder beside it while it is active, which makes it a float32 master
+    weight: updates far below a bfloat16's step then add up without rounding noise.
+
+    Bytes while active: 4·r·m for the slot, as much for its gradient, r·n weights for the basis, 2·m·n for a remainder.
+    """
+
+    weight: nn.Parameter
+    basis: Tensor
+    remainder: Tensor
+
+    def __init__(self, shape: tuple[int, int], rank: int, scale: float = 1.0, tracker: BasisTracker | None = None):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.rank, self.scale, self.tracker = rank, scale, tracker
+        # Whether the weight is stored [n, m].
+        self.transposed = False
+        self.capturing = False
+        self.exact_master = False
+        self.slot = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.register_buffer("basis", torch.empty(0), persistent=False)
+        self.register_buffer("remainder", torch.empty(0, dtype=torch.int16), persistent=False)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight read as [m, n]; a view."""
+        return self.weight.t() if self.transposed else self.weight
+
+    @property
+    def active(self) -> bool:
+        """Whether the slot owns storage."""
+        return self.slot.numel() > 0
+
+    def activate(self, basis: Tensor | None = None) -> None:
+        """Give the slot and the basis their storage; the slot is zero, the basis `basis` or to be found."""
+        device, dtype = self.weight.device, self.weight.dtype
+        self.slot.data = torch.zeros(self.rank, self.out_features, device=device)
+        self.basis = torch.zeros(self.rank, self.in_features, device=device, dtype=dtype)
+        if basis is not None:
+            self.basis.copy_(basis)
+        if self.exact_master and dtype == torch.bfloat16:
+            self.remainder = torch.zeros_like(self.weight, dtype=torch.int16)
+
+    def arm(self) -> None:
+        """Settle whether backwards until the next step find a basis, because one is due, and keep all that it takes.
+
+        The choice holds for the whole step: what gradient checkpointing recomputes must be what the forward did, and
+        the first of several backwards already makes the basis.
+        """
+        self.capturing = self.active and self.tracker is not None and self.tracker.due
+
+    def deactivate(self, keep_basis: bool = False) -> None:
+        """Free the slot's storage, its gradient's, and the basis's unless it is kept."""
+        self.capturing = False
+        self.slot.grad = None
+        self.slot.data = torch.empty(0, device=self.slot.device)
+        self.remainder = torch.empty(0, dtype=torch.int16, device=self.slot.device)
+        if not keep_basis:
+            self.basis = torch.empty(0, device=self.slot.device)
+
+    def refresh_basis(self, gradient: Gradient) -> Tensor:
+        """Make the basis that is due, from the weight's gradient [m, n], and return the one in use."""
+        assert self.tracker is not None
+        return self.tracker.update(gradient, self.basis)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}slot"]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # The slot is never saved: hand over what is here, so that strict loading misses nothing.
+        key = f"{prefix}slot"
+        state_dict[key] = self.slot
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        del state_dict[key]
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, active={self.active}"
+        )

@@ -1,0 +1,100 @@
+"""Which layers of a model carry a LoRA-FA adapter, and which train in full beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lisa_kernels.basis import random_basis, stream_generator
+from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.layers import LowRankLinear, find_linears, swap_linears
+from lisa_kernels.layers.lowrank import Place
+from lisa_kernels.methods.definitions import LoRAFA
+from lisa_kernels.methods.units import Plan, Unit, distinct, swapped
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    get_output = getattr(model, "get_output_embeddings", None)
+    head = get_output() if callable(get_output) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def new_head(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the parts of a classification head by name: layers on top that no pretraining has trained.
+
+    They are the model's direct children that are not its backbone, when it has no language-model head.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not hasattr(model, prefix) or _output_layer(model) is not None:
+        return {}
+    return {name: child for name, child in model.named_children() if name != prefix}
+
+
+def _adapter_places(model: nn.Module, method: LoRAFA) -> list[Place]:
+    """Return the linears that the targets name, outside a new head, which trains in full.
+
+    Refuses a target that names none, a rank that does not fit, and a weight that another module uses too.
+    """
+    head = {module for part in new_head(model).values() for module in part.modules()}
+    if method.targets == "all-linear":
+        output = _output_layer(model)
+        places = find_linears({"": model}, method.rank, lambda path, layer: layer is not output and layer not in head)
+        if not places:
+            raise InputError(f"{type(model).__name__} has no linear layer that could carry an adapter.")
+    else:
+        places = _targeted(model, method, head)
+    _check_untied(model, places)
+    return places
+
+
+def _targeted(model: nn.Module, method: LoRAFA, head: set[nn.Module]) -> list[Place]:
+    def ends_with(*names: str) -> Callable[[str, nn.Module], bool]:
+        return lambda path, layer: (
+            layer not in head and any(path == name or path.endswith(f".{name}") for name in names)
+        )
+
+    for target in method.targets:
+        if not find_linears({"": model}, 0, ends_with(target)):
+            known = find_linears({"": model}, 0, lambda path, layer: layer not in head)
+            raise unknown_name("target", target, {place.name for place in known})
+    return find_linears({"": model}, method.rank, ends_with(*method.targets))
+
+
+def _check_untied(model: nn.Module, places: list[Place]) -> None:
+    """Refuse a weight that another module reads too: merged into it, the adapter would change that module."""
+    readers: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for param in module.parameters(recurse=False):
+            readers.setdefault(id(param), []).append((path, module))
+    for place in places:
+        tied = [path for path, module in readers[id(place.layer.weight)] if module is not place.layer]
+        if tied:
+            raise InputError(
+                f"the weight of {place.path} is tied to that of {tied[0]}, which an adapter would change when merged; "
+                "leave it out of the targets, or untie the two."
+            )
+
+
+def check_adapter_plan(model: nn.Module, method: LoRAFA) -> None:
+    """Raise what `adapter_plan` would raise, and change nothing."""
+    _adapter_places(model, method)
+
+
+def adapter_plan(model: nn.Module, method: LoRAFA, seed: int) -> Plan:
+    """Prepare a model whose targeted linears carry a slot that stays; needs no decoder blocks."""
+    made = 0
+
+    def make(layer: nn.Module, path: str) -> LowRankLinear:
+        nonlocal made
+        made += 1
+        lowrank = LowRankLinear(layer, method.rank, scale=method.alpha / method.rank)
+        generator = stream_generator(seed, made, 0)
+        lowrank.activate(random_basis(method.rank, lowrank.in_features, generator, lowrank.slot.device))
+        return lowrank
+
+    new = [param for part in new_head(model).values() for param in part.parameters()]
+    swaps = swap_linears(_adapter_places(model, method), make)
+    taken: set[int] = set()
+    layers = swapped(swaps, "", taken)
+    return Plan([], Unit("adapters", distinct(new, taken), {**layers}), [*swaps], "")

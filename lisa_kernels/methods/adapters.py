@@ -1,0 +1,73 @@
+"""LoRA-FA's adapters beside training: what they hold, merged into the weights and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lisa_kernels.layers import SlotModule
+from lisa_kernels.methods.adapter_plan import new_head
+from lisa_kernels.methods.definitions import LoRAFA
+from lisa_kernels.methods.slots import lifting_factors
+from lisa_kernels.ops.fold import fold_
+
+
+@dataclass
+class Adapters:
+    """The adapters of one attached model: what stays, beside the weights, of LoRA-FA's training.
+
+    While they are merged, each layer's slot lies in `aside` with a copy of the weight in host memory.
+    """
+
+    model: nn.Module
+    method: LoRAFA
+    layers: Mapping[str, SlotModule]
+    aside: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weights hold the adapters now."""
+        return bool(self.aside)
+
+    def slot(self, path: str) -> Tensor:
+        """Return one layer's B, float32 [r, m], merged or not."""
+        return self.aside[path][1] if self.merged else self.layers[path].slot.detach()
+
+    def head(self) -> dict[str, Tensor]:
+        """Return the tensors of a new head, which trains in full, by their names in the model."""
+        children = new_head(self.model).items()
+        return {f"{name}.{key}": value for name, child in children for key, value in child.state_dict().items()}
+
+    def merge(self) -> None:
+        """W ← W + scale · Bᵀ A; the layers are then plain linears."""
+        if self.merged:
+            return
+        self.aside = {
+            path: (layer.weight.detach().to("cpu", copy=True), layer.slot.detach().clone())
+            for path, layer in self.layers.items()
+        }
+        self._add_to_weights()
+        for layer in self.layers.values():
+            layer.slot.data = torch.empty(0, device=layer.slot.device)
+
+    def merge_for_good(self) -> None:
+        """Leave the adapters in the weights; a copy from `merge` is freed."""
+        if not self.merged:
+            self._add_to_weights()
+        self.aside = {}
+
+    def unmerge(self) -> None:
+        """Put weights and slots back bit for bit."""
+        for path, (weight, slot) in self.aside.items():
+            self.layers[path].weight.data.copy_(weight)
+            self.layers[path].slot.data = slot
+        self.aside = {}
+
+    def _add_to_weights(self) -> None:
+        for layer in self.layers.values():
+            # To nearest, which errs least where a weight is rounded once; steps round often, and so stochastically.
+            decay, clock = layer.slot.new_ones(()), layer.slot.new_zeros((), dtype=torch.int64)
+            fold_(layer.weight.data, *lifting_factors(layer), decay=decay, clock=clock, stochastic=False)

@@ -1,0 +1,82 @@
+"""Embedding and output layer in low rank: which modules these are, and the slots they get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lisa_kernels.basis import BasisTracker
+from lisa_kernels.errors import InputError
+from lisa_kernels.layers import (
+    LowRankEmbedding,
+    LowRankLinear,
+    ModelParts,
+    SlotModule,
+    TappedEmbedding,
+    find_linears,
+    linear_shape,
+    lookup_factor,
+    swap_linears,
+    tap_embedding,
+)
+from lisa_kernels.layers.lowrank import Place, Swap
+
+ADVICE = 'use embeddings="always", "frozen" or "sampled".'
+
+
+@dataclass(frozen=True)
+class OuterPlaces:
+    """Where a model's token embedding and its output layer are; `tied` if they read one weight."""
+
+    path: str
+    embedding: nn.Embedding
+    head: list[Place]
+    tied: bool
+
+
+def find_outer(model: nn.Module, parts: ModelParts) -> OuterPlaces:
+    """Return the places of embedding and head that get a slot; raises InputError where they cannot carry one."""
+    layers = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(model, name, None)
+        layers.append(get() if callable(get) else None)
+    embedding, output = layers
+    if not isinstance(embedding, nn.Embedding) or not any(embedding.weight is param for param in parts.embeddings):
+        raise InputError(
+            f"{type(model).__name__} names no token embedding (get_input_embeddings) that could train in low rank; "
+            f"{ADVICE}"
+        )
+    path = next(path for path, module in model.named_modules() if module is embedding)
+    lookup_factor(embedding)
+    tied = getattr(output, "weight", None) is embedding.weight
+    head = find_linears({"": model}, 0, lambda path, layer: layer is output)
+    if tied and not head:
+        raise InputError(f"{path} is tied to an output layer that cannot carry a low-rank slot; {ADVICE}")
+    return OuterPlaces(path, embedding, head, tied)
+
+
+def add_outer_slots(
+    places: OuterPlaces, rank: int, make_tracker: Callable[[int], BasisTracker]
+) -> tuple[dict[str, SlotModule], list[Swap], list[TappedEmbedding]]:
+    """Give embedding and head a slot of at most `rank`, one between them where they are tied.
+
+    Returns the layers by path and what was changed. make_tracker: from the rank that fits to a tracker.
+    """
+
+    def make(layer: nn.Module, path: str) -> LowRankLinear:
+        fits = min(rank, *linear_shape(layer))
+        return LowRankLinear(layer, fits, tracker=make_tracker(fits))
+
+    layers: dict[str, SlotModule] = {}
+    swaps = swap_linears(places.head, make)
+    if places.tied:
+        layers[swaps[0].path] = swaps[0].layer
+        return layers, swaps, [tap_embedding(places.path, places.embedding, swaps[0].layer)]
+    table = places.embedding
+    fits = min(rank, table.num_embeddings, table.embedding_dim)
+    layers[places.path] = LowRankEmbedding(table, fits, make_tracker(fits))
+    if swaps:
+        layers[swaps[0].path] = swaps[0].layer
+    return layers, swaps, [tap_embedding(places.path, table, layers[places.path])]
