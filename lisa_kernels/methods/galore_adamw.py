@@ -161,11 +161,11 @@ class GaLoreAdamW8bit(AdamW8bit):
             if not self.state.get(each.param):
                 each.projection.start()
         first = [each for each in projected if not each.projection.has_bases]
-        if first and not self._make_first(first):
+        if first and not self._make_first(first, grad_scale):
             return
         for each in projected:
             if each.projection.due and each.projection.has_bases:
-                self._refresh(each)
+                self._refresh(each, grad_scale)
         for batch in gather([group for group in self.param_groups if not is_projected(group)], self._state_of):
             self._update(batch, grad_scale, batch.params)
         for portion in _portions(projected):
@@ -173,7 +173,7 @@ class GaLoreAdamW8bit(AdamW8bit):
         for each in projected:
             each.projection.advance()
 
-    def _make_first(self, moving: list[_Moving]) -> bool:
+    def _make_first(self, moving: list[_Moving], grad_scale: Tensor) -> bool:
         """Make first bases; false, and none made, if this step is skipped. All else in a step asks the device nothing.
 
         Where a gradient is zero throughout there is no basis to find yet: a later step tries again.
@@ -183,16 +183,17 @@ class GaLoreAdamW8bit(AdamW8bit):
         skip, *nonzero = torch.stack(asked).tolist()
         for each, found in zip(moving, nonzero):
             if found and not skip:
-                self._refresh(each)
+                self._refresh(each, grad_scale)
         return not skip
 
-    def _refresh(self, moving: _Moving) -> None:
+    def _refresh(self, moving: _Moving, grad_scale: Tensor) -> None:
         """Make or refresh the bases that are due and carry the moments along; a skipped step takes both back."""
         state = self._state_of(moving.param)
         before = {name: value.clone() for name, value in state.items()} if moving.projection.has_bases else {}
         if moving.projection.refresh(state, moving.grad):
             moments = self.moments(moving.param)
-            carried = moving.projection.transport(*moments, state["step"], moving.group["betas"])
+            projected = moving.projection.project(state, moving.grad) * grad_scale.to(moving.grad.device)
+            carried = moving.projection.transport(*moments, state["step"], moving.group["betas"], projected)
             self.set_moments(moving.param, *carried)
         skip = self.last_skip(moving.param.device)
         for name, old in before.items():

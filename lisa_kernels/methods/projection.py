@@ -80,7 +80,8 @@ class Projection:
         self.shape, self.rank = shape, group["rank"]
         self.sides = SIDES[group["proj_type"]][m < n]
         self.trackers = {
-            side: BasisTracker(self.rank, gap=group["update_proj_gap"], offset=0, seed=0, stream=0)
+            # No early attempts: a first basis is made from a gradient known to be good.
+            side: BasisTracker(self.rank, gap=group["update_proj_gap"], offset=0, seed=0, stream=0, early=False)
             for side in self.sides
         }
 
@@ -114,13 +115,9 @@ class Projection:
             tracker.start(0)
 
     def advance(self) -> None:
-        """Count a step; each basis is due once in a gap.
-
-        Trackers refresh a first basis early, in case it was lost; here it was made from a gradient known to be good.
-        """
+        """Count a step; each basis is due once in a gap."""
         for tracker in self.trackers.values():
-            tracker.steps += 1
-            tracker.due = tracker.due or (tracker.steps + tracker.offset) % tracker.gap == 0
+            tracker.advance()
 
     def refresh(self, state: dict[str, Tensor], gradient: Tensor) -> bool:
         """Make or refresh the bases that are due, in place; returns whether moments must be carried along.
@@ -132,14 +129,20 @@ class Projection:
             tracker.update(gradient if side == "right" else gradient.t(), state[f"{side}_basis"])
         return any(tracker.rotation is not None for tracker in self.trackers.values())
 
-    def transport(self, m: Tensor, v: Tensor, step: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        """Return the moments, float32 of R's shape, in the bases of the last refresh; see `transport_moments`."""
+    def transport(
+        self, m: Tensor, v: Tensor, step: Tensor, betas: tuple[float, float], projected: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the moments, float32 of R's shape, in the bases of the last refresh; see `transport_moments`.
+
+        projected: R of the gradient that made these bases.
+        """
         for axis, tracker in enumerate(self.trackers.values()):
             rotation, tracker.rotation = tracker.rotation, None
             if rotation is not None and axis == 0:
-                m, v = transport_moments(m, v, rotation, step, betas)
+                m, v = transport_moments(m, v, rotation, step, betas, projected)
             elif rotation is not None:
-                m, v = (moment.t() for moment in transport_moments(m.t(), v.t(), rotation, step, betas))
+                turned = transport_moments(m.t(), v.t(), rotation, step, betas, projected.t())
+                m, v = (moment.t() for moment in turned)
         return m, v
 
     def project(self, state: dict[str, Tensor], gradient: Tensor) -> Tensor:

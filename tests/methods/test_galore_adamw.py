@@ -246,9 +246,9 @@ def test_a_step_is_seen_by_autograd() -> None:
 def test_only_first_bases_are_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no values to read: with first bases made unasked, steps and refreshes run on them."""
 
-    def unasked(self: GaLoreAdamW8bit, moving: list[Any]) -> bool:
+    def unasked(self: GaLoreAdamW8bit, moving: list[Any], grad_scale: Tensor) -> bool:
         for each in moving:
-            self._refresh(each)
+            self._refresh(each, grad_scale)
         return True
 
     with FakeTensorMode():

@@ -86,7 +86,7 @@ def test_a_refresh_carries_the_first_moment_along(shape: tuple[int, int], proj_t
     made.advance()
     assert made.due
     assert made.refresh(bases, normal(*shape, seed=4))
-    new_m, new_v = made.transport(m, m.square(), torch.tensor(1000), BETAS)
+    new_m, new_v = made.transport(m, m.square(), torch.tensor(1000), BETAS, m)
     share = lifted(made, bases, made.project(bases, before))
     assert torch.allclose(lifted(made, bases, new_m), share, atol=10 * ORTHONORMAL)
     assert not torch.allclose(lifted(made, bases, m), share, atol=0.1)
@@ -99,9 +99,9 @@ def test_a_rotation_is_used_once() -> None:
     made.advance()
     made.refresh(bases, normal(24, 16, seed=4))
     m = normal(4, 4)
-    moved = made.transport(m, m.square(), torch.tensor(10), BETAS)[0]
+    moved = made.transport(m, m.square(), torch.tensor(10), BETAS, m)[0]
     assert not torch.equal(moved, m)
-    assert torch.equal(made.transport(m, m.square(), torch.tensor(10), BETAS)[0], m)
+    assert torch.equal(made.transport(m, m.square(), torch.tensor(10), BETAS, m)[0], m)
 
 
 def test_without_transport_of_one_side_the_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
