@@ -133,6 +133,18 @@ def find_linears(
     return found
 
 
+def check_untied(model: nn.Module, places: Iterable[Place], consequence: str) -> None:
+    """Raise InputError, with the `consequence` and what to do, for a weight at `places` that another module reads."""
+    readers: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for param in module.parameters(recurse=False):
+            readers.setdefault(id(param), []).append((path, module))
+    for place in places:
+        tied = [path for path, module in readers[id(place.layer.weight)] if module is not place.layer]
+        if tied:
+            raise InputError(f"the weight of {place.path} is tied to that of {tied[0]}, {consequence}.")
+
+
 def swap_linears(places: Iterable[Place], make: Callable[[nn.Module, str], LowRankLinear]) -> list[Swap]:
     """Replace the layers at `places` by `make(layer, path)`; a module that sits in several places becomes one layer.
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lisa_kernels.basis import random_basis, stream_generator
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.layers import LowRankLinear, find_linears, swap_linears
+from lisa_kernels.layers import LowRankLinear, check_untied, find_linears, swap_linears
 from lisa_kernels.layers.lowrank import Place
 from lisa_kernels.methods.definitions import LoRAFA
 from lisa_kernels.methods.units import Plan, Unit, distinct, swapped
@@ -44,7 +44,9 @@ def _adapter_places(model: nn.Module, method: LoRAFA) -> list[Place]:
             raise InputError(f"{type(model).__name__} has no linear layer that could carry an adapter.")
     else:
         places = _targeted(model, method, head)
-    _check_untied(model, places)
+    check_untied(
+        model, places, "which an adapter would change when merged; leave it out of the targets, or untie the two"
+    )
     return places
 
 
@@ -59,21 +61,6 @@ def _targeted(model: nn.Module, method: LoRAFA, head: set[nn.Module]) -> list[Pl
             known = find_linears({"": model}, 0, lambda path, layer: layer not in head)
             raise unknown_name("target", target, {place.name for place in known})
     return find_linears({"": model}, method.rank, ends_with(*method.targets))
-
-
-def _check_untied(model: nn.Module, places: list[Place]) -> None:
-    """Refuse a weight that another module reads too: merged into it, the adapter would change that module."""
-    readers: dict[int, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        for param in module.parameters(recurse=False):
-            readers.setdefault(id(param), []).append((path, module))
-    for place in places:
-        tied = [path for path, module in readers[id(place.layer.weight)] if module is not place.layer]
-        if tied:
-            raise InputError(
-                f"the weight of {place.path} is tied to that of {tied[0]}, which an adapter would change when merged; "
-                "leave it out of the targets, or untie the two."
-            )
 
 
 def check_adapter_plan(model: nn.Module, method: LoRAFA) -> None:

@@ -14,6 +14,7 @@ from lisa_kernels.layers import (
     ModelParts,
     SlotModule,
     TappedEmbedding,
+    check_untied,
     find_linears,
     split_model,
     swap_linears,
@@ -78,21 +79,26 @@ def _block_unit(name: str, block: nn.Module, swaps: list[Swap], taken: set[int])
     return Unit(name, distinct(block.parameters(), taken), {**lowrank})
 
 
-def _layered_places(method: Method, parts: ModelParts) -> list[Place]:
-    """Return the linears that get a slot; refuses more active layers than there are, and a rank that does not fit."""
+def _layered_places(model: nn.Module, method: Method, parts: ModelParts) -> list[Place]:
+    """Return the linears that get a slot.
+
+    Refuses more active layers than there are, a rank that does not fit, and a weight that another module uses too.
+    """
     wanted, layers = method.get("active_layers", 1), len(parts.blocks)
     if wanted > layers:
         raise InputError(f"active_layers is {wanted}, but the model has {layers} layers; use at most {layers}.")
     if method.form != "low-rank":
         return []
     roots = {f"{parts.path}.{index}": block for index, block in enumerate(parts.blocks)}
-    return find_linears(roots, method.get("rank", 0))
+    places = find_linears(roots, method.get("rank", 0))
+    check_untied(model, places, "whose gradient a low-rank slot would not see; untie the two, or use LISA or OWS")
+    return places
 
 
 def check_layered_plan(model: nn.Module, method: Method, blocks: str | None) -> None:
     """Raise what `layered_plan` would raise, and change nothing."""
     parts = split_model(model, blocks)
-    _layered_places(method, parts)
+    _layered_places(model, method, parts)
     if method.get("embeddings", "always") == "low-rank":
         find_outer(model, parts)
 
@@ -110,7 +116,7 @@ def layered_plan(model: nn.Module, method: Method, seed: int, blocks: str | None
     def make(layer: nn.Module, path: str) -> LowRankLinear:
         return LowRankLinear(layer, rank, tracker=make_tracker(rank))
 
-    swaps = swap_linears(_layered_places(method, parts), make)
+    swaps = swap_linears(_layered_places(model, method, parts), make)
     taken: set[int] = set()
     drawn = [_block_unit(f"{parts.path}.{i}", block, swaps, taken) for i, block in enumerate(parts.blocks)]
     plan = Plan(drawn, Unit("always"), [*swaps], parts.path)

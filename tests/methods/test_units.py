@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from families import DECODERS
+from families import DECODERS, llama
 
-from lisa_kernels import OwLore
+from lisa_kernels import LISA, GaLore, OwLore, attach
+from lisa_kernels.errors import InputError
 from lisa_kernels.methods.units import layered_plan
 
 
@@ -34,3 +35,14 @@ def test_every_language_parameter_is_in_one_unit(name: str, embeddings: str) -> 
         else 2
     )
     assert len(plan.drawn) == 3 + extra
+
+
+def test_low_rank_layers_that_share_a_weight_are_refused_with_the_reason() -> None:
+    """Two modules, one parameter: the slot of the one would miss the other's gradient. At full rank it trains."""
+    model = llama()
+    first, second = (block.mlp for block in model.model.layers[:2])
+    second.up_proj.weight = first.up_proj.weight
+    reason = r"model\.layers\.0\.mlp\.up_proj is tied to that of model\.layers\.1\.mlp\.up_proj, whose gradient"
+    with pytest.raises(InputError, match=reason):
+        attach(model, GaLore(rank=4))
+    attach(model, LISA(active_layers=1, embeddings="frozen"))
