@@ -180,12 +180,14 @@ TINY, NANS = norm_of(normal(5000, 1) * 1e-30), norm_of(torch.tensor([1.0, math.n
 DEFECTS: dict[str, tuple[str, str, str, Check]] = {
     "inclusive mask of vectors": ("tiles", "mask = offsets + SHIFT < left", "mask = offsets + SHIFT <= left", STEPS),
     "inclusive mask of elements": ("tiles", "[None, None, :]) < left", "[None, None, :]) <= left", ODD),
-    "half of the key": ("tiles", " ^ (key >> 32).to(tl.uint32)", "", STEPS),
+    "half of the key": ("tiles", "start.to(tl.uint32) ^ mix32(low) ^ (key >> 32).to(tl.uint32)",
+                        "start.to(tl.uint32) ^ mix32(low)", STEPS),
     "words without the element's high half": ("tiles", "(start >> 32).to", "(start >> 63).to", FAR),
     "starts in 32 bits": (
         "adamw8", "start = tile * ELEMENTS", "start = (tile.to(tl.int32) * ELEMENTS).to(tl.int64)", FAR
     ),
-    "one word for both moments": ("tiles", "return first, first * 0x9E3779B1", "return first, first", STEPS),
+    "one word for both moments": ("tiles", "first = x ^ (x >> 16)\n    return first, first * 0x9E3779B1",
+                                  "first = x ^ (x >> 16)\n    return first, first", STEPS),
     "weights rounded half a place up": ("tiles", "+ bits16) >> 16", "+ bits16 + 0x8000) >> 16", STEPS_BF16),
     "weights truncated": ("tiles", "+ bits16) >> 16", ") >> 16", STEPS_BF16),
     "16-bit halves exchanged": ("tiles", "tl.join(low, high)", "tl.join(high, low)", WHOLE_TILES),
