@@ -41,7 +41,7 @@ lint: $(STAMP)  ## check format, lint rules and types
 kernels: $(STAMP)  ## compile every GPU kernel for seven targets, report its machine code, check it against its budgets
 	$(BIN)/python -m bench.kernels --check
 
-bench: $(STAMP)  ## time optimizers, layers and whole steps beside their peers and record the rows (half an hour on two cores)
+bench: $(STAMP)  ## time optimizers, layers and whole steps beside their peers and record the rows
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[bench]"
 	$(BIN)/lisa-kernels bench optimizer --small-tensors --record
 	$(BIN)/lisa-kernels bench lowrank --record
