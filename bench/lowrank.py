@@ -22,7 +22,7 @@ from bench.lowrank_cases import Case, parse_shapes
 from bench.lowrank_layers import LayerRow, RunningLayer
 from bench.lowrank_table import print_rows
 from bench.lowrank_updates import RunningUpdate, UpdateRow
-from bench.memory import free_bytes
+from bench.held_bytes import free_bytes
 from bench.optimizer import parse_dtypes
 from bench.rows import append_row
 from bench.step_contestants import reason_of

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench import plots
 from bench.command import main_of, parse_device, positive, set_threads
-from bench.memory import free_bytes
+from bench.held_bytes import free_bytes
 from bench.optimizer_cases import Case, Entry, Row, Running, identity, start, why_not
 from bench.optimizer_table import print_rows
 from bench.peers import CONTESTANTS, DTYPES, YARDSTICK, parse_peers

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from bench.memory import extra_bytes, state_bytes
+from bench.held_bytes import extra_bytes, state_bytes
 from bench.peers import DTYPES, Contestant
 from bench.timing import Spread, seconds_per_call
 

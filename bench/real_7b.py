@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from bench.command import main_of, positive, set_threads
-from bench.memory import STATUS, status_bytes
+from bench.held_bytes import STATUS, status_bytes
 from bench.rows import append_row
 from bench.timing import seconds_of_parts
 from lisa_kernels import LISA, OwLore, attach

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from bench import plots
 from bench.command import main_of, parse_device, positive, set_threads
-from bench.memory import free_bytes, held_bytes
+from bench.held_bytes import free_bytes, held_bytes
 from bench.peers import DTYPES
 from bench.rows import append_row
 from bench.step_cases import SCORES, Case

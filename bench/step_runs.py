@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bench.memory import extra_bytes, held_bytes, saved_for_backward
+from bench.held_bytes import extra_bytes, held_bytes, saved_for_backward
 from bench.step_cases import Case
 from bench.step_contestants import FULL, LORA, Contestant, Trainee, captures
 from bench.timing import seconds_of_parts, spread

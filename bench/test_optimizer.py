@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.command import parse_device
-from bench.memory import state_bytes
+from bench.held_bytes import state_bytes
 from bench.optimizer_cases import Case, Entry, start, why_not
 from bench.optimizer_table import size_name
 from bench.peers import CONTESTANTS, DTYPES

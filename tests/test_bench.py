@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from bench import rows as result_rows
-from bench.memory import extra_bytes, state_bytes
+from bench.held_bytes import extra_bytes, state_bytes
 from bench.optimizer import Case, Entry, lacking_memory, main, measure, parse_sizes, why_not
 from bench.optimizer_cases import Row
 from bench.optimizer_table import COLUMNS, cells, print_rows

@@ -16,7 +16,7 @@ from torch import nn
 
 from bench import rows as result_rows
 from bench import step_contestants
-from bench.memory import held_bytes, saved_for_backward
+from bench.held_bytes import held_bytes, saved_for_backward
 from bench.step import lacking_memory, main, measure
 from bench.step_cases import LLAMA_2_7B_SCORES, Case, on_the_same_weights
 from bench.step_contestants import CONTESTANTS, CYCLE, captures, parse_methods, repeated_refreshes, representative_seed

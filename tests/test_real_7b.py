@@ -10,7 +10,7 @@ import torch
 
 from bench import real_7b
 from bench import rows as result_rows
-from bench.memory import STATUS
+from bench.held_bytes import STATUS
 from bench.real_7b import build_model, main
 
 TINY = ["--layers=2", "--active-layers=1", "--rank=4", "--tokens=8"]

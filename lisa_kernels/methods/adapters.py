@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.layers import SlotModule
-from lisa_kernels.methods.adapter_plan import new_head
+from lisa_kernels.methods.adapter_layout import new_head
 from lisa_kernels.methods.definitions import LoRAFA
 from lisa_kernels.methods.slots import lifting_factors
 from lisa_kernels.ops.fold import fold_

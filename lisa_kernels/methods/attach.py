@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import check_attachable, find_blocks
-from lisa_kernels.methods.adapter_plan import adapter_plan, check_adapter_plan
+from lisa_kernels.methods.adapter_layout import adapter_layout, check_adapter_layout
 from lisa_kernels.methods.definitions import LoRAFA, Method
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.scoring import layer_scores
-from lisa_kernels.methods.units import Plan, check_layered_plan, layered_plan
+from lisa_kernels.methods.units import Layout, check_layered_layout, layered_layout
 
 
 def attach(
@@ -39,33 +39,33 @@ def attach(
         raise InputError(f"method is {method!r}; an instance such as OwLore(active_layers=5) is wanted.")
     check_attachable(model)
     # Before the scores, which may take minutes.
-    _check_plan(model, method, blocks)
+    _check_layout(model, method, blocks)
     scores = _scores(model, method, calibration, scores, blocks)
-    plan = _make_plan(model, method, seed, blocks)
+    layout = _make_layout(model, method, seed, blocks)
     try:
-        sampler = method.make_sampler(len(plan.drawn), seed, scores and _with_outer(scores, len(plan.drawn)))
+        sampler = method.make_sampler(len(layout.drawn), seed, scores and _with_outer(scores, len(layout.drawn)))
         settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         return SampledAdamW(
-            model, method, plan, sampler, block_size=block_size, rounding=rounding, seed=seed,
+            model, method, layout, sampler, block_size=block_size, rounding=rounding, seed=seed,
             max_grad_norm=max_grad_norm, keep_logits=keep_logits, **settings
         )  # fmt: skip
     except BaseException:
-        for swap in plan.swaps:
+        for swap in layout.swaps:
             swap.undo()
         raise
 
 
-def _check_plan(model: nn.Module, method: Method, blocks: str | None) -> None:
+def _check_layout(model: nn.Module, method: Method, blocks: str | None) -> None:
     if isinstance(method, LoRAFA):
-        check_adapter_plan(model, method)
+        check_adapter_layout(model, method)
     else:
-        check_layered_plan(model, method, blocks)
+        check_layered_layout(model, method, blocks)
 
 
-def _make_plan(model: nn.Module, method: Method, seed: int, blocks: str | None) -> Plan:
+def _make_layout(model: nn.Module, method: Method, seed: int, blocks: str | None) -> Layout:
     if isinstance(method, LoRAFA):
-        return adapter_plan(model, method, seed)
-    return layered_plan(model, method, seed, blocks)
+        return adapter_layout(model, method, seed)
+    return layered_layout(model, method, seed, blocks)
 
 
 def _scores(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lisa_kernels.errors import InputError
 from lisa_kernels.files import written_whole
 from lisa_kernels.layers import SlotModule
-from lisa_kernels.methods.adapter_plan import new_head
+from lisa_kernels.methods.adapter_layout import new_head
 from lisa_kernels.methods.adapters import Adapters
 from lisa_kernels.methods.definitions import LoRAFA
 

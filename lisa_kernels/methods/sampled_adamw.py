@@ -25,7 +25,7 @@ from lisa_kernels.methods.slots import (
     take_slots_state,
     transport_slots,
 )
-from lisa_kernels.methods.units import Plan, Unit
+from lisa_kernels.methods.units import Layout, Unit
 from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.samplers import AdaptiveSampler, Sampler, sampler_from_state
 
@@ -42,7 +42,7 @@ class SampledAdamW(AdamW8bit):
         self,
         model: nn.Module,
         method: Method,
-        plan: Plan,
+        layout: Layout,
         sampler: Sampler | None,
         *,
         lr: float,
@@ -50,14 +50,14 @@ class SampledAdamW(AdamW8bit):
         keep_logits: bool = False,
         **settings: Any,
     ) -> None:
-        self.model, self.method, self.plan, self.sampler = model, method, plan, sampler
+        self.model, self.method, self.layout, self.sampler = model, method, layout, sampler
         self.calls = 0
-        self.visits = [0] * len(plan.drawn)
+        self.visits = [0] * len(layout.drawn)
         self.history: list[list[int]] = []
         self._active: list[int] = []
         self._norms: dict[int, Tensor] = {}
         self._guard: FreezeGuard | None = None
-        self._adapters = Adapters(model, method, plan.always.lowrank) if isinstance(method, LoRAFA) else None
+        self._adapters = Adapters(model, method, layout.always.lowrank) if isinstance(method, LoRAFA) else None
         for layer in self._layers().values():
             layer.exact_master = method.get("master", "none") == "remainder"
         super().__init__(self._groups(lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings)
@@ -73,8 +73,8 @@ class SampledAdamW(AdamW8bit):
             raise
 
     def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        full = [param for unit in self.plan.units() for param in unit.full]
-        slots = [layer.slot for unit in self.plan.units() for layer in unit.lowrank.values()]
+        full = [param for unit in self.layout.units() for param in unit.full]
+        slots = [layer.slot for unit in self.layout.units() for layer in unit.lowrank.values()]
         scale = self.method.get("scale", 1.0)
         groups = [
             {"params": [param for param in full if param.dim() >= 2], "name": "matrices"},
@@ -99,7 +99,7 @@ class SampledAdamW(AdamW8bit):
     @property
     def layer_names(self) -> list[str]:
         """The path of each layer that can be drawn."""
-        return [unit.name for unit in self.plan.drawn]
+        return [unit.name for unit in self.layout.drawn]
 
     @property
     def period(self) -> int | None:
@@ -108,7 +108,7 @@ class SampledAdamW(AdamW8bit):
 
     def _draw(self) -> list[int]:
         if self.sampler is None or self.period is None:
-            return list(range(len(self.plan.drawn)))
+            return list(range(len(self.layout.drawn)))
         return list(self.sampler.draw(self.calls // self.period))
 
     def _begin_period(self) -> None:
@@ -116,24 +116,24 @@ class SampledAdamW(AdamW8bit):
         self.history.append(self.active_layers)
 
     def _active_units(self) -> list[Unit]:
-        return [*(self.plan.drawn[index] for index in self._active), self.plan.always]
+        return [*(self.layout.drawn[index] for index in self._active), self.layout.always]
 
     def _active_slots(self) -> list[SlotModule]:
         return [layer for unit in self._active_units() for layer in unit.lowrank.values()]
 
     def _layers(self) -> dict[str, SlotModule]:
-        return {path: layer for unit in self.plan.units() for path, layer in unit.lowrank.items()}
+        return {path: layer for unit in self.layout.units() for path, layer in unit.lowrank.items()}
 
     def _activate_always(self) -> None:
         """Give slots outside the draw their storage (adapters already have it)."""
-        for layer in self.plan.always.lowrank.values():
+        for layer in self.layout.always.lowrank.values():
             if not layer.active:
                 layer.activate()
 
     def _switch_to(self, layers: list[int]) -> None:
         """Retire the layers that leave, give those that come their slots, and freeze all others."""
-        leaving = [self.plan.drawn[index] for index in self._active if index not in layers]
-        coming = [self.plan.drawn[index] for index in layers if index not in self._active]
+        leaving = [self.layout.drawn[index] for index in self._active if index not in layers]
+        coming = [self.layout.drawn[index] for index in layers if index not in self._active]
         keep = self.method.get("retired_state", "drop") == "keep"
         for unit in leaving:
             if not keep:
@@ -191,7 +191,7 @@ class SampledAdamW(AdamW8bit):
     def _note_gradient_norms(self) -> None:
         """Add each active layer's gradient norm to its (sum, count) of this period; only finite ones count."""
         for index in self._active:
-            grads = [param.grad for param in self.plan.drawn[index].params() if param.grad is not None]
+            grads = [param.grad for param in self.layout.drawn[index].params() if param.grad is not None]
             if grads:
                 norm = get_total_norm(grads).to(torch.float32)
                 norm = norm * self._unscaling(norm.device)
@@ -244,9 +244,9 @@ class SampledAdamW(AdamW8bit):
             raise InputError(f"the state was saved with {saved['method']}; this run has {self.method.settings()}.")
         layers = self._layers()
         sampler = None if saved["sampler"] is None else sampler_from_state(saved["sampler"])
-        drawn = len(self.plan.drawn) if sampler is None else sampler.layers
-        if len(saved["visits"]) != len(self.plan.drawn) or drawn != len(self.plan.drawn):
-            raise InputError(f"the state is of {len(saved['visits'])} layers; this model has {len(self.plan.drawn)}.")
+        drawn = len(self.layout.drawn) if sampler is None else sampler.layers
+        if len(saved["visits"]) != len(self.layout.drawn) or drawn != len(self.layout.drawn):
+            raise InputError(f"the state is of {len(saved['visits'])} layers; this model has {len(self.layout.drawn)}.")
         check_slots_state(layers, saved["slots"])
         with slots_in_shape(layers.values()):
             self._check_loadable(state_dict)
@@ -256,7 +256,7 @@ class SampledAdamW(AdamW8bit):
             super().load_state_dict(state_dict)
         self.calls, self.visits = saved["calls"], list(saved["visits"])
         self.history = [list(row) for row in saved["history"]]
-        devices = {int(index): self.plan.drawn[int(index)].params()[0].device for index in saved["norms"]}
+        devices = {int(index): self.layout.drawn[int(index)].params()[0].device for index in saved["norms"]}
         self._norms = {int(index): seen.to(devices[int(index)], copy=True) for index, seen in saved["norms"].items()}
         for layer in layers.values():
             if layer.tracker is not None:
@@ -296,7 +296,7 @@ class SampledAdamW(AdamW8bit):
         adapters = self._attached_adapters()
         self._check_unmerged()
         read_adapter(adapters, Path(folder))
-        self.retire(self.plan.always.params())
+        self.retire(self.layout.always.params())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -329,7 +329,7 @@ class SampledAdamW(AdamW8bit):
         if self._adapters is not None:
             self._adapters.merge_for_good()
         self._remove_hooks()
-        for swap in self.plan.swaps:
+        for swap in self.layout.swaps:
             swap.layer.deactivate()
             swap.undo()
         for group in self.param_groups:

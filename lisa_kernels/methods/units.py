@@ -41,7 +41,7 @@ class Unit:
 
 
 @dataclass
-class Plan:
+class Layout:
     """A model prepared for a method: the units in the draw, the one that always trains, and what was swapped."""
 
     drawn: list[Unit]
@@ -95,15 +95,15 @@ def _layered_places(model: nn.Module, method: Method, parts: ModelParts) -> list
     return places
 
 
-def check_layered_plan(model: nn.Module, method: Method, blocks: str | None) -> None:
-    """Raise what `layered_plan` would raise, and change nothing."""
+def check_layered_layout(model: nn.Module, method: Method, blocks: str | None) -> None:
+    """Raise what `layered_layout` would raise, and change nothing."""
     parts = split_model(model, blocks)
     _layered_places(model, method, parts)
     if method.get("embeddings", "always") == "low-rank":
         find_outer(model, parts)
 
 
-def layered_plan(model: nn.Module, method: Method, seed: int, blocks: str | None) -> Plan:
+def layered_layout(model: nn.Module, method: Method, seed: int, blocks: str | None) -> Layout:
     """Prepare a model whose decoder blocks are switched (or, without a sampler, all active)."""
     parts = split_model(model, blocks)
     rank, gap, made = method.get("rank", 0), method.get("gap", DEFAULT_GAP), 0
@@ -119,17 +119,17 @@ def layered_plan(model: nn.Module, method: Method, seed: int, blocks: str | None
     swaps = swap_linears(_layered_places(model, method, parts), make)
     taken: set[int] = set()
     drawn = [_block_unit(f"{parts.path}.{i}", block, swaps, taken) for i, block in enumerate(parts.blocks)]
-    plan = Plan(drawn, Unit("always"), [*swaps], parts.path)
+    layout = Layout(drawn, Unit("always"), [*swaps], parts.path)
     embeddings = method.get("embeddings", "always")
     if embeddings == "low-rank":
-        plan.always.lowrank, heads, taps = add_outer_slots(find_outer(model, parts), rank, make_tracker)
-        plan.swaps += [*heads, *taps]
-        taken.update(id(layer.weight) for layer in plan.always.lowrank.values())
+        layout.always.lowrank, heads, taps = add_outer_slots(find_outer(model, parts), rank, make_tracker)
+        layout.swaps += [*heads, *taps]
+        taken.update(id(layer.weight) for layer in layout.always.lowrank.values())
     if embeddings == "sampled":
-        plan.drawn += _outer_units(parts, taken)
+        layout.drawn += _outer_units(parts, taken)
     elif embeddings != "frozen":
-        plan.always.full = distinct(parts.outer, taken)
-    return plan
+        layout.always.full = distinct(parts.outer, taken)
+    return layout
 
 
 def _outer_units(parts: ModelParts, taken: set[int]) -> list[Unit]:

@@ -58,7 +58,7 @@ def test_inactive_layers_own_nothing(name: str) -> None:
     keep = "keep" in name
     for step in range(6):
         quick(model, optimizer, step)
-        for index, unit in enumerate(optimizer.plan.drawn):
+        for index, unit in enumerate(optimizer.layout.drawn):
             if index in optimizer.active_layers:
                 continue
             assert not any(param.requires_grad or param.grad is not None for param in unit.params())
@@ -104,7 +104,7 @@ def test_kept_state_comes_back_bit_equal() -> None:
     """With retired_state="keep" a layer's moments and bases wait for its return as they were."""
     model = llama(layers=3)
     optimizer = attach(model, BAdam(period=2, retired_state="keep", order="ascending"))
-    unit = optimizer.plan.drawn[0]
+    unit = optimizer.layout.drawn[0]
     for _ in range(2):
         quick(model, optimizer)
     kept = {param: {name: value.clone() for name, value in optimizer.state[param].items()} for param in unit.params()}
@@ -121,7 +121,7 @@ def test_kept_bases_come_back_bit_equal() -> None:
     method = OwLore(active_layers=1, period=2, rank=4, scores="uniform", retired_state="keep")
     optimizer = attach(model, method)
     first = optimizer.active_layers[0]
-    layers = optimizer.plan.drawn[first].lowrank
+    layers = optimizer.layout.drawn[first].lowrank
 
     def held() -> dict[str, dict[str, torch.Tensor]]:
         return {

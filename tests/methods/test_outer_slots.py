@@ -29,7 +29,7 @@ METHODS: dict[str, Method] = {
 
 
 def outer(optimizer: SampledAdamW) -> dict[str, SlotModule]:
-    return optimizer.plan.always.lowrank
+    return optimizer.layout.always.lowrank
 
 
 def weight_gradients(plain: nn.Module, *batches: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from families import DECODERS, llama
 
 from lisa_kernels import LISA, GaLore, OwLore, attach
 from lisa_kernels.errors import InputError
-from lisa_kernels.methods.units import layered_plan
+from lisa_kernels.methods.units import layered_layout
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -22,9 +22,9 @@ def test_every_language_parameter_is_in_one_unit(name: str, embeddings: str) -> 
         if not key.startswith(family.foreign or ("-",))
         and (embeddings != "frozen" or key not in {*family.embeddings, *family.head})
     }
-    plan = layered_plan(model, OwLore(active_layers=1, rank=4, embeddings=embeddings), 0, None)
-    found = [id(param) for unit in plan.units() for param in unit.full]
-    found += [id(layer.weight) for unit in plan.units() for layer in unit.lowrank.values()]
+    layout = layered_layout(model, OwLore(active_layers=1, rank=4, embeddings=embeddings), 0, None)
+    found = [id(param) for unit in layout.units() for param in unit.full]
+    found += [id(layer.weight) for unit in layout.units() for layer in unit.lowrank.values()]
     assert len(found) == len(set(found))
     assert {wanted.get(key, "foreign") for key in found} == set(wanted.values())
     extra = (
@@ -34,7 +34,7 @@ def test_every_language_parameter_is_in_one_unit(name: str, embeddings: str) -> 
         if name in ("llama-tied", "qwen2", "gemma2", "gemma3", "gpt2", "falcon")
         else 2
     )
-    assert len(plan.drawn) == 3 + extra
+    assert len(layout.drawn) == 3 + extra
 
 
 def test_low_rank_layers_that_share_a_weight_are_refused_with_the_reason() -> None:

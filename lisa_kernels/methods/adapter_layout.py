@@ -11,7 +11,7 @@ from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.layers import LowRankLinear, check_untied, find_linears, swap_linears
 from lisa_kernels.layers.lowrank import Place
 from lisa_kernels.methods.definitions import LoRAFA
-from lisa_kernels.methods.units import Plan, Unit, distinct, swapped
+from lisa_kernels.methods.units import Layout, Unit, distinct, swapped
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
@@ -63,12 +63,12 @@ def _targeted(model: nn.Module, method: LoRAFA, head: set[nn.Module]) -> list[Pl
     return find_linears({"": model}, method.rank, ends_with(*method.targets))
 
 
-def check_adapter_plan(model: nn.Module, method: LoRAFA) -> None:
-    """Raise what `adapter_plan` would raise, and change nothing."""
+def check_adapter_layout(model: nn.Module, method: LoRAFA) -> None:
+    """Raise what `adapter_layout` would raise, and change nothing."""
     _adapter_places(model, method)
 
 
-def adapter_plan(model: nn.Module, method: LoRAFA, seed: int) -> Plan:
+def adapter_layout(model: nn.Module, method: LoRAFA, seed: int) -> Layout:
     """Prepare a model whose targeted linears carry a slot that stays; needs no decoder blocks."""
     made = 0
 
@@ -84,4 +84,4 @@ def adapter_plan(model: nn.Module, method: LoRAFA, seed: int) -> Plan:
     swaps = swap_linears(_adapter_places(model, method), make)
     taken: set[int] = set()
     layers = swapped(swaps, "", taken)
-    return Plan([], Unit("adapters", distinct(new, taken), {**layers}), [*swaps], "")
+    return Layout([], Unit("adapters", distinct(new, taken), {**layers}), [*swaps], "")
