@@ -18,11 +18,11 @@ from rich.console import Console
 
 from bench import lowrank_layers, lowrank_updates, plots
 from bench.command import main_of, parse_device, positive, set_threads
+from bench.held_bytes import free_bytes
 from bench.lowrank_cases import Case, parse_shapes
 from bench.lowrank_layers import LayerRow, RunningLayer
 from bench.lowrank_table import print_rows
 from bench.lowrank_updates import RunningUpdate, UpdateRow
-from bench.held_bytes import free_bytes
 from bench.optimizer import parse_dtypes
 from bench.rows import append_row
 from bench.step_contestants import reason_of

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bench.lowrank_cases import BLOCKS, Case, OneLayer
 from bench.held_bytes import saved_for_backward
+from bench.lowrank_cases import BLOCKS, Case, OneLayer
 from bench.timing import seconds_of_parts, spread
 from lisa_kernels import GaLore, LoRAFA, attach
 
