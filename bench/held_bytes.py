@@ -96,10 +96,17 @@ def status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _resident_rise(step: Callable[[], object]) -> int:
+def reset_peak() -> bool:
+    """Make the process's peak what is resident now; False, and no change, where the system does not let it."""
     try:
         CLEAR_REFS.write_text(RESET_PEAK)
-    except OSError:  # not Linux, or a container that does not let a process reset its peak
+    except OSError:  # not Linux, or a container
+        return False
+    return True
+
+
+def _resident_rise(step: Callable[[], object]) -> int:
+    if not reset_peak():
         return 0
     before = status_bytes("VmRSS")
     step()

@@ -104,6 +104,38 @@ def plot_layers(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_memory(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw each method's planned peak as a bar of its parts, a panel for each model; peers' names end in a star."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["split"] is not None]
+    models = list(dict.fromkeys(row["model"] for row in shown))
+    most = max((sum(row["model"] == model for row in shown) for model in models), default=1)
+    figure = Figure(figsize=(6.0 * max(1, len(models)), 1.5 + 0.35 * most), layout="constrained")
+    for place, model in enumerate(models):
+        axes = figure.add_subplot(1, len(models), place + 1)
+        mine = sorted((row for row in shown if row["model"] == model), key=lambda row: -row["planned_bytes"])
+        names, left = [row["method"] + (" *" if row["peer"] else "") for row in mine], [0.0] * len(mine)
+        for part in parts_of(mine[0]["split"]):
+            widths = [parts_of(row["split"])[part] / 1e9 for row in mine]
+            axes.barh(names, widths, left=left, label=part if place == 0 else None)
+            left = [start + width for start, width in zip(left, widths)]
+        axes.set_title(f"{model}, {mine[0]['batch']} × {mine[0]['seq_len']} tokens", fontsize="medium")
+        axes.set_xlabel("planned peak, GB (1e9 bytes); * another package")
+        axes.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside upper center", ncols=5, fontsize="small")
+    _save(figure, path)
+
+
+def parts_of(split: dict[str, int]) -> dict[str, int]:
+    """Return the bytes at a peak by the parts that tables and pictures show."""
+    groups = {
+        "weights": ("weights",), "gradients": ("gradients",), "state and bases": ("optimizer state", "bases", "pages"),
+        "activations and loss": ("saved activations", "loss"), "temporaries": ("temporaries",),
+    }  # fmt: skip
+    return {name: sum(split[category] for category in group) for name, group in groups.items()}
+
+
 def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path)

@@ -74,7 +74,9 @@ MIDDLE, HIGH = (2e-3, 4e-3, 8e-3), (5e-3, 1e-2, 2e-2)
 CONTESTANTS = (
     Contestant("full fine-tuning, torch AdamW fp32", _torch_adamw, MIDDLE),
     Contestant("FullFineTune()", _attached(FullFineTune()), MIDDLE),
-    Contestant("OwLore(4, 10, rank=32)", _attached(OwLore(4, 10, rank=32)), MIDDLE),
+    Contestant(
+        'OwLore(4, 10, rank=32, embeddings="always")', _attached(OwLore(4, 10, rank=32, embeddings="always")), MIDDLE
+    ),
     Contestant(
         'OwLore(4, 10, rank=32, embeddings="low-rank")',
         _attached(OwLore(4, 10, rank=32, embeddings="low-rank")),

@@ -185,9 +185,38 @@ def update_table(rows: list[dict[str, Any]]) -> str:
     return _by_shape([row for row in rows if row["ran_on"] == "cpu" and row["part"] == "update"], "update", cell)
 
 
+SETTING = ("batch", "seq_len", "gradient_checkpointing")
+
+
+def memory_table(rows: list[dict[str, Any]]) -> str:
+    """Return the planned peaks of each method in GB (1e9 bytes), a column for each model; measured models' last."""
+    models = sorted(
+        dict.fromkeys(row["model"] for row in rows),
+        key=lambda model: any(row["model"] == model and row["measured_bytes"] for row in rows),
+    )
+    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in SETTING)]
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        cells = []
+        for model in models:
+            row = _latest(rows, name=name, model=model)
+            cells.append(_peak(row))
+        title = next(row["method"] for row in rows if row["name"] == name)
+        lines.append([title, *cells])
+    return markdown(["method", *(f"{model}, GB" for model in models)], lines)
+
+
+def _peak(row: dict[str, Any] | None) -> str:
+    if row is None or row["planned_bytes"] is None:
+        return "-" if row is None else str(row["reason"])
+    if row["measured_bytes"] is None:
+        return f"{row['planned_bytes'] / 1e9:.2f}"
+    return f"{row['planned_bytes'] / 1e6:,.3f} MB planned, {row['measured_bytes'] / 1e6:,.3f} measured"
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "optimizer": optimizer_table, "kernels": kernels_table, "numerics": numerics_table,
-    "step": step_table, "lowrank": lowrank_table, "update": update_table,
+    "step": step_table, "lowrank": lowrank_table, "update": update_table, "memory": memory_table,
 }  # fmt: skip
 # Tables whose rows stand in another's file.
 ROWS = {"update": "lowrank"}

@@ -4,8 +4,8 @@
     python -m bench.real_7b --method lisa
     python -m bench.real_7b --layers 2          # a thinner stack, to try it
 
-The geometry is Llama-2-7B's, the weights are random bfloat16. The last step ends with a switch of layers; a first step
-finds the bases of its layers.
+The geometry is Llama-2-7B's, the weights are random bfloat16. The last step trains other layers than those before it;
+the first step of a draw finds the bases of its layers. The peak is set beside that of a plan of the same steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ from rich.console import Console
 from torch import nn
 
 from bench.command import main_of, positive, set_threads
-from bench.held_bytes import STATUS, status_bytes
+from bench.held_bytes import STATUS, reset_peak, status_bytes
 from bench.rows import append_row
 from bench.timing import seconds_of_parts
 from lisa_kernels import LISA, OwLore, attach
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.methods import Method
+from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.train.presets import preset_config
 
 PRESET, LR = "llama-2-7b", 3e-4
@@ -38,7 +39,11 @@ PATTERN_ELEMENTS, WEIGHT_SCALE = 1 << 20, 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """One training step: seconds of its parts, and the process's resident bytes after it and at their peak so far."""
+    """One training step: seconds of its parts, and the process's resident bytes after it and at their peak so far.
+
+    peak_growth_bytes: the resident bytes at the peak, less those before the model was built. planned_bytes: the peak by
+    plan of this step and those before.
+    """
 
     method: str
     layers: int
@@ -56,6 +61,8 @@ class Row:
     step_s: float
     resident_bytes: int
     peak_resident_bytes: int
+    peak_growth_bytes: int
+    planned_bytes: int | None = None
 
 
 def build_model(layers: int) -> Any:
@@ -89,13 +96,14 @@ def _fill(weight: torch.Tensor, pattern: torch.Tensor) -> None:
 
 
 def method_of(arguments: argparse.Namespace) -> Method:
-    """Return the method that was asked for, its layers drawn uniformly; it switches in the last step."""
+    """Return the method that was asked for, its layers drawn uniformly; it switches before the last step."""
     if arguments.method not in METHODS:
         raise unknown_name("method", arguments.method, METHODS)
+    period = max(1, arguments.steps - 1)
     if arguments.method == "lisa":
-        return LISA(arguments.active_layers or 2, arguments.steps, embeddings=arguments.embeddings or "always")
+        return LISA(arguments.active_layers or 2, period, embeddings=arguments.embeddings or "always")
     return OwLore(
-        arguments.active_layers or 5, arguments.steps, rank=arguments.rank, scores="uniform",
+        arguments.active_layers or 5, period, rank=arguments.rank, scores="uniform",
         embeddings=arguments.embeddings or "frozen",
     )  # fmt: skip
 
@@ -106,7 +114,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--method", default="owlore", help="owlore or lisa")
     add("--layers", type=int, default=32, help="decoder layers, 0.4 GB each")
     add("--tokens", type=int, default=64, help="in the one row of the batch")
-    add("--steps", type=int, default=2, help="training steps; the last one ends with a switch")
+    add("--steps", type=int, default=3, help="training steps; the last one is of other layers")
     add("--active-layers", type=int, help="layers trained at a time (default: owlore 5, lisa 2)")
     add("--rank", type=int, default=128, help="of owlore's layers")
     add("--embeddings", help="embedding and head (default: owlore frozen, lisa always)")
@@ -125,6 +133,8 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
         raise InputError("the most memory that a process held is read from /proc: run this on Linux.")
     method = method_of(arguments)
     set_threads(arguments.threads)
+    reset_peak()
+    before = status_bytes("VmRSS")
     begin = time.perf_counter()
     model = build_model(arguments.layers)
     built = time.perf_counter()
@@ -140,12 +150,33 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     )
     rows = []
     for number in range(arguments.steps):
-        row = _step(model, optimizer, arguments.tokens, facts, number)
+        row = _step(model, optimizer, arguments.tokens, {**facts, "before": before}, number)
         console.print(in_words(row), highlight=False, soft_wrap=True)
         rows.append(row)
-        if arguments.record:
+    rows = with_plans(rows, model.config, method)
+    measured, planned = rows[-1].peak_growth_bytes, rows[-1].planned_bytes or 0
+    console.print(
+        f"the peak is {measured / 1e9:.3f} GB above what the process held before the model was built, by plan "
+        f"{planned / 1e9:.3f} GB ({planned / max(1, measured) - 1:+.1%})",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if arguments.record:
+        for row in rows:
             append_row("real_7b", {**asdict(row), "steps": arguments.steps, "ran_on": "cpu"})
     return rows
+
+
+def with_plans(rows: Sequence[Row], config: Any, method: Method) -> list[Row]:
+    """Return the rows with the peak of a plan of their steps, in which the same layers are drawn."""
+    workload = Workload(config, method, 1, rows[0].tokens, gradient_checkpointing=False, max_grad_norm=None)
+    trace = rehearse(workload, [row.active_layers for row in rows])
+    most, planned = 0, []
+    for row in rows:
+        of_step = f"step {row.step + 1}:"
+        peaks = [peak for phase, peak in trace.phases().items() if phase.startswith((of_step, "attach"))]
+        most = max(most, *peaks)
+        planned.append(replace(row, planned_bytes=most))
+    return planned
 
 
 def _step(model: Any, optimizer: Any, tokens: int, facts: dict[str, Any], number: int) -> Row:
@@ -162,7 +193,7 @@ def _step(model: Any, optimizer: Any, tokens: int, facts: dict[str, Any], number
         optimizer.zero_grad()
 
     seconds = seconds_of_parts((forward, lambda: loss.backward(), update), "cpu")
-    value = float(loss.detach())
+    value, before = float(loss.detach()), facts.pop("before")
     if not math.isfinite(value):
         raise RuntimeError(f"the loss of step {number} is {value}")
     return Row(
@@ -176,6 +207,7 @@ def _step(model: Any, optimizer: Any, tokens: int, facts: dict[str, Any], number
         step_s=sum(seconds),
         resident_bytes=status_bytes("VmRSS"),
         peak_resident_bytes=status_bytes("VmHWM"),
+        peak_growth_bytes=status_bytes("VmHWM") - before,
     )
 
 

@@ -160,7 +160,24 @@ def _owlore(embeddings: str) -> Callable[[Case], Method]:
     )
 
 
+class EmptyAdamW(Optimizer):
+    """What torch's fused AdamW holds of parameters without values, which it refuses."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {"lr": LR, "weight_decay": WEIGHT_DECAY})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Make the state of every parameter with a gradient; the fused kernel itself takes no memory."""
+        for param in (param for group in self.param_groups for param in group["params"]):
+            if param.grad is not None and not self.state[param]:
+                zero = torch.zeros((), device=param.device)
+                self.state[param] = {"step": zero, **{name: torch.zeros_like(param) for name in ("m", "v")}}
+
+
 def _adamw(params: Iterable[Tensor]) -> Optimizer:
+    params = list(params)
+    if params[0].is_meta:
+        return EmptyAdamW(params)
     return torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
 
 

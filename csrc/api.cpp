@@ -18,7 +18,7 @@
 namespace lisa {
 namespace {
 
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 
 #ifdef LISA_X86_64
 // Not every compiler's __builtin_cpu_supports knows this one.

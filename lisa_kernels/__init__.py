@@ -14,6 +14,7 @@ from lisa_kernels.methods import (
     layer_scores,
 )
 from lisa_kernels.optim import AdamW8bit
+from lisa_kernels.plan import plan
 
 __all__ = [
     "LISA",
@@ -28,4 +29,5 @@ __all__ = [
     "OwLore",
     "attach",
     "layer_scores",
+    "plan",
 ]

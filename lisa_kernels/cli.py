@@ -1,4 +1,4 @@
-"""The command line: `lisa-kernels finetune | scores | bench | info`."""
+"""The command line: `lisa-kernels finetune | plan | scores | bench | info`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ _METHODS_HELP = (
     "owlore-frozen, owlore-low-rank, owlore-always, lisa, badam-ours, galore, lora-fa, full, torch-full, peft-lora, "
     "peft-lora-fa, galore-torch, badam; several with commas, ours, peers or all"
 )
+_FIT_HELP = (
+    "find the settings that fit this size, such as 16GB (1e9 bytes each) or 16GiB, all that the run takes on the card, "
+    "and print their finetune command. Tried in this order: what is given; fewer rows at a time and as many more "
+    "accumulated; gradient checkpointing; --offload-activations; state paged to host memory (galore, full); then fewer "
+    "active layers, down to 2; half the rank, down to 32; embedding and head low-rank; one active layer; embedding and "
+    "head frozen"
+)
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
@@ -48,30 +55,26 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _add_model_and_data(parser: argparse.ArgumentParser, data_required: bool = True) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=_MODEL_HELP)
-    parser.add_argument("--data", required=data_required, help=_DATA_HELP)
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per row")
     parser.add_argument("--batch-size", type=int, default=4, help="rows per forward pass")
     parser.add_argument(
         "--dtype", default="auto", help="weights: fp32, bf16, or auto (bf16 on GPUs that have it, else fp32)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of data order, sampler, rounding and random weights")
-    parser.add_argument("--max-data-bytes", type=int, help="read at most this many bytes of text (default: all)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
-def _add_finetune(commands: Any) -> None:
-    parser = commands.add_parser("finetune", formatter_class=_Formatter, help="fine-tune a model by layer sampling")
-    _add_model_and_data(parser)
+def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--data", required=required, help=_DATA_HELP)
+    parser.add_argument("--max-data-bytes", type=int, help="read at most this many bytes of text (default: all)")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    """Declare what decides the memory of a run besides model, batch and dtype."""
     add = parser.add_argument
-    add(
-        "--output",
-        type=Path,
-        required=True,
-        help="folder for the model, checkpoints, summary.json and, of lora-fa, adapter/ as peft reads it",
-    )
     add("--method", default="owlore", help="lisa, ows, owlore, badam, galore, lora-fa or full")
     add(
         "--active-layers",
@@ -86,10 +89,40 @@ def _add_finetune(commands: Any) -> None:
         help="layers with lora-fa's adapters: all-linear, or names such as q_proj,v_proj (default: all-linear)",
     )
     add("--master", help="of 16-bit low-rank matrices while they train: remainder keeps 16 more bits (default: none)")
-    add("--embeddings", help="embedding and head: always, low-rank, frozen or sampled (default: always; badam frozen)")
+    add(
+        "--embeddings",
+        help="embedding and head: always, low-rank, frozen or sampled (default: always; owlore low-rank, badam frozen)",
+    )
     add(
         "--scores",
         help="what owlore and ows draw by: outlier, hill, weight-norm, gradient-norm or uniform (default: outlier)",
+    )
+    add("--retired-state", help="moments of layers that leave: drop, keep (on the device) or page (default: drop)")
+    add(
+        "--paging",
+        help="where moments are between steps: resident, host, managed (unified memory) or file:DIR (default: on the "
+        "device); where paged ones of layers that left are, too (default: host)",
+    )
+    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")
+    add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
+    add("--keep-logits", action="store_true", help="form the logits of all tokens for the training loss")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
+        help="recompute activations (default: from 0.5e9 parameters)")  # fmt: skip
+    add("--offload-activations", action="store_true", help="recompute activations, and keep what that starts from in "
+        "host memory until it is needed")  # fmt: skip
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = commands.add_parser("finetune", formatter_class=_Formatter, help="fine-tune a model by layer sampling")
+    _add_model(parser)
+    _add_data(parser)
+    _add_method(parser)
+    add = parser.add_argument
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder for the model, checkpoints, summary.json and, of lora-fa, adapter/ as peft reads it",
     )
     add(
         "--calibration-rows",
@@ -101,14 +134,9 @@ def _add_finetune(commands: Any) -> None:
     add("--lr-schedule", default="linear", help="linear, cosine or constant")
     add("--warmup-steps", type=int, default=0, help="steps over which the rate rises from 0")
     add("--weight-decay", type=float, default=0.01, help="decoupled, per unit of learning rate; vectors have none")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")
     add("--steps", type=int, help="optimizer steps (default: 200)")
     add("--epochs", type=float, help="passes over the data, in place of --steps")
-    add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
     add("--no-packing", dest="packing", action="store_false", help="one example per row")
-    add("--keep-logits", action="store_true", help="form the logits of all tokens for the training loss")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
-        help="recompute activations (default: from 0.5e9 parameters)")  # fmt: skip
     add("--eval-fraction", type=float, default=0.05, help="share of the data held out")
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0 for before and after only")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for none")
@@ -119,9 +147,24 @@ def _add_finetune(commands: Any) -> None:
     parser.set_defaults(run=_run_finetune)
 
 
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan", formatter_class=_Formatter, help="tell the peak memory of a fine-tuning run without running it",
+        description="Rehearse a fine-tuning run on tensors without storage and tell its peak memory, where it goes and "
+        "which cards hold it. Options are named as in finetune. No weights are read, no GPU is needed.",
+    )  # fmt: skip
+    _add_model(parser)
+    _add_method(parser)
+    add = parser.add_argument
+    add("--fit", metavar="SIZE", help=_FIT_HELP)
+    add("--plot", type=Path, help="draw the memory over the run into this file (.png, .svg, .pdf)")
+    parser.set_defaults(run=_run_plan, dtype="bf16")
+
+
 def _add_scores(commands: Any) -> None:
     parser = commands.add_parser("scores", formatter_class=_Formatter, help="score a model's layers")
-    _add_model_and_data(parser, data_required=False)
+    _add_model(parser)
+    _add_data(parser, required=False)
     add = parser.add_argument
     add("--kind", default="outlier", help="outlier, hill, weight-norm, gradient-norm or uniform")
     add("--threshold", type=float, default=13.0, help="an entry is an outlier above this many times the mean (outlier)")
@@ -234,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lisa-kernels", description="Fine-tune language models by layer sampling.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_finetune(commands)
+    _add_plan(commands)
     _add_scores(commands)
     _add_bench(commands)
     _add_info(commands)
@@ -245,12 +289,22 @@ def _run_finetune(arguments: argparse.Namespace, console: Console) -> int:
 
     values = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "debug")}
     options = FineTuneOptions(**values)
+    from lisa_kernels.plan.command import planned_bytes
     from lisa_kernels.train.finetune import finetune
 
-    code, summary = finetune(options, console)
+    code, summary = finetune(options, console, planned_bytes)
     if arguments.json:
         print(json.dumps(summary))
     return code
+
+
+def _run_plan(arguments: argparse.Namespace, console: Console) -> int:
+    from lisa_kernels.plan.command import plan_command
+
+    result = plan_command(arguments, console)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
 
 
 def _run_scores(arguments: argparse.Namespace, console: Console) -> int:

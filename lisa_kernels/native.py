@@ -1,4 +1,4 @@
-"""The compiled library of CPU kernels: where it is found, and its C interface as `csrc/api.h` declares it.
+"""The compiled library: where it is found, and its C interface as `csrc/api.h` and `csrc/managed.h` declare it.
 
 A library that is absent is no error: the PyTorch definitions run in its place. One that is present but cannot be
 loaded, or is of another version, raises, because a silent fallback would cost a factor of a hundred.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Collection, Sequence
-from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lisa_kernels.errors import InputError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FILE_NAME = "liblisa_kernels.dylib" if sys.platform == "darwin" else "liblisa_kernels.so"
 INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -38,6 +38,13 @@ _SIGNATURES: dict[str, list[object]] = {
     "quantize_blockwise": [*[c_void_p] * 3, c_int64, c_int64, c_int32, c_int32, c_uint64, c_int32, c_int32],
     "dequantize_blockwise": [*[c_void_p] * 3, c_int64, c_int64, *[c_int32] * 3],
     "fold": [*[c_void_p] * 3, c_int64, c_int64, c_float, c_uint64, *[c_int32] * 4],
+    # Of csrc/managed.h; the last two arguments take the words of an error.
+    "managed_open": [c_char_p, c_int32, c_void_p, c_char_p, c_int64],
+    "managed_close": [c_void_p, c_char_p, c_int64],
+    "managed_allocate": [c_void_p, c_int64, c_int32, c_void_p, c_char_p, c_int64],
+    "managed_prefetch": [c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_char_p, c_int64],
+    "managed_drop": [c_void_p, c_char_p, c_int64],
+    "managed_live_bytes": [c_void_p, c_void_p, c_char_p, c_int64],
 }
 
 

@@ -14,12 +14,13 @@ def _help(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--help"])
     assert stop.value.code == 0
-    return " ".join(capsys.readouterr().out.split())
+    # A narrow terminal breaks lines behind hyphens too.
+    return " ".join(capsys.readouterr().out.split()).replace("- ", "-")
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert all(command in _help(capsys) for command in ("finetune", "scores", "bench", "info"))
-    for command in (["finetune"], ["scores"], ["bench", "optimizer"], ["info"]):
+    assert all(command in _help(capsys) for command in ("finetune", "plan", "scores", "bench", "info"))
+    for command in (["finetune"], ["plan"], ["scores"], ["bench", "optimizer"], ["info"]):
         assert "--json" in _help(capsys, *command)
 
 
@@ -33,6 +34,17 @@ def test_finetune_takes_every_promised_flag_and_says_defaults(capsys: pytest.Cap
     assert "(default: 0.05)" in text
     assert "(default: 0)" in text
     assert not any(shown in text for shown in ("None", "default: True", "default: False", "SUPPRESS"))
+
+
+def test_plan_takes_the_flags_of_finetune_that_decide_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _help(capsys, "plan")
+    flags = "model method active-layers rank embeddings batch-size accumulate seq-len dtype paging retired-state json "
+    flags += "plot fit gradient-checkpointing no-gradient-checkpointing keep-logits max-grad-norm"
+    for flag in flags.split():
+        assert f"--{flag}" in text
+    assert "(default: bf16)" in text
+    assert "--data" not in text
+    assert "half the rank, down to 32; embedding and head low-rank" in text
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.readme import lowrank_table, markdown, optimizer_table, put, step_table, update_table
+from bench.readme import lowrank_table, markdown, memory_table, optimizer_table, put, step_table, update_table
 
 
 def row(**changed: Any) -> dict[str, Any]:
@@ -75,3 +75,26 @@ def test_layers_have_a_column_for_each_shape_and_updates_a_table_of_their_own() 
         "| ours | bf16 | - | 5 µs (1.1×), 4 B |",
     ]
     assert update_table(rows).splitlines()[2:] == ["| ours | fp32 | 2 ms (0.02×) | slow |"]
+
+
+def memory_row(**changed: Any) -> dict[str, Any]:
+    return {
+        "name": "lisa", "method": "LISA", "model": "large", "batch": 1, "seq_len": 1024,
+        "gradient_checkpointing": True, "planned_bytes": 16_370_000_000, "measured_bytes": None, "reason": None,
+        **changed,
+    }  # fmt: skip
+
+
+def test_peaks_have_a_column_for_each_model_those_measured_last() -> None:
+    """The newest row counts; another batch stays out; a reason takes the place of numbers."""
+    rows = [
+        memory_row(model="small", planned_bytes=1_234_567, measured_bytes=1_234_568), memory_row(planned_bytes=1),
+        memory_row(batch=16), memory_row(name="badam", method="badam", planned_bytes=None, reason="not installed"),
+        memory_row(),
+    ]  # fmt: skip
+    assert memory_table(rows).splitlines() == [
+        "| method | large, GB | small, GB |",
+        "| --- | --- | --- |",
+        "| LISA | 16.37 | 1.235 MB planned, 1.235 measured |",
+        "| badam | not installed | - |",
+    ]

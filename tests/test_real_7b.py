@@ -13,7 +13,7 @@ from bench import rows as result_rows
 from bench.held_bytes import STATUS
 from bench.real_7b import build_model, main
 
-TINY = ["--layers=2", "--active-layers=1", "--rank=4", "--tokens=8"]
+TINY = ["--layers=3", "--active-layers=1", "--rank=4", "--tokens=8"]
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="peaks of memory are read from Linux's /proc")
 
 
@@ -37,11 +37,19 @@ def test_the_model_has_values_everywhere_and_different_ones() -> None:
 
 
 @pytest.mark.parametrize("method", real_7b.METHODS)
-def test_steps_are_timed_and_the_last_one_switches(method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--method", method, "--steps=3", "--json", "--debug"]) == 0
+def test_steps_are_timed_and_planned_and_the_last_one_is_of_other_layers(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A draw of three layers' one, then another; the plan holds the weights and more than they."""
+    # Seeds whose first two draws differ.
+    seed = {"owlore": "1", "lisa": "2"}[method]
+    assert main([*TINY, "--method", method, "--seed", seed, "--steps=3", "--json", "--debug"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert len({tuple(row["active_layers"]) for row in rows}) == 1
+    assert rows[0]["active_layers"] == rows[1]["active_layers"] != rows[2]["active_layers"]
+    assert rows[0]["planned_bytes"] <= rows[2]["planned_bytes"]
+    weights = sum(param.nbytes for param in build_model(3).parameters())
+    assert weights < rows[0]["planned_bytes"] < 3 * weights
     for row in rows:
         assert row["step_s"] == pytest.approx(row["forward_s"] + row["backward_s"] + row["optimizer_s"])
         assert row["peak_resident_bytes"] >= row["resident_bytes"] > 1 << 20
@@ -59,7 +67,7 @@ def test_rows_are_recorded_only_when_asked(monkeypatch: pytest.MonkeyPatch, tmp_
 BAD = {
     "method": (["--method", "lora"], "unknown method"),
     "layers": (["--layers", "0"], "--layers 0"),
-    "active": (["--active-layers", "3"], "active_layers is 3"),
+    "active": (["--active-layers", "4"], "active_layers is 4"),
     "rank": (["--rank", "1000"], "rank 1000"),
 }
 

@@ -35,6 +35,8 @@ class Found(NamedTuple):
 
 def _normal(rows: int, columns: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Return float32 normal numbers, drawn where the generator lives, so that every device gets the same."""
+    if device.type == "meta":
+        return torch.empty(rows, columns, dtype=torch.float32, device=device)
     drawn = torch.randn(rows, columns, generator=generator, device=generator.device, dtype=torch.float32)
     # A copy from memory that is not pinned would wait for the GPU.
     return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)

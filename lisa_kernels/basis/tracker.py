@@ -11,6 +11,7 @@ from torch import Tensor
 from lisa_kernels.basis.gradients import FactoredGradient, Gradient
 from lisa_kernels.basis.orthonormal import deviation
 from lisa_kernels.basis.range_finder import find_first, find_refreshed
+from lisa_kernels.ops.autocast import no_autocast
 
 # Of |P Pᵀ − 1|. A basis rounded to bfloat16 deviates by up to 0.008.
 LOST = 0.05
@@ -22,6 +23,24 @@ def stream_generator(seed: int, stream: int, activation: int) -> torch.Generator
     return torch.Generator(device="cpu").manual_seed(mixed % (1 << 63))
 
 
+class Heard:
+    """A bool 0-d tensor that the host comes to know, without waiting for the device; of other devices it never does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._value = tensor if tensor.device.type == "cpu" else torch.zeros((), dtype=torch.bool, device="cpu")
+        if tensor.is_cuda:
+            self._value = self._value.pin_memory().copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.current_stream(tensor.device).record_event()
+        elif tensor.is_meta:
+            # Of a rehearsal, where all gradients are good.
+            self._value.fill_(True)
+
+    def is_true(self) -> bool:
+        """Return whether the host knows by now that it is true."""
+        return (self._copied is None or self._copied.query()) and bool(self._value)
+
+
 @dataclass
 class BasisTracker:
     """Follows one matrix's basis: none yet, in use, or due for a refresh.
@@ -31,8 +50,9 @@ class BasisTracker:
 
     When a basis is due is settled on the host, what becomes of it on the device, and neither waits for the other: a
     gradient that is not finite, or zero, leaves the basis as it is until the next refresh. So that a first basis is
-    not long in random directions then, it is tried again after 1 to 7 steps, 8 to 63 …, up to the gap: work that the
-    device throws away where there is a basis already. `early` False leaves it out, for gradients known to be good.
+    not long in random directions then, it is tried again after 1 to 7 steps, 8 to 63 …, up to the gap. Where the host
+    has heard by then that the first gradient was good, this is left out; where it has not, the device throws the work
+    away, which comes to the same. `early` False leaves it out in any case, for gradients known to be good.
     """
 
     rank: int
@@ -52,11 +72,13 @@ class BasisTracker:
     _counts: Tensor | None = field(default=None, repr=False)
     # Whether a gradient has had a say in the basis since the start; on the device from the first update on.
     _found: Tensor | bool = field(default=False, repr=False)
+    # The same on its way to the host.
+    _heard: Heard | None = field(default=None, repr=False)
 
     def start(self, activation: int) -> None:
         """Forget the basis: the layer begins period number `activation`."""
         self.activation, self.steps, self.due, self.has_basis, self.rotation = activation, 0, True, False, None
-        self.retrying, self._found = False, False
+        self.retrying, self._found, self._heard = False, False, None
 
     def advance(self) -> None:
         """Count one optimizer step and decide whether the next backward refreshes the basis."""
@@ -69,7 +91,8 @@ class BasisTracker:
     def _early(self) -> bool:
         """Return whether a first basis is tried again: once between two powers of 8, staggered as refreshes are."""
         power = 8 ** ((self.steps.bit_length() - 1) // 3)
-        return self.early and self.steps < self.gap and self.steps == power + 7 * power * self.offset // self.gap
+        its_turn = self.steps < self.gap and self.steps == power + 7 * power * self.offset // self.gap
+        return self.early and its_turn and not (self._heard is not None and self._heard.is_true())
 
     def update(self, gradient: Gradient, basis: Tensor) -> Tensor:
         """Write the basis that is due into `basis` [r, n] from `gradient` [m, n], and return it.
@@ -87,12 +110,14 @@ class BasisTracker:
     @torch.no_grad()
     def _update(self, gradient: Gradient, basis: Tensor) -> Tensor:
         # Autocast, where a backward runs under it, would make products of 16-bit numbers of these.
-        with torch.autocast(basis.device.type, enabled=False):
+        with no_autocast(basis.device.type):
             usable, lost = self._refresh(gradient, basis) if self.has_basis else self._find(gradient, basis)
         seen = torch.stack([~usable, lost]).to(torch.int64)
         self._counts = seen if self._counts is None else self._counts + seen
         self.due, self.retrying, self.has_basis = False, False, True
         self._found = usable | self._found
+        if self.early and self.steps < self.gap:
+            self._heard = Heard(self._found)
         return basis
 
     def _generator(self) -> torch.Generator:
@@ -154,5 +179,6 @@ class BasisTracker:
         for name in ("activation", "steps", "due", "has_basis", "retrying"):
             setattr(self, name, type(getattr(self, name))(state[name]))
         self._found = bool(state["found"])
+        self._heard = Heard(torch.tensor(self._found))
         self._counted, self._counts = (int(state["postponed"]), int(state["remade"])), None
         self.rotation = None

@@ -5,6 +5,7 @@ from lisa_kernels.layers.embedding import LowRankEmbedding, TappedEmbedding, loo
 from lisa_kernels.layers.freezing import FreezeGuard, check_attachable
 from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
 from lisa_kernels.layers.lowrank import LowRankLinear, check_untied, find_linears, is_linear, linear_shape, swap_linears
+from lisa_kernels.layers.offload import offload_checkpoints
 from lisa_kernels.layers.plain_linears import PlainLinears
 from lisa_kernels.layers.slot import SlotModule
 
@@ -25,6 +26,7 @@ __all__ = [
     "leave_out_logits",
     "linear_shape",
     "lookup_factor",
+    "offload_checkpoints",
     "split_model",
     "swap_linears",
     "tap_embedding",

@@ -84,6 +84,8 @@ def lookup_factor(embedding: nn.Embedding) -> float:
             'embeddings="always", "frozen" or "sampled".'
         )
     table = embedding.weight
+    if table.is_meta:  # a plan's: no values, and the factor decides no bytes
+        return 1.0
     ids = torch.arange(min(PROBED_ROWS, len(table)), device=table.device)
     rows, found = table[ids].to(torch.float32), embedding(ids).to(torch.float32)
     squares = float((rows * rows).sum())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lisa_kernels.layers.loss_probe import IGNORED, MISFITS, PROBED_TOKENS, Probe, is_plain_loss
 from lisa_kernels.layers.lowrank import LowRankLinear, is_linear, linear_shape
+from lisa_kernels.ops.autocast import autocast_dtype
 from lisa_kernels.ops.linear_cross_entropy import Curve, Head, linear_cross_entropy
 
 PLAIN = Curve()
@@ -57,8 +58,11 @@ class LossWithoutLogits:
 
     When labels are given, gradients are on and the model is in training mode, the output layer sees one position only;
     the model's loss function gets the hidden states that the layer would have read. What else the model adds to its
-    loss stays. Logits are formed when they are read from the model's output; evaluation and generation are as before.
+    loss stays. Logits are formed when they are read from the model's output; evaluation and generation are as before,
+    unless `in_evaluation` is set.
     """
+
+    in_evaluation = False
 
     def __init__(self, model: nn.Module, layer: nn.Module) -> None:
         self.model, self.layer = model, layer
@@ -91,15 +95,14 @@ class LossWithoutLogits:
         wanted = given.get("labels") is not None and given.get("return_dict") is not False
         whole = isinstance(keep, int) and keep == 0
         training = model.training and torch.is_grad_enabled()
-        self._armed = wanted and whole and (training or self._probe is not None)
+        self._armed = wanted and whole and (training or self.in_evaluation or self._probe is not None)
         self._hidden = None
 
     def _narrow(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
         if not self._armed:
             return None
         (self._hidden,) = args
-        device = self._hidden.device.type
-        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self._autocast = autocast_dtype(self._hidden.device.type)
         if self._probe is not None:
             return (self._probe.positions(head_of(layer), self._hidden),)
         return (self._hidden[..., :1, :],)
@@ -140,9 +143,13 @@ class LossWithoutLogits:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         self._probe = Probe(self.model)
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        stand_in = self.layer.register_forward_hook(self._probe.stand_in) if weight.is_meta else None
         try:
-            ids = torch.arange(PROBED_TOKENS, device=self.layer.weight.device).unsqueeze(0)  # type: ignore[arg-type]
-            output = self.model(input_ids=ids, labels=ids)
+            ids = torch.arange(PROBED_TOKENS).unsqueeze(0)
+            labels = ids if weight.is_meta else ids.to(weight.device)
+            output = self.model(input_ids=ids.to(weight.device), labels=labels)
             found = self._probe.curves
             if not isinstance(output, Mapping) or len(found) != 1 or found[0] is None:
                 return False
@@ -152,6 +159,8 @@ class LossWithoutLogits:
             return False
         finally:
             self._probe = None
+            if stand_in is not None:
+                stand_in.remove()
             for module, mode in modes:
                 module.training = mode
 

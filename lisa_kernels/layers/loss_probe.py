@@ -31,12 +31,24 @@ class Probe:
     def positions(self, head: Head, hidden: Tensor) -> Tensor:
         """Return what the output layer reads in place of `hidden`: a position of faint logits and one of loud ones."""
         self._calls += 1
+        if head.weight.is_meta:
+            return hidden[..., : len(PROBED_LOGITS), :]
         drawn = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
         row = drawn.to(hidden.device, hidden.dtype)
         largest = nn.functional.linear(row, head.weight).abs().max().clamp_min(torch.finfo(torch.float16).tiny)
         rows = torch.stack([row * (logit / largest) for logit in PROBED_LOGITS])
         self._plain = nn.functional.linear(rows, head.weight, head.bias)
         return rows.expand(*hidden.shape[:-2], -1, -1)
+
+    def stand_in(self, layer: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor:
+        """Return logits with values, as a forward hook of an output layer without any: one of a plan.
+
+        What the model makes of its layer's logits can be seen from any; those of its body are not needed.
+        """
+        drawn = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0))
+        rows = torch.stack([drawn * (logit / drawn.abs().max()) for logit in PROBED_LOGITS]).to(logits.dtype)
+        self._plain = rows
+        return rows.expand(logits.shape).clone()
 
     def compare(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Note the curve from the layer's logits to `logits`, and whether there is one label for each token."""

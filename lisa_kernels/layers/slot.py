@@ -49,15 +49,19 @@ class SlotModule(nn.Module):
         """Whether the slot owns storage."""
         return self.slot.numel() > 0
 
-    def activate(self, basis: Tensor | None = None) -> None:
-        """Give the slot and the basis their storage; the slot is zero, the basis `basis` or to be found."""
+    def activate(self, basis: Tensor | None = None, remainder: Tensor | None = None) -> None:
+        """Give the slot and the basis their storage; the slot is zero, the basis `basis` or to be found.
+
+        remainder: that of the layer's last time, instead of zeros.
+        """
         device, dtype = self.weight.device, self.weight.dtype
         self.slot.data = torch.zeros(self.rank, self.out_features, device=device)
         self.basis = torch.zeros(self.rank, self.in_features, device=device, dtype=dtype)
         if basis is not None:
             self.basis.copy_(basis)
         if self.exact_master and dtype == torch.bfloat16:
-            self.remainder = torch.zeros_like(self.weight, dtype=torch.int16)
+            zeros = torch.zeros_like(self.weight, dtype=torch.int16)
+            self.remainder = zeros if remainder is None else zeros.copy_(remainder)
 
     def arm(self) -> None:
         """Settle whether backwards until the next step find a basis, because one is due, and keep all that it takes.
@@ -67,14 +71,14 @@ class SlotModule(nn.Module):
         """
         self.capturing = self.active and self.tracker is not None and self.tracker.due
 
-    def deactivate(self, keep_basis: bool = False) -> None:
-        """Free the slot's storage, its gradient's, and the basis's unless it is kept."""
+    def deactivate(self, keep: bool = False) -> None:
+        """Free the slot's storage, its gradient's, and those of basis and remainder unless they are kept."""
         self.capturing = False
         self.slot.grad = None
         self.slot.data = torch.empty(0, device=self.slot.device)
-        self.remainder = torch.empty(0, dtype=torch.int16, device=self.slot.device)
-        if not keep_basis:
+        if not keep:
             self.basis = torch.empty(0, device=self.slot.device)
+            self.remainder = torch.empty(0, dtype=torch.int16, device=self.slot.device)
 
     def refresh_basis(self, gradient: Gradient) -> Tensor:
         """Make the basis that is due, from the weight's gradient [m, n], and return the one in use."""

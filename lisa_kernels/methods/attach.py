@@ -23,12 +23,14 @@ def attach(
     weight_decay: float = 1e-2, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
     scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
+    paging: str | None = None,
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
     calibration: batches (input_ids, …) for scores that need data, see `layer_scores`. scores: one number per layer,
     where they were computed before. blocks: the path of the decoder blocks where they are not found by themselves.
-    weight_decay leaves vectors (norms, biases) alone; max_grad_norm clips inside the step, see `AdamW8bit`. In training
+    weight_decay leaves vectors (norms, biases) alone; max_grad_norm clips inside the step, and paging says where the
+    moments are between steps, see `AdamW8bit`; what `retired_state="page"` puts away goes there too. In training
     the loss of a language model is computed without forming the logits of all tokens, where that is exact (its loss is
     the cross entropy of its output layer's logits, scaled and capped or not), which a forward of a few tokens finds out
     here; keep_logits=True leaves the loss to the model. The model's own parameters stay what they are; linears that
@@ -41,13 +43,13 @@ def attach(
     # Before the scores, which may take minutes.
     _check_layout(model, method, blocks)
     scores = _scores(model, method, calibration, scores, blocks)
-    layout = _make_layout(model, method, seed, blocks)
+    layout = make_layout(model, method, seed, blocks)
     try:
         sampler = method.make_sampler(len(layout.drawn), seed, scores and _with_outer(scores, len(layout.drawn)))
         settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         return SampledAdamW(
             model, method, layout, sampler, block_size=block_size, rounding=rounding, seed=seed,
-            max_grad_norm=max_grad_norm, keep_logits=keep_logits, **settings
+            max_grad_norm=max_grad_norm, paging=paging, keep_logits=keep_logits, **settings
         )  # fmt: skip
     except BaseException:
         for swap in layout.swaps:
@@ -62,7 +64,8 @@ def _check_layout(model: nn.Module, method: Method, blocks: str | None) -> None:
         check_layered_layout(model, method, blocks)
 
 
-def _make_layout(model: nn.Module, method: Method, seed: int, blocks: str | None) -> Layout:
+def make_layout(model: nn.Module, method: Method, seed: int = 0, blocks: str | None = None) -> Layout:
+    """Prepare the model for a method that fits it; raises InputError for one that does not."""
     if isinstance(method, LoRAFA):
         return adapter_layout(model, method, seed)
     return layered_layout(model, method, seed, blocks)

@@ -14,7 +14,7 @@ from lisa_kernels.scores import SCORE_KINDS
 
 CHOICES = {
     "embeddings": ("always", "low-rank", "frozen", "sampled"),
-    "retired_state": ("drop", "keep"),
+    "retired_state": ("drop", "keep", "page"),
     "design": ("marginals", "sequential"),
     "order": ("random", "ascending", "descending"),
     "master": ("none", "remainder"),
@@ -34,8 +34,9 @@ class Method:
     step) or "adapter" (a slot that stays). embeddings: "always" trains embedding, head and final norm all the time,
     "low-rank" too, embedding and head through slots of `rank` (one where they are tied), "frozen" never, "sampled"
     makes embedding and head two more layers of the draw (one where they are tied).
-    retired_state: "drop" frees a layer's moments when it leaves, "keep" holds them for its return. Raises InputError
-    for values out of range.
+    retired_state: "drop" frees a layer's moments, basis and remainder when it leaves; "page" moves them to the store
+    that `attach(paging=...)` names, else to host memory, and back when it is drawn again; "keep" does the same on the
+    device. Raises InputError for values out of range.
     """
 
     name: ClassVar[str]
@@ -142,10 +143,10 @@ class OWS(Method):
 class OwLore(OWS):
     """Outlier-weighed layer sampling with low-rank gradients in the sampled layers.
 
-    Source: arXiv 2405.18380. gap: steps between refreshes of one matrix's basis while its layer stays active (0: only
-    at activation). scale multiplies the learning rate of the low-rank slots. master: "remainder" keeps 16 more bits of
-    each bfloat16 matrix while it trains, 2 bytes per weight of the active layers, so that updates add up in float32;
-    "none" rounds each update stochastically.
+    Source: arXiv 2405.18380, where embedding and head train in full (embeddings="always"). gap: steps between refreshes
+    of one matrix's basis while its layer stays active (0: only at activation). scale multiplies the learning rate of
+    the low-rank slots. master: "remainder" keeps 16 more bits of each bfloat16 matrix while it trains, 2 bytes per
+    weight of the active layers, so that updates add up in float32; "none" rounds each update stochastically.
     """
 
     name: ClassVar[str] = "owlore"
@@ -154,7 +155,7 @@ class OwLore(OWS):
     period: int = 50
     rank: int = 128
     scores: str | tuple[float, ...] = "outlier"
-    embeddings: str = "always"
+    embeddings: str = "low-rank"
     retired_state: str = "drop"
     gap: int = 200
     scale: float = 1.0

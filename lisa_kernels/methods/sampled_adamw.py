@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from lisa_kernels.layers import FreezeGuard, LossWithoutLogits, PlainLinears, Sl
 from lisa_kernels.methods.adapters import Adapters
 from lisa_kernels.methods.definitions import LoRAFA, Method
 from lisa_kernels.methods.peft_folder import read_adapter, write_adapter
+from lisa_kernels.methods.shelf import Shelf
 from lisa_kernels.methods.slots import (
     check_slots_state,
     fold_slots,
+    kept_buffers,
     slots_in_shape,
     slots_state,
     stagger,
@@ -27,6 +30,8 @@ from lisa_kernels.methods.slots import (
 )
 from lisa_kernels.methods.units import Layout, Unit
 from lisa_kernels.optim import AdamW8bit
+from lisa_kernels.optim.paged import PagedStates
+from lisa_kernels.paging import Store
 from lisa_kernels.samplers import AdaptiveSampler, Sampler, sampler_from_state
 
 
@@ -60,6 +65,13 @@ class SampledAdamW(AdamW8bit):
         self._adapters = Adapters(model, method, layout.always.lowrank) if isinstance(method, LoRAFA) else None
         for layer in self._layers().values():
             layer.exact_master = method.get("master", "none") == "remainder"
+        retired_state: str = method.get("retired_state", "drop")
+        stays = retired_state == "page" and settings.get("paging") == "resident"
+        self._retired_state = "keep" if stays else retired_state
+        self._unit_numbers: dict[Tensor, int] = {
+            param: n for n, unit in enumerate(layout.units()) for param in unit.params()
+        }  # fmt: skip
+        self._shelf = Shelf(self._open_store)
         super().__init__(self._groups(lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings)
         self._guard = FreezeGuard(model)
         self._plain_linears = PlainLinears(model)
@@ -70,6 +82,7 @@ class SampledAdamW(AdamW8bit):
             self._loss = None if keep_logits else leave_out_logits(model)
         except BaseException:
             self._remove_hooks()
+            self._close_pages()
             raise
 
     def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -84,10 +97,37 @@ class SampledAdamW(AdamW8bit):
         ]
         return [group for group in groups if group["params"]]
 
+    def _page_states(self) -> PagedStates | None:
+        if self._retired_state == "page" and self.paging is None:
+            return self._states_in("host", stay=True)
+        return super()._page_states()
+
+    def _open_store(self) -> Store:
+        assert self._paged is not None
+        return self._paged.open()
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "method": self.method.settings()}
+
+    def _unit_of(self, param: Tensor) -> int:
+        return self._unit_numbers[param]
+
     @property
     def forms_logits(self) -> bool:
         """Whether the training loss forms the logits of all tokens at once, as the plain model does."""
         return self._loss is None
+
+    @contextmanager
+    def evaluation_without_logits(self) -> Iterator[None]:
+        """Compute losses in evaluation mode as in training, where that is done without logits."""
+        if self._loss is None:
+            yield
+            return
+        self._loss.in_evaluation = True
+        try:
+            yield
+        finally:
+            self._loss.in_evaluation = False
 
     # Which layers train
 
@@ -134,17 +174,21 @@ class SampledAdamW(AdamW8bit):
         """Retire the layers that leave, give those that come their slots, and freeze all others."""
         leaving = [self.layout.drawn[index] for index in self._active if index not in layers]
         coming = [self.layout.drawn[index] for index in layers if index not in self._active]
-        keep = self.method.get("retired_state", "drop") == "keep"
+        if self._retired_state == "page":
+            # All of them before any is given up: a page that cannot be written stops the run with nothing lost.
+            for unit in leaving:
+                self._put_away(unit)
         for unit in leaving:
-            if not keep:
+            if self._retired_state == "drop":
                 self.retire(unit.params())
             for layer in unit.lowrank.values():
-                layer.deactivate(keep_basis=keep)
+                layer.deactivate(keep=self._retired_state == "keep")
         for unit in coming:
-            for layer in unit.lowrank.values():
-                kept = layer.basis if layer.basis.numel() else None
-                layer.activate(kept)
-                if layer.tracker is not None and kept is None:
+            paged = self._shelf.take(unit)
+            for path, layer in unit.lowrank.items():
+                kept = paged.get(path) or kept_buffers(layer)
+                layer.activate(kept.get("basis"), kept.get("remainder"))
+                if layer.tracker is not None and "basis" not in kept:
                     layer.tracker.start(self.calls)
                 elif layer.tracker is not None:
                     layer.tracker.due = True
@@ -154,6 +198,26 @@ class SampledAdamW(AdamW8bit):
         self._norms = {}
         if self._guard is not None:
             self._guard.set_trainable(self.model, [param for unit in self._active_units() for param in unit.params()])
+
+    def _put_away(self, unit: Unit) -> None:
+        """Write what a unit that rests needs at its return to the store."""
+        self._shelf.put(unit, {path: kept_buffers(layer) for path, layer in unit.lowrank.items()})
+        if self._paged is not None and self._paged.stay:
+            self._paged.put_away(self.state, unit.params())
+
+    def _prefetch_coming(self) -> None:
+        """Begin to bring back what the switch at the end of this step will need, beside the step's own work."""
+        last = self.period is not None and (self.calls + 1) % self.period == 0
+        if not last or self._retired_state != "page" or self._paged is None:
+            return
+        # What an adaptive sampler draws next depends on this very step.
+        if self.sampler is None or self.period is None or isinstance(self.sampler, AdaptiveSampler):
+            return
+        for index in self.sampler.draw((self.calls + 1) // self.period):
+            if index not in self._active:
+                self._shelf.prefetch(self.layout.drawn[index])
+                if self._paged.stay:
+                    self._paged.prefetch(self.layout.drawn[index].params())
 
     def _arm(self) -> None:
         for layer in self._active_slots():
@@ -174,6 +238,7 @@ class SampledAdamW(AdamW8bit):
         self._guard.enforce(self.model)
         if isinstance(self.sampler, AdaptiveSampler):
             self._note_gradient_norms()
+        self._prefetch_coming()
         active = self._active_slots()
         transport_slots(self, active)
         stepped = any(param.grad is not None for unit in self._active_units() for param in unit.params())
@@ -224,7 +289,7 @@ class SampledAdamW(AdamW8bit):
             "visits": list(self.visits),
             "history": [list(row) for row in self.history],
             "norms": {str(index): seen for index, seen in self._norms.items()},
-            "slots": slots_state(self._layers()),
+            "slots": slots_state(self._layers(), self._shelf.held()),
         }
         return packed
 
@@ -261,7 +326,15 @@ class SampledAdamW(AdamW8bit):
         for layer in layers.values():
             if layer.tracker is not None:
                 layer.tracker.seed = self.seed
-        take_slots_state(layers, saved["slots"])
+        active = {unit.name for unit in self._active_units()}
+        for unit in self.layout.units():
+            self._shelf.forget(unit)
+            take_slots_state(unit.lowrank, saved["slots"])
+            # Unit by unit, so that the device never holds what is to rest elsewhere.
+            if self._retired_state == "page" and unit.name not in active:
+                self._shelf.put(unit, {path: kept_buffers(layer) for path, layer in unit.lowrank.items()})
+                for layer in unit.lowrank.values():
+                    layer.deactivate()
         self._arm()
 
     # Adapters
@@ -321,6 +394,12 @@ class SampledAdamW(AdamW8bit):
         if self._loss is not None:
             self._loss.remove()
 
+    def _close_pages(self) -> None:
+        for unit in self.layout.units():
+            self._shelf.forget(unit)
+        if self._paged is not None:
+            self._paged.close()
+
     @torch.no_grad()
     def detach(self) -> nn.Module:
         """Merge adapters, put plain layers back with `requires_grad` as it was, free the state; returns the model."""
@@ -334,6 +413,7 @@ class SampledAdamW(AdamW8bit):
             swap.undo()
         for group in self.param_groups:
             self.retire(group["params"])
+        self._close_pages()
         self._guard = None
         self._active = []
         return self.model

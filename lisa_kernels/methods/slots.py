@@ -32,23 +32,32 @@ def transport_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
 
     A gradient that was of no use left the basis and a rotation of exactly one; then the state keeps its every bit.
     """
+    turned: dict[Tensor, tuple[SlotModule, Tensor]] = {}
     for layer in layers:
         tracker = layer.tracker
         if tracker is None or tracker.rotation is None:
             continue
         rotation, tracker.rotation = tracker.rotation, None
         if layer.slot in optimizer.state:
-            betas = _group_of(optimizer, layer)["betas"]
-            state = optimizer.state[layer.slot]
-            before = {name: tensor.clone() for name, tensor in state.items()}
-            m, v = optimizer.moments(layer.slot)
-            gradient = layer.slot.grad
-            if gradient is not None:
-                gradient = gradient * optimizer._unscaling(gradient.device)
-            optimizer.set_moments(layer.slot, *transport_moments(m, v, rotation, state["step"], betas, gradient))
-            turned = (rotation != torch.eye(layer.rank, device=rotation.device)).any()
-            for name, tensor in state.items():
-                tensor.copy_(torch.where(turned, tensor, before[name]))
+            turned[layer.slot] = layer, rotation
+    for slots in optimizer.windows(turned):
+        with optimizer.at_hand(slots):
+            for slot in slots:
+                _transport(optimizer, *turned[slot])
+
+
+def _transport(optimizer: AdamW8bit, layer: SlotModule, rotation: Tensor) -> None:
+    betas = _group_of(optimizer, layer)["betas"]
+    state = optimizer.state[layer.slot]
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    m, v = optimizer.moments(layer.slot)
+    gradient = layer.slot.grad
+    if gradient is not None:
+        gradient = gradient * optimizer._unscaling(gradient.device)
+    optimizer.set_moments(layer.slot, *transport_moments(m, v, rotation, state["step"], betas, gradient))
+    turned = (rotation != torch.eye(layer.rank, device=rotation.device)).any()
+    for name, tensor in state.items():
+        tensor.copy_(torch.where(turned, tensor, before[name]))
 
 
 def lifting_factors(layer: SlotModule) -> tuple[Tensor, Tensor]:
@@ -76,18 +85,27 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
         layer.slot.data.zero_()
 
 
-def slots_state(layers: Mapping[str, SlotModule]) -> dict[str, dict[str, Any]]:
-    """Return basis, tracker and (for adapters) slot of every layer that holds a basis."""
+def kept_buffers(layer: SlotModule) -> dict[str, Tensor]:
+    """Return basis and remainder by name, where the layer has them."""
+    named = {"basis": layer.basis, "remainder": layer.remainder}
+    return {name: tensor for name, tensor in named.items() if tensor.numel()}
+
+
+def slots_state(
+    layers: Mapping[str, SlotModule], paged: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Any]]:
+    """Return basis, remainder, tracker and (for adapters) slot of every layer that has a basis.
+
+    paged: bases and remainders of resting layers that are kept elsewhere, by path.
+    """
     state: dict[str, dict[str, Any]] = {}
     for path, layer in layers.items():
-        if layer.basis.numel():
-            entry: dict[str, Any] = {"basis": layer.basis}
+        entry: dict[str, Any] = dict(paged.get(path) or kept_buffers(layer))
+        if "basis" in entry:
             if layer.tracker is None:
                 entry["slot"] = layer.slot.detach()
             else:
                 entry["tracker"] = layer.tracker.state_dict()
-            if layer.remainder.numel():
-                entry["remainder"] = layer.remainder
             state[path] = entry
     return state
 
@@ -122,8 +140,8 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
             layer.slot.data.copy_(entry["slot"])
         else:
             layer.tracker.load_state_dict(entry["tracker"])
-        if "remainder" in entry and layer.remainder.numel():
-            layer.remainder.copy_(entry["remainder"])
+        if "remainder" in entry and layer.exact_master and layer.weight.dtype == torch.bfloat16:
+            layer.remainder = entry["remainder"].to(layer.weight.device, copy=True)  # type: ignore[union-attr,arg-type]
 
 
 @contextmanager

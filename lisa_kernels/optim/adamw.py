@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,34 +12,18 @@ from torch.optim import Optimizer
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.adamw8 import FLOAT_DTYPES
-from lisa_kernels.ops.blockwise8 import block_count, check_block_size, dequantize_blockwise, quantize_blockwise
+from lisa_kernels.ops.blockwise8 import block_count, dequantize_blockwise, quantize_blockwise
 from lisa_kernels.ops.grad_norm import grad_norm
 from lisa_kernels.ops.random_bits import random_key
-from lisa_kernels.optim.batches import Batch, Keys, gather
+from lisa_kernels.optim.batches import Batch, Keys, gather, with_gradients
+from lisa_kernels.optim.paged import PagedStates
+from lisa_kernels.optim.settings import check_hyper, check_settings
+from lisa_kernels.paging import Store, open_store
 
-ROUNDINGS = ("stochastic", "nearest")
 # Tensors below this many elements, and all 1-D tensors, keep 32-bit moments: they are few bytes and the most sensitive.
 MIN_8BIT_ELEMENTS = 4096
 # A larger gradient's square overflows the float32 second moment, and an infinite scale would spoil its whole block.
 LARGEST_GRADIENT = 1e19
-
-
-def _as_number(value: Any) -> float:
-    """Return a float, NaN for what is no number: NaN passes no check."""
-    try:
-        return math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return math.nan
-
-
-def _check_hyper(group: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0.0 <= _as_number(group.get(name)) < math.inf:
-            raise InputError(f"{name} is {group.get(name)!r}; a finite number of at least 0 is wanted.")
-    betas = group.get("betas")
-    pair = [_as_number(beta) for beta in betas] if isinstance(betas, (tuple, list)) else []
-    if len(pair) != 2 or not all(0.0 <= beta < 1.0 for beta in pair):
-        raise InputError(f"betas are {betas!r}; two numbers are wanted, both at least 0 and below 1.")
 
 
 def _joined(measured: list[Tensor]) -> Tensor:
@@ -60,6 +44,10 @@ class AdamW8bit(Optimizer):
     unscaling is part of them too. `lr` may be a 0-d tensor, which a captured CUDA graph reads anew. Raises InputError
     for values out of range.
 
+    paging: where the state is between steps: None (on the device), "host" (locked host memory), "managed" (CUDA's
+    unified memory) or "file:DIR" (files, for state larger than memory). A step then brings it to the device in pages of
+    up to 64 MiB, one ahead, and writes each back; the result is the same bit for bit.
+
     Update: Loshchilov and Hutter, arXiv 1711.05101; decay first, eps outside the square root.
     """
 
@@ -72,32 +60,39 @@ class AdamW8bit(Optimizer):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, *, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None = None, paging: str | None = None,
     ) -> None:  # fmt: skip
-        check_block_size(block_size)
-        if max_grad_norm is not None and not 0.0 < _as_number(max_grad_norm) < math.inf:
-            raise InputError(f"max_grad_norm is {max_grad_norm!r}; a finite number above 0 is wanted, or None.")
-        if rounding not in ROUNDINGS:
-            raise InputError(f"rounding is {rounding!r}; it must be one of {', '.join(ROUNDINGS)}.")
+        check_settings(block_size, rounding, max_grad_norm, paging)
         self.block_size = block_size
         self.rounding = rounding
         self.seed = seed
         self.max_grad_norm = max_grad_norm
+        self.paging = paging
+        self._paged: PagedStates | None = None
         # Steps taken and steps skipped, int64 0-d on the device of the first gradient.
         self._counters: tuple[Tensor, Tensor] | None = None
         self._indices: dict[Tensor, int] = {}
         self._keys = Keys()
         self._forget_last_step()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._paged = self._page_states()
+        if self._paged is not None:
+            # Now, so that what cannot work is known before training.
+            self._paged.check(param.device for param in self._params())
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle needs, torch's share and our own."""
-        own = {name: getattr(self, name) for name in ("block_size", "rounding", "seed", "max_grad_norm", "_counters")}
-        return {**super().__getstate__(), **own}
+        self._bring_home()
+        names = ("block_size", "rounding", "seed", "max_grad_norm", "paging", "_counters")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over `__getstate__`'s values; `load_state_dict` passes through here too."""
         super().__setstate__(state)
+        if "paging" in state:
+            self._paged = self._page_states()
+        elif self._paged is not None:
+            self._paged.clear()
         self._indices = {param: index for index, param in enumerate(self._params())}
         self._keys = Keys()
         self._forget_last_step()
@@ -111,7 +106,7 @@ class AdamW8bit(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer` does; its parameters take the next indices."""
-        _check_hyper({**self.defaults, **param_group})
+        check_hyper({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             self._check_params(self.param_groups[-1])
@@ -161,11 +156,16 @@ class AdamW8bit(Optimizer):
         """Return the shape of each moment: the parameter's, unless a subclass steps something smaller in its place."""
         return param.shape
 
+    def _in_8_bits(self, param: Tensor) -> bool:
+        """Return whether the moments are codes."""
+        shape = self._moment_shape(param)
+        return len(shape) >= 2 and shape.numel() >= MIN_8BIT_ELEMENTS
+
     def _new_state(self, param: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
         shape, device = self._moment_shape(param), device or param.device
         n = shape.numel()
         state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
-        if len(shape) >= 2 and n >= MIN_8BIT_ELEMENTS:
+        if self._in_8_bits(param):
             blocks = block_count(n, self.block_size)
             for name in ("m", "v"):
                 state[f"{name}_codes"] = torch.zeros(n, dtype=torch.uint8, device=device)
@@ -174,6 +174,45 @@ class AdamW8bit(Optimizer):
             for name in ("m", "v"):
                 state[name] = torch.zeros(n, dtype=torch.float32, device=device)
         return state
+
+    # Paging
+
+    @property
+    def store(self) -> Store | None:
+        """What keeps states that are paged; None where they stay on the device."""
+        return None if self._paged is None else self._paged.open()
+
+    def _page_states(self) -> PagedStates | None:
+        """Return what keeps the states elsewhere than on the device; None where nothing does."""
+        return None if self.paging in (None, "resident") else self._states_in(str(self.paging), stay=False)
+
+    def _states_in(self, paging: str, stay: bool) -> PagedStates:
+        return PagedStates(
+            lambda: open_store(paging, self._identity()),
+            lambda param: self._new_state(param, torch.device("meta")), self._unit_of, stay=stay,
+        )  # fmt: skip
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what tells this run's pages from another's."""
+        shapes = [[str(param.dtype), *param.shape] for param in self._params()]
+        return {"seed": self.seed, "block_size": self.block_size, "parameters": shapes}
+
+    def _unit_of(self, param: Tensor) -> int:
+        """Return the number of the unit that shares pages with no other."""
+        return 0
+
+    def at_hand(self, params: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """Have the states of these parameters on the device for a block that reads or writes them."""
+        return nullcontext() if self._paged is None else self._paged.at_hand(self.state, params)
+
+    def windows(self, params: Iterable[Tensor]) -> list[list[Tensor]]:
+        """Return the parameters in lists to have at hand one after the other, as memory allows."""
+        return [list(params)] if self._paged is None else self._paged.windows(params)
+
+    def _bring_home(self) -> None:
+        """Have paged states where they can be saved."""
+        if self._paged is not None:
+            self._paged.bring_home(self.state)
 
     def _unscaling(self, device: torch.device) -> Tensor:
         """Return the float32 0-d factor that undoes GradScaler's scale: 1 where none is at work."""
@@ -214,11 +253,35 @@ class AdamW8bit(Optimizer):
     @torch.no_grad()
     def _take_step(self) -> None:
         """Do the work of `step`: for subclasses, whose `super().step()` would run every step hook twice."""
+        if self._paged is not None:
+            self._take_paged_step(self._paged)
+            return
         batches = gather(self.param_groups, self._state_of)
         if batches:
             grad_scale = self._begin_step(grad for batch in batches for grad in batch.grads)
             for batch in batches:
                 self._update(batch, grad_scale, batch.params)
+
+    def _take_paged_step(self, paged: PagedStates) -> None:
+        """Take a step window by window, the next one's states on their way meanwhile."""
+        moving = [pair for group in self.param_groups for pair in with_gradients(group["params"])]
+        if not moving:
+            return
+        windows = paged.windows(param for param, _ in moving)
+        paged.prefetch(windows[0])
+        # In the order of a step in one go, so that the gradients' norm is summed alike.
+        grads: dict[tuple[torch.device, bool], list[Tensor]] = {}
+        for param, grad in moving:
+            grads.setdefault((param.device, self._in_8_bits(param)), []).append(grad)
+        grad_scale = self._begin_step(grad for each in grads.values() for grad in each)
+        self._keys.sets = max(self._keys.sets, 2 * len(windows))
+        for window, following in zip(windows, [*windows[1:], []]):
+            some = set(window)
+            groups = [{**group, "params": [p for p in group["params"] if p in some]} for group in self.param_groups]
+            with paged.at_hand(self.state, window, make=True):
+                paged.prefetch(following)
+                for batch in gather(groups, self._state_of):
+                    self._update(batch, grad_scale, batch.params)
 
     def _begin_step(self, gradients: Iterable[Tensor]) -> Tensor:
         """Decide from all gradients whether this step is skipped, and count it; returns what to multiply them by."""
@@ -251,16 +314,20 @@ class AdamW8bit(Optimizer):
 
     def moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """Return float32 copies of (m, v) in the parameter's shape."""
-        state, shape = self.state[param], self._moment_shape(param)
-        if "m" in state:
-            return state["m"].view(shape).clone(), state["v"].view(shape).clone()
-        m = dequantize_blockwise(state["m_codes"], state["m_absmax"], "m", self.block_size)
-        v = dequantize_blockwise(state["v_codes"], state["v_absmax"], "v", self.block_size)
-        return m.view(shape), v.view(shape)
+        with self.at_hand([param]):
+            state, shape = self.state[param], self._moment_shape(param)
+            if "m" in state:
+                return state["m"].view(shape).clone(), state["v"].view(shape).clone()
+            m = dequantize_blockwise(state["m_codes"], state["m_absmax"], "m", self.block_size)
+            v = dequantize_blockwise(state["v_codes"], state["v_absmax"], "v", self.block_size)
+            return m.view(shape), v.view(shape)
 
     def set_moments(self, param: Tensor, m: Tensor, v: Tensor) -> None:
         """Replace the moments by float32 (m, v) of the parameter's shape, quantising them as a step would."""
-        state = self.state[param]
+        with self.at_hand([param]):
+            self._write_moments(param, self.state[param], m, v)
+
+    def _write_moments(self, param: Tensor, state: dict[str, Tensor], m: Tensor, v: Tensor) -> None:
         if "m" in state:
             state["m"].copy_(m.reshape(-1))
             state["v"].copy_(v.reshape(-1))
@@ -276,11 +343,15 @@ class AdamW8bit(Optimizer):
 
     def retire(self, params: Iterable[Tensor]) -> None:
         """Forget the state of these parameters and free its memory."""
+        params = list(params)
         for param in params:
             self.state.pop(param, None)
+        if self._paged is not None:
+            self._paged.forget(params)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain tensors and numbers: codes stay uint8, scales float32."""
+        self._bring_home()
         packed = super().state_dict()
         names = ("steps", "skipped")
         packed["counters"] = dict(zip(names, self._counters)) if self._counters else {}
@@ -320,7 +391,11 @@ class AdamW8bit(Optimizer):
         params = self._saved_params(state_dict)
         for number, values in state_dict["state"].items():
             param = params[str(number)]
-            self.state[param] = {name: value.to(param.device, copy=True) for name, value in values.items()}
+            # Those that get a page are copied into it.
+            move = self._paged is None
+            self.state[param] = {n: value.to(param.device, copy=True) if move else value for n, value in values.items()}
+        if self._paged is not None:
+            self._paged.adopt(self.state)
         self.seed = state_dict.get("format", {}).get("seed", self.seed)
         counters = state_dict.get("counters")
         self._counters = None
@@ -340,7 +415,7 @@ class AdamW8bit(Optimizer):
         if saved != here:
             raise InputError(f"the state has parameter groups of {saved} parameters; this optimizer has {here}.")
         for group in state_dict["param_groups"]:
-            _check_hyper(group)
+            check_hyper(group)
         params = self._saved_params(state_dict)
         for number, values in state_dict["state"].items():
             if str(number) not in params:

@@ -117,16 +117,17 @@ class Keys:
     """Keys of the random numbers of many parameters at a step; what does not change with the step is kept."""
 
     def __init__(self) -> None:
+        # Layers come and go: only as many sets are kept as are in use.
+        self.sets = 8
         self._bases: dict[tuple[torch.device, int, tuple[int, ...]], Tensor] = {}
 
     def at(self, clock: Tensor, seed: int, indices: tuple[int, ...]) -> Tensor:
         """Return int64 [parameters] on the device of `clock`, without waiting for it."""
         which = (clock.device, seed, indices)
         if which not in self._bases:
-            # Layers come and go: only the sets in use are kept.
-            while len(self._bases) >= 8:
+            while len(self._bases) >= self.sets:
                 del self._bases[next(iter(self._bases))]
             bases = torch.tensor([key_base(seed, index) for index in indices], dtype=torch.int64, device="cpu")
-            on_cpu = clock.device.type == "cpu"
-            self._bases[which] = bases if on_cpu else bases.pin_memory().to(clock.device, non_blocking=True)
+            on_gpu = clock.device.type == "cuda"
+            self._bases[which] = (bases.pin_memory() if on_gpu else bases).to(clock.device, non_blocking=on_gpu)
         return keys_at(self._bases[which], clock)

@@ -20,7 +20,8 @@ from torch import Tensor
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.blockwise8 import block_count, quantize_blockwise
 from lisa_kernels.ops.blockwise8.reference import block_absmax
-from lisa_kernels.optim.adamw import AdamW8bit, _as_number
+from lisa_kernels.optim.adamw import AdamW8bit
+from lisa_kernels.optim.settings import as_number
 
 BITSANDBYTES_BLOCK_SIZE = 256
 # Tensors below this many elements have 32-bit states in bitsandbytes, whatever their dimensions.
@@ -199,7 +200,7 @@ def _check_values(number: str, moments: _Moments) -> None:
 
 
 def _step_of(number: str, values: dict[str, Any]) -> int:
-    step = _as_number(values["step"])
+    step = as_number(values["step"])
     if not 0 <= step < 2**62 or step != int(step):
         raise InputError(f"the step of parameter {number} is {values['step']!r}; a count of at least 0 is wanted.")
     return int(step)
@@ -318,7 +319,8 @@ def _hand_over(
             state = optimizer.state.get(param)
             if not state:
                 continue
-            moments = _Moments(int(state["step"]), *optimizer.moments(param))
+            with optimizer.at_hand([param]):
+                moments = _Moments(int(state["step"]), *optimizer.moments(param))
             if moments.m.shape != param.shape:
                 raise InputError(
                     f"the moments of parameter {number} are those of a projected gradient {list(moments.m.shape)}; "

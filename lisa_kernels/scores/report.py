@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,25 +28,26 @@ def bar_chart(scores: Sequence[float], title: str, console: Console) -> None:
     console.print(table)
 
 
-def plot_scores(scores: Sequence[float], path: str | Path, title: str) -> None:
-    """Write a bar chart of the layers to a file whose suffix names the format, such as `.png` or `.svg`."""
+def new_figure(path: str | Path, width: float = 8.0, height: float = 4.0) -> Any:
+    """Return an empty matplotlib figure, sides in inches, for a file whose suffix names the format, such as `.png`.
+
+    Raises InputError for another suffix, and without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise InputError("a plot needs matplotlib: install it, or leave the plot out.") from error
-    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in formats:
         raise InputError(f"{str(path)!r} names no picture format: end it in one of .{', .'.join(sorted(formats))}.")
-    axes = figure.add_subplot()
-    axes.bar(range(len(scores)), list(scores))
-    axes.set_title(title)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("score")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write the figure to the file; raises InputError where that cannot be."""
     try:
         figure.savefig(path)
     except OSError as error:
@@ -53,3 +55,17 @@ def plot_scores(scores: Sequence[float], path: str | Path, title: str) -> None:
             f"the plot could not be written to {str(path)!r} ({error.strerror}): give a file in an existing folder "
             f"that can be written."
         ) from error
+
+
+def plot_scores(scores: Sequence[float], path: str | Path, title: str) -> None:
+    """Write a bar chart of the layers to a file whose suffix names the format, such as `.png` or `.svg`."""
+    figure = new_figure(path)
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.add_subplot()
+    axes.bar(range(len(scores)), list(scores))
+    axes.set_title(title)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("score")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save_figure(figure, path)

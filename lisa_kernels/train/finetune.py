@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from lisa_kernels.layers import find_blocks, is_linear, linear_shape
+from lisa_kernels.layers import find_blocks, is_linear, linear_shape, offload_checkpoints
 from lisa_kernels.layers.lowrank import MIN_SIDE
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
-from lisa_kernels.train.models import check_token_ids, load_model, load_tokenizer, parse_dtype
+from lisa_kernels.train.memory import MemoryMeter, planned_peak
+from lisa_kernels.train.models import check_token_ids, enable_checkpointing, load_model, load_tokenizer, parse_dtype
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions
 from lisa_kernels.train.records import load_records
 from lisa_kernels.train.run_folder import (
@@ -140,18 +142,21 @@ def _tensorboard(options: FineTuneOptions) -> Any:
     return TensorBoardCallback(SummaryWriter(log_dir=str(options.output / "tensorboard")))
 
 
-def _enable_checkpointing(model: Any, options: FineTuneOptions) -> None:
-    wanted = options.gradient_checkpointing
-    if wanted is None:
-        wanted = sum(param.numel() for param in model.parameters()) >= CHECKPOINTING_FROM
-    if wanted:
-        # The new name came with transformers 5.20; the old one goes with 6.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+def wants_checkpointing(options: FineTuneOptions, model: Any) -> bool:
+    """Tell whether the run recomputes activations: as it was told, else by the size of the model."""
+    if options.gradient_checkpointing is not None:
+        return options.gradient_checkpointing
+    parameters: int = sum(param.numel() for param in model.parameters())
+    return options.offload_activations or parameters >= CHECKPOINTING_FROM
 
 
-def finetune(options: FineTuneOptions, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `options`; returns (exit code, summary): 0 when done, 130 when stopped by ctrl-C with a checkpoint."""
+def finetune(
+    options: FineTuneOptions, console: Console, plan: Callable[[FineTuneOptions], int] | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Run `options`; returns (exit code, summary): 0 when done, 130 when stopped by ctrl-C with a checkpoint.
+
+    plan: tells the peak memory of a run before it starts, in bytes; the summary has it beside the measured one.
+    """
     from transformers.utils import logging as transformers_logging
 
     from lisa_kernels.train.progress import LiveProgress
@@ -159,17 +164,22 @@ def finetune(options: FineTuneOptions, console: Console) -> tuple[int, dict[str,
 
     transformers_logging.disable_progress_bar()
     facts, checkpoint = open_run(options)
+    planned = None if plan is None else planned_peak(options, plan, console)
+    meter = MemoryMeter.start()
     model, train, held_out, tokenizer = prepare_data(options, console)
     method = build_method(options, model)
     pad = pad_token_id(tokenizer)
     arguments = _training_arguments(options, len(train), len(held_out) > 0)
     model.config.use_cache = False
-    _enable_checkpointing(model, options)
+    if wants_checkpointing(options, model):
+        enable_checkpointing(model)
+        if options.offload_activations:
+            offload_checkpoints(model)
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.
     scores = facts["scores"] if "scores" in facts else _scores(model, method, train, options, pad)
     optimizer = attach(
         model, method, lr=options.learning_rate, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
-        max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits,
+        max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
     )  # fmt: skip
     progress = LiveProgress(console, optimizer, options.batch_size * options.accumulate * train.tokens / len(train))
     interrupt = StopOnInterrupt()
@@ -178,7 +188,7 @@ def finetune(options: FineTuneOptions, console: Console) -> tuple[int, dict[str,
     _describe(method, optimizer, arguments, console)
     loader = trainer.get_eval_dataloader() if len(held_out) else []
     if "eval_loss_before" not in facts:
-        facts = {"eval_loss_before": _finite(held_out_loss(model, loader)), "scores": scores}
+        facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer)), "scores": scores}
         start_run(options, facts)
     if options.report_to == "tensorboard":
         trainer.add_callback(_tensorboard(options))
@@ -193,8 +203,14 @@ def finetune(options: FineTuneOptions, console: Console) -> tuple[int, dict[str,
             f"stopped at step {steps}; continue with the same command and --resume ({where})", highlight=False
         )
         return INTERRUPTED, {"checkpoint": str(where), "steps": steps}
-    losses = facts["eval_loss_before"], _finite(held_out_loss(model, loader))
-    summary = _summary(options, trainer, optimizer, losses, progress.tokens_per_second)
+    losses = facts["eval_loss_before"], _finite(held_out_loss(model, loader, optimizer))
+    summary = {
+        **_summary(options, trainer, optimizer, losses, progress.tokens_per_second),
+        "peak_bytes_measured": meter.peak_bytes(), "peak_bytes_planned": planned,
+    }  # fmt: skip
+    console.print(meter.describe(planned), highlight=False)
+    if (warning := meter.warning(planned)) is not None:
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
     _finish(options, trainer, optimizer, summary, console)
     return 0, summary
 
@@ -222,14 +238,12 @@ def _summary(
     tokens_per_second: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what summary.json says; losses: held-out, before and after."""
-    from lisa_kernels.train.progress import peak_bytes
-
     train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "method": optimizer.method.name, "settings": optimizer.method.settings(), "steps": trainer.state.global_step,
         "lr": options.learning_rate, "train_loss_first": train_losses[0], "train_loss_last": train_losses[-1],
         "eval_loss_before": losses[0], "eval_loss_after": losses[1], "tokens_per_second": tokens_per_second,
-        "peak_bytes_measured": peak_bytes(), "peak_bytes_planned": None, "skipped_steps": optimizer.skipped_steps,
+        "skipped_steps": optimizer.skipped_steps,
         "layer_visits": dict(zip(optimizer.layer_names, optimizer.visits)), "layer_history": optimizer.history,
     }  # fmt: skip
 
@@ -271,7 +285,6 @@ def _finish(
             style="bold", highlight=False,
         )  # fmt: skip
     console.print(
-        f"peak memory {summary['peak_bytes_measured'] / 1e9:.2f} GB, {summary['tokens_per_second']:,.0f} tokens/s; "
-        f"model and summary in {options.output}",
+        f"{summary['tokens_per_second']:,.0f} tokens/s; model and summary in {options.output}",
         highlight=False,
     )

@@ -57,6 +57,41 @@ def load_model(spec: str, dtype: torch.dtype, seed: int) -> Any:
     return model
 
 
+def load_config(spec: str) -> Any:
+    """Return the configuration of the causal language model that `spec` names; its weights need not be there.
+
+    spec: as for `load_model`, or the path of a config.json. Raises InputError.
+    """
+    from transformers import AutoConfig
+
+    if spec.startswith(PRESET_PREFIX):
+        return preset_config(spec.removeprefix(PRESET_PREFIX))
+    path = Path(spec).expanduser()
+    if path.suffix == ".json" and not path.is_file():
+        raise InputError(f"configuration {spec!r} does not exist: give the path of a config.json.")
+    where = path if path.suffix == ".json" else _locate(spec)
+    if where is not None and where.is_dir() and not (where / "config.json").is_file():
+        raise InputError(f"model directory {spec!r} has no config.json: give one that save_pretrained wrote.")
+    try:
+        config = AutoConfig.from_pretrained(
+            spec if where is None else str(where), local_files_only=where is not None, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise _unloadable("configuration", spec, where, error) from error
+    _check_causal(spec, config)
+    return config
+
+
+def enable_checkpointing(model: Any, **settings: Any) -> None:
+    """Have the model keep only what enters each block, and compute the rest again in the backward.
+
+    settings: more arguments of `torch.utils.checkpoint.checkpoint`.
+    """
+    # The new name came with transformers 5.20; the old one goes with 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **settings})
+
+
 def _from_pretrained(spec: str, where: Path | None, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """Return the model and the names of its weights that the checkpoint does not hold."""
     from safetensors import SafetensorError

@@ -9,6 +9,7 @@ from typing import Any
 
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.methods import METHODS, Method, method_by_name
+from lisa_kernels.paging import check_paging
 
 DEFAULT_STEPS = 200
 # Learning rates to begin with on 7-8B models: from the papers where they give one.
@@ -19,7 +20,10 @@ DEFAULT_LR = {
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 REPORTERS = ("none", "tensorboard")
 # What may differ between a run and its resumption.
-_FREE = ("output", "resume", "overwrite", "save_every", "report_to", "eval_every", "json", "max_checkpoints")
+_FREE = (
+    "output", "resume", "overwrite", "save_every", "report_to", "eval_every", "json", "max_checkpoints", "paging",
+    "offload_activations",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class FineTuneOptions:
     targets: str | None = None
     embeddings: str | None = None
     master: str | None = None
+    retired_state: str | None = None
+    paging: str | None = None
     scores: str | None = None
     lr: float | None = None
     lr_schedule: str = "linear"
@@ -54,6 +60,7 @@ class FineTuneOptions:
     packing: bool = True
     dtype: str = "auto"
     gradient_checkpointing: bool | None = None
+    offload_activations: bool = False
     keep_logits: bool = False
     seed: int = 0
     eval_fraction: float = 0.05
@@ -81,6 +88,11 @@ class FineTuneOptions:
             raise InputError("both --steps and --epochs are given; give one of them.")
         if self.resume and self.overwrite:
             raise InputError("both --resume and --overwrite are given; give one of them.")
+        if self.offload_activations and self.gradient_checkpointing is False:
+            raise InputError(
+                "both --offload-activations and --no-gradient-checkpointing are given; only what checkpointing keeps "
+                "can wait in host memory: give one of them."
+            )
         if not 0 <= self.eval_fraction <= 0.5:
             raise InputError(f"--eval-fraction is {self.eval_fraction}; a share from 0 to 0.5 is wanted.")
         if self.max_grad_norm < 0:
@@ -88,6 +100,7 @@ class FineTuneOptions:
         for name, known in (("lr_schedule", SCHEDULES), ("report_to", REPORTERS)):
             if getattr(self, name) not in known:
                 raise unknown_name(f"--{name.replace('_', '-')}", getattr(self, name), known)
+        check_paging(self.paging)
         self.build_method()
 
     def build_method(self, default_rank: int | None = None, layers: int | None = None) -> Method:
@@ -96,6 +109,7 @@ class FineTuneOptions:
         settings = {
             "active_layers": self.active_layers, "period": self.period, "rank": self.rank, "alpha": self.alpha,
             "targets": targets, "embeddings": self.embeddings, "master": self.master, "scores": self.scores,
+            "retired_state": self.retired_state,
         }  # fmt: skip
         method = method_by_name(self.method, **settings)
         rank, active = method.get("rank", None), method.get("active_layers", None)

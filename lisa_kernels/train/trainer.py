@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -164,7 +165,7 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Return the token-weighted mean loss over the held-out rows."""
-        loss = held_out_loss(self.model, self.get_eval_dataloader())
+        loss = held_out_loss(self.model, self.get_eval_dataloader(), self._base_optimizer())
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         handler, control = self.callback_handler, self.control
@@ -187,17 +188,21 @@ def remove_checkpoint(path: Path) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, loader: Any) -> float:
-    """Return the mean cross entropy in nats per supervised token over all batches; nan if there are none."""
+def held_out_loss(model: Any, loader: Any, optimizer: SampledAdamW | None = None) -> float:
+    """Return the mean cross entropy in nats per supervised token over all batches; nan if there are none.
+
+    optimizer: of an attached model, whose loss then needs no logits here either.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for batch in loader:
-        inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-        count = int((inputs["labels"][..., 1:] != -100).sum())
-        if count:
-            total += model(**inputs).loss.double().cpu() * count
-            tokens += count
+    with nullcontext() if optimizer is None else optimizer.evaluation_without_logits():
+        for batch in loader:
+            inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            count = int((inputs["labels"][..., 1:] != -100).sum())
+            if count:
+                total += model(**inputs).loss.double().cpu() * count
+                tokens += count
     model.train(training)
     return float(total) / tokens if tokens else float("nan")

@@ -17,10 +17,11 @@ MATRICES = 2 * 7
 
 
 def test_steps_are_timed_and_their_bases_counted() -> None:
-    """First bases, then further attempts and refreshes, spread, and from the gap on refreshes alone."""
+    """First bases, then refreshes, spread over the gap."""
     model = llama(layers=2, width=32, intermediate=48, heads=4)
     taken = timed_steps(model, GaLore(rank=4, gap=6, embeddings="frozen"), count=13, batch=1, seq_len=8)
-    assert [step["due"] for step in taken[:5]] == [MATRICES, 5, 4, 5, 5]
+    assert taken[0]["due"] == MATRICES
+    assert max(step["due"] for step in taken[1:]) == 3
     assert sum(step["due"] for step in taken[7:]) == MATRICES
     assert all(step["seconds"] > 0 for step in taken)
 

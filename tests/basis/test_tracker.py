@@ -52,14 +52,15 @@ def is_orthonormal(basis: Tensor, tolerance: float = ORTHONORMAL) -> bool:
     return torch.allclose(basis.float() @ basis.float().t(), torch.eye(RANK), rtol=0, atol=tolerance)
 
 
-def due_steps(gap: int, offset: int, steps: int = 40) -> list[int]:
-    """Return after which steps a refresh was due, each done at once."""
-    found, (followed, basis) = [], started(gap=gap, offset=offset)
+def due_steps(gap: int, offset: int, steps: int = 40, bad: float = math.nan) -> list[int]:
+    """Return after which steps a refresh was due, each done at once, of gradients of which a number is `bad`."""
+    found, followed, basis = [], tracker(gap=gap, offset=offset), torch.zeros(RANK, N)
+    followed.update(broken(bad), basis)
     for step in range(1, steps + 1):
         followed.advance()
         if followed.due:
             found.append(step)
-            followed.update(gradient_of(step), basis)
+            followed.update(broken(bad), basis)
     return found
 
 
@@ -77,7 +78,25 @@ def due_steps(gap: int, offset: int, steps: int = 40) -> list[int]:
 def test_refreshes_are_due_every_gap_and_once_between_powers_of_8_before_it(
     gap: int, offset: int, wanted: list[int]
 ) -> None:
+    """Until a gradient has had a say, which none here has."""
     assert due_steps(gap, offset) == wanted
+
+
+def test_after_a_good_gradient_only_the_gap_counts() -> None:
+    assert due_steps(10, 3, bad=1.0) == [7, 17, 27, 37]
+
+
+def test_a_good_gradient_that_follows_a_bad_one_ends_the_early_refreshes() -> None:
+    """Due at step 1, where it is found, and not at step 8."""
+    followed, basis = tracker(gap=100), torch.zeros(RANK, N)
+    followed.update(broken(math.nan), basis)
+    found = []
+    for step in range(1, 20):
+        followed.advance()
+        if followed.due:
+            found.append(step)
+            followed.update(gradient_of(step), basis)
+    assert found == [1]
 
 
 def test_early_refreshes_are_spread_too() -> None:
@@ -211,8 +230,9 @@ def test_before_the_first_basis_a_bad_gradient_gives_random_directions_and_the_n
 
 
 def test_a_first_basis_that_was_found_is_not_found_again() -> None:
-    """Early attempts leave it, and a rotation of one; only the refresh after the gap moves it."""
+    """Where the host does not know it yet, early attempts leave it, and a rotation of one; only the gap moves it."""
     followed, basis = started(gap=4)
+    followed._heard = None
     before = basis.clone()
     for step in range(1, 5):
         followed.advance()
@@ -308,10 +328,10 @@ def test_a_new_period_forgets_the_basis() -> None:
 
 
 def test_a_tracker_continues_from_its_state() -> None:
-    followed, basis = started(gap=4, offset=1)
-    for _ in range(2):
-        followed.advance()
+    """Halfway to a first basis that no gradient has had a say in yet."""
+    followed, basis = tracker(gap=4, offset=1), torch.zeros(RANK, N)
     followed.update(broken(math.nan), basis)
+    followed.advance()
     other, other_basis = tracker(gap=4, offset=1), basis.clone()
     other.load_state_dict(json.loads(json.dumps(followed.state_dict())))
     assert other.state_dict() == followed.state_dict()

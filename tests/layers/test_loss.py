@@ -165,6 +165,21 @@ def test_no_logits_exist_in_a_training_step() -> None:
         assert (max(sizes.seen) >= size) is expected
 
 
+def test_evaluation_needs_no_logits_where_it_is_asked_to() -> None:
+    """The same loss, and nothing of the size of the logits; otherwise evaluation forms them."""
+    model = llama().eval()
+    without = leave_out_logits(model)
+    assert without is not None
+    losses, seen = [], []
+    for asked in (False, True):
+        without.in_evaluation = asked
+        with torch.no_grad(), Sizes() as sizes:
+            losses.append(model(**batch(), use_cache=False).loss)
+        seen.append(ROWS * COLUMNS * VOCABULARY in sizes.seen)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert seen == [True, False]
+
+
 def test_logits_are_formed_when_they_are_read() -> None:
     """Whoever reads them in training gets the model's own, in the graph: an added term has its gradient."""
     plain, model = llama(), llama()

@@ -24,7 +24,7 @@ from lisa_kernels.methods import METHODS, method_by_name
         (lambda: GaLore(scale=float("nan")), "scale is nan"),
         (lambda: LoRAFA(alpha="32"), "alpha is '32'"),
         (lambda: LISA(embeddings="alway"), "embeddings 'alway': did you mean 'always'"),
-        (lambda: LISA(retired_state="page"), "retired_state 'page'"),
+        (lambda: LISA(retired_state="pages"), "retired_state 'pages': did you mean 'page'"),
         (lambda: BAdam(order="randomly"), "did you mean 'random'"),
         (lambda: OWS(design="marginal"), "did you mean 'marginals'"),
         (lambda: OWS(scores="outliers"), "did you mean 'outlier'"),
@@ -45,7 +45,7 @@ def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
 def test_defaults_are_the_published_ones() -> None:
     """The numbers that users see in the documentation."""
     assert LISA() == LISA(active_layers=2, period=20, embeddings="always", retired_state="drop")
-    assert OwLore() == OwLore(active_layers=5, period=50, rank=128, scores="outlier", embeddings="always")
+    assert OwLore() == OwLore(active_layers=5, period=50, rank=128, scores="outlier", embeddings="low-rank")
     assert BAdam() == BAdam(period=50, order="random", active_layers=1, embeddings="frozen")
     assert LoRAFA() == LoRAFA(rank=16, alpha=32, targets="all-linear")
     assert GaLore().rank == 128

@@ -13,7 +13,7 @@ from lisa_kernels.methods import Method
 
 METHODS: dict[str, Method] = {
     "lisa": LISA(active_layers=1, period=2),
-    "owlore": OwLore(active_layers=2, period=3, rank=4, scores="weight-norm", gap=2),
+    "owlore": OwLore(active_layers=2, period=3, rank=4, scores="weight-norm", gap=2, embeddings="always"),
     "badam": BAdam(period=2),
 }
 

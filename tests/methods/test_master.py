@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -75,6 +76,24 @@ def test_remainders_live_while_their_layer_is_active(build: Any) -> None:
     assert not any("remainder" in name for name in model.state_dict())
     optimizer.detach()
     assert not any("remainder" in name for name, _ in model.named_buffers())
+
+
+def test_remainders_of_kept_layers_wait_for_their_return() -> None:
+    """With "drop" a layer begins again at the nearest bfloat16."""
+    method = dataclasses.replace(OWLORE, retired_state="keep")
+    model = llama().bfloat16()
+    optimizer = attach(model, method, lr=1e-4)
+    waited = False
+    for step in range(10):
+        resting = {path: layer.remainder.clone() for path, layer in optimizer._layers().items() if not layer.active}
+        resting = {path: before for path, before in resting.items() if before.numel()}
+        model(**tokens(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for path, before in resting.items():
+            assert torch.equal(optimizer._layers()[path].remainder, before)
+            waited = waited or bool(before.any())
+    assert waited
 
 
 def test_float32_models_need_none() -> None:

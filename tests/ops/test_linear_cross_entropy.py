@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.linear_cross_entropy import Curve, Head, HeadGradient, linear_cross_entropy
+from lisa_kernels.ops.lowrank_linear import products
 
 ROWS, N, VOCABULARY, RANK = 70, 24, 101, 8
 # Sums of at most a hundred float32 products.
@@ -278,6 +283,80 @@ def test_neither_logits_nor_a_full_gradient_exist(kind: str) -> None:
             loss.backward()
         # The weight itself may be seen as a view.
         assert (seen.largest <= max(ROWS * N, VOCABULARY * N)) is chunked
+
+
+class Storages(TorchDispatchMode):
+    """Notes the sizes of the storages that operations make, and the most bytes of them alive at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.held = self.most = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in given:
+                self._see(value.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._alive.add(key)
+        self.sizes.append(size)
+        self.held += size
+        self.most = max(self.most, self.held)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.held -= size
+
+
+def costs(kind: str, hidden: Tensor, labels: Tensor, dtype: torch.dtype, chunk_rows: int) -> tuple[int, Storages]:
+    """Return the flops and the storages of the loss and its gradients."""
+    head = head_of(kind, dtype)
+    rows = hidden.to(dtype).requires_grad_()
+    with FlopCounterMode(display=False) as flops, Storages() as storages:
+        linear_cross_entropy(rows, head, labels, chunk_rows=chunk_rows).backward()
+    return flops.get_total_flops(), storages
+
+
+@pytest.mark.parametrize("kind", ["frozen", "full", "low-rank"])
+def test_masked_rows_cost_neither_flops_nor_bytes(kind: str) -> None:
+    """Prompts are dropped before the head: what is left costs what it costs alone, but for a list of places."""
+    hidden, labels = normal(ROWS, N), labels_of(True)
+    kept = labels != -100
+    flops, storages = costs(kind, hidden, labels, torch.float32, 8)
+    flops_alone, alone = costs(kind, hidden[kept], labels[kept], torch.float32, 8)
+    assert flops == flops_alone
+    assert storages.most <= alone.most + 8 * ROWS + 4 * ROWS * N
+    unmasked, _ = costs(kind, hidden, labels_of(False), torch.float32, 8)
+    assert unmasked > 2 * flops
+
+
+@pytest.mark.parametrize(("kind", "gradients"), [("frozen", 0), ("low-rank", 0), ("full", 1)])
+def test_a_weights_gradient_exists_once_or_not_at_all(kind: str, gradients: int) -> None:
+    """The chunks of a head that trains in full add to one buffer, which becomes its gradient."""
+    _, storages = costs(kind, normal(ROWS, N), labels_of(False), torch.float32, 4)
+    assert storages.sizes.count(4 * VOCABULARY * N) == gradients
+
+
+@pytest.mark.parametrize(("dtype", "bytes_per_logit"), [(torch.float32, 4.6), (torch.bfloat16, 6.1)], ids=str)
+def test_a_chunk_takes_what_it_is_said_to_take(
+    dtype: torch.dtype, bytes_per_logit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits in float32 and, of 16-bit models, in their own width; no third buffer of that size."""
+    # As on a GPU: CPUs without such units multiply copies in float32.
+    monkeypatch.setitem(products._MATRIX_UNITS, torch.bfloat16, True)
+    chunk_rows, vocabulary = 256, 5000
+    hidden, weight = normal(chunk_rows, 8, dtype=dtype).requires_grad_(), normal(vocabulary, 8, dtype=dtype)
+    labels = torch.randint(vocabulary, (chunk_rows,), generator=torch.Generator().manual_seed(5))
+    with Storages() as storages:
+        linear_cross_entropy(hidden, Head(weight), labels, chunk_rows=chunk_rows).backward()
+    assert 4 * chunk_rows * vocabulary < storages.most < bytes_per_logit * chunk_rows * vocabulary
 
 
 @pytest.mark.parametrize(

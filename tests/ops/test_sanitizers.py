@@ -1,4 +1,4 @@
-"""The operations' tests pass on builds of the C++ kernels that report bad memory accesses, undefined steps and races.
+"""Builds of the C++ library that report bad memory accesses, undefined steps and races pass its tests, and report none.
 
 The interpreter and torch are not built with a sanitizer: its runtime is loaded before them, and only what the kernels
 do is watched. The build for races uses threads of C++ instead of OpenMP's, whose runtime the sanitizer cannot follow.
@@ -20,6 +20,7 @@ from lisa_kernels import native
 
 ROOT = Path(__file__).parents[2]
 OPS = [f"tests/ops/test_{name}.py" for name in ("adamw8", "blockwise8", "cpu_kernels", "fold", "fuzz", "grad_norm")]
+KERNELS, MANAGED = "tests/ops/test_cpu_kernels.py", "tests/paging/test_managed.py"
 BUILD_SECONDS, RUN_SECONDS = 600, 1200
 
 
@@ -83,10 +84,10 @@ def run_tests(library: Path, variables: dict[str, str], *arguments: str) -> subp
 
 
 @SANITIZERS
-def test_every_operation_is_clean(sanitizer: Sanitizer, tmp_path: Path) -> None:
+def test_the_library_is_clean(sanitizer: Sanitizer, tmp_path: Path) -> None:
     """With warnings as errors, and every instruction set that this machine has."""
     variables = environment(sanitizer)
-    finished = run_tests(build(sanitizer, ROOT / "csrc", tmp_path, "-DLISA_STRICT=ON"), variables, *OPS)
+    finished = run_tests(build(sanitizer, ROOT / "csrc", tmp_path, "-DLISA_STRICT=ON"), variables, *OPS, MANAGED)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
@@ -98,16 +99,21 @@ def unpadded_ends(source: str) -> str:
     return source.replace("const bool is_whole = block.count % kUnit == 0;", "const bool is_whole = true;")
 
 
+def unlocked_memory(source: str) -> str:
+    return source.replace("const std::lock_guard<std::mutex> lock(mutex_);", "")
+
+
 @pytest.mark.parametrize(
-    ("sanitizer", "file", "mutate", "report"),
+    ("sanitizer", "file", "mutate", "report", "tests"),
     [
-        (RACES, "api.cpp", overlapping_parts, "data race"),
-        (MEMORY, "adamw.h", unpadded_ends, "heap-buffer-overflow"),
+        (RACES, "api.cpp", overlapping_parts, "data race", (KERNELS, "same_bits or every_size")),
+        (MEMORY, "adamw.h", unpadded_ends, "heap-buffer-overflow", (KERNELS, "same_bits or every_size")),
+        (RACES, "managed.cpp", unlocked_memory, "data race", (MANAGED, "threads")),
     ],
-    ids=["two-threads-on-one-block", "ends-not-padded"],
+    ids=["two-threads-on-one-block", "ends-not-padded", "memory-not-locked"],
 )
 def test_a_fault_is_caught(
-    sanitizer: Sanitizer, file: str, mutate: Callable[[str], str], report: str, tmp_path: Path
+    sanitizer: Sanitizer, file: str, mutate: Callable[[str], str], report: str, tests: tuple[str, str], tmp_path: Path
 ) -> None:
     """Negative controls: deliberately broken copies of the source, one instruction set for speed."""
     variables = environment(sanitizer)
@@ -116,6 +122,6 @@ def test_a_fault_is_caught(
     assert mutate(text) != text
     (source / file).write_text(mutate(text))
     library = build(sanitizer, source, tmp_path / "build", "-DLISA_X86_64=OFF")
-    finished = run_tests(library, variables, "tests/ops/test_cpu_kernels.py", "-k", "same_bits or every_size")
+    finished = run_tests(library, variables, tests[0], "-k", tests[1])
     assert finished.returncode != 0
     assert report in finished.stdout + finished.stderr

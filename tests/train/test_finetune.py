@@ -48,8 +48,8 @@ def test_the_summary_holds_what_is_promised(finished: Path) -> None:
     assert values["steps"] == 6
     assert values["eval_loss_after"] < values["eval_loss_before"]
     assert values["train_loss_last"] < values["train_loss_first"]
-    assert values["peak_bytes_planned"] is None
-    assert values["peak_bytes_measured"] > 50e6
+    assert values["peak_bytes_planned"] > 5e6
+    assert values["peak_bytes_measured"] > 5e6
     assert values["tokens_per_second"] > 0
     assert sum(values["layer_visits"].values()) == 6 * values["settings"]["active_layers"]
 
@@ -139,7 +139,8 @@ def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real, count = SampledAdamW.step, [0]
 
     def step(self: SampledAdamW, *args: Any, **kwargs: Any) -> Any:
-        count[0] += 1
+        # The steps of the plan are no steps of the run.
+        count[0] += not next(self.model.parameters()).is_meta
         if count[0] == steps:
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, *args, **kwargs)
@@ -243,6 +244,7 @@ BAD = {
     "resume of nothing": (["--resume"], "--resume"),
     "reporter": (["--report-to", "wandb"], "wandb"),
     "schedule": (["--lr-schedule", "linar"], "linear"),
+    "nothing to offload": (["--offload-activations", "--no-gradient-checkpointing"], "--offload-activations"),
 }
 
 
@@ -309,10 +311,11 @@ def test_supervised_data_shows_its_mask_and_trains(
 
 @pytest.mark.parametrize("embeddings", ["frozen", "always", "low-rank"])
 def test_gradient_checkpointing_changes_memory_and_not_results(embeddings: str, text: Path, tmp_path: Path) -> None:
-    for name, flag in (("on", "--gradient-checkpointing"), ("off", "--no-gradient-checkpointing")):
-        assert main(arguments(text, tmp_path / name, flag, "--embeddings", embeddings, method="owlore")) == 0
-    on, off = _weights(tmp_path / "on"), _weights(tmp_path / "off")
-    assert all(torch.equal(on[name], off[name]) for name in on)
+    flags = ("--gradient-checkpointing", "--no-gradient-checkpointing", "--offload-activations")
+    for flag in flags:
+        assert main(arguments(text, tmp_path / flag, flag, "--embeddings", embeddings, method="owlore")) == 0
+    weights = [_weights(tmp_path / flag) for flag in flags]
+    assert all(torch.equal(each[name], value) for each in weights for name, value in weights[0].items())
 
 
 def test_bf16_weights_stay_bf16(text: Path, tmp_path: Path) -> None:

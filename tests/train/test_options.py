@@ -58,6 +58,17 @@ def test_a_name_left_empty_and_targets_of_another_method_are_refused() -> None:
         _options(targets="q_proj")
 
 
+def test_where_state_rests_is_told_by_names() -> None:
+    assert _options(retired_state="page").build_method() == OwLore(retired_state="page")
+    for given, words in [
+        ({"paging": "hots"}, "did you mean 'host'"), ({"paging": "file:"}, "name the folder"),
+        ({"retired_state": "pag"}, "did you mean 'page'"),
+        ({"retired_state": "page", "method": "galore"}, "'galore' has no setting 'retired_state'"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            _options(**given)
+
+
 def test_each_method_begins_at_its_own_rate() -> None:
     assert _options().learning_rate == 3e-4
     assert _options(method="lisa").learning_rate == 5e-5
@@ -66,4 +77,5 @@ def test_each_method_begins_at_its_own_rate() -> None:
 
 def test_where_it_writes_is_not_part_of_what_it_computes() -> None:
     assert _options(output=Path("a"), save_every=3).fixed() == _options(output=Path("b"), resume=True).fixed()
+    assert _options(paging="host").fixed() == _options(paging="file:pages").fixed()
     assert _options(lr=1.0).fixed() != _options(lr=2.0).fixed()

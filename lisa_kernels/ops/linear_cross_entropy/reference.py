@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lisa_kernels.ops.lowrank_linear.products import matmul, sum_of_outer_products
 
+LOGSUMEXP_ROWS = 32
+
 
 class Curve(NamedTuple):
     """What a model makes of the logits of its output layer: cap · tanh(scale · z / cap), or scale · z without a cap."""
@@ -32,7 +34,7 @@ class Curve(NamedTuple):
 
     def slope(self, bent: Tensor) -> Tensor | float:
         """Return the derivative of the model's logits `bent` by the layer's."""
-        return self.scale if self.cap is None else self.scale * (1.0 - (bent / self.cap).square_())
+        return self.scale if self.cap is None else (bent / self.cap).square_().neg_().add_(1.0).mul_(self.scale)
 
 
 class Head(NamedTuple):
@@ -74,8 +76,8 @@ def logits_of(rows: Tensor, head: Head, band: slice = slice(None)) -> Tensor:
     logits = matmul(rows, head.weight[band].t()).to(torch.float32)
     if head.reads_slot and head.slot is not None and head.basis is not None:
         projected = matmul(rows, head.basis.to(rows.dtype).t()).to(torch.float32)
-        logits = torch.addmm(logits, projected, head.slot[:, band], alpha=head.scale)
-    return head.curve.bend_(logits if head.bias is None else logits + head.bias[band])
+        logits.addmm_(projected, head.slot[:, band], alpha=head.scale)
+    return head.curve.bend_(logits if head.bias is None else logits.add_(head.bias[band]))
 
 
 def errors_of(logits: Tensor, total: Tensor, labels: Tensor, curve: Curve, start: int = 0) -> Tensor:
@@ -92,13 +94,18 @@ def errors_of(logits: Tensor, total: Tensor, labels: Tensor, curve: Curve, start
     return errors if curve == Curve() else errors.mul_(slope)
 
 
+def logsumexp_of(logits: Tensor) -> Tensor:
+    """Return the logsumexp of each row, a few at a time: it takes a copy of what it is given."""
+    return torch.cat([part.logsumexp(1) for part in logits.split(LOGSUMEXP_ROWS)])
+
+
 def chunk_loss(rows: Tensor, labels: Tensor, head: Head, gradients: Gradients) -> tuple[Tensor, Tensor]:
     """Return (summed loss of `rows` [c, n], float32 0-d; logsumexp of each row, float32 [c]) and add to `gradients`.
 
     gradients.hidden is the chunk's own [c, n].
     """
     logits = logits_of(rows, head)
-    total = torch.logsumexp(logits, dim=1)
+    total = logsumexp_of(logits)
     loss = (total - logits.gather(1, labels.unsqueeze(1)).squeeze(1)).sum()
     if not any(gradient is not None for gradient in gradients):
         return loss, total

@@ -8,12 +8,12 @@ without a slot, frozen or trained in full.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lisa_kernels.ops.autocast import autocast_dtype, no_autocast
 from lisa_kernels.ops.lowrank_linear import reference
 from lisa_kernels.ops.lowrank_linear.products import is_slow, matmul
 from lisa_kernels.uncompiled import uncompiled
@@ -21,17 +21,11 @@ from lisa_kernels.uncompiled import uncompiled
 __all__ = ["capture_linear", "linear", "lowrank_linear"]
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which products have their operands' dtype: autocast would make a float32 gradient 16-bit."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 @torch.library.custom_op("lisa_kernels::lowrank_linear", mutates_args=())
 def _lowrank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, basis: Tensor, scale: float, slot_is_zero: bool
 ) -> tuple[Tensor, Tensor]:
-    with _no_autocast(x):
+    with no_autocast(x.device.type):
         return reference.forward(x, weight, bias, slot, basis, scale, slot_is_zero)
 
 
@@ -52,7 +46,7 @@ def _lowrank_linear_backward(
     scale: float,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor]:
-    with _no_autocast(dy):
+    with no_autocast(dy.device.type):
         dx = reference.input_gradient(dy, weight, slot, basis, scale) if needs_dx else dy.new_empty((0,))
         return dx, reference.slot_gradient(dy, projected, scale)
 
@@ -97,10 +91,9 @@ _lowrank_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
@@ -138,11 +131,12 @@ class _CaptureLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_dx, _, needs_bias, needs_slot, _ = ctx.needs_input_grad
         dslot = None
-        with _no_autocast(dy):
-            dx = reference.input_gradient(dy, weight, None, None, 1.0) if needs_dx else None
+        with no_autocast(dy.device.type):
+            # The basis first: what it takes to find one is gone when dX comes.
             if needs_slot:
                 basis = ctx.choose(dy, x)
                 dslot = reference.slot_gradient(dy, matmul(x, basis.t().to(x.dtype)), 1.0)
+            dx = reference.input_gradient(dy, weight, None, None, 1.0) if needs_dx else None
         dbias = _bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
         return dx, None, dbias, dslot, None
 
@@ -162,7 +156,7 @@ def capture_linear(
 
 @torch.library.custom_op("lisa_kernels::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    with _no_autocast(x):
+    with no_autocast(x.device.type):
         return reference.linear(x, weight, bias)
 
 
@@ -175,7 +169,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_backward(
     dy: Tensor, weight: Tensor, x: Tensor | None, needs_dx: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with _no_autocast(dy):
+    with no_autocast(dy.device.type):
         dx = reference.input_gradient(dy, weight, None, None, 1.0) if needs_dx else dy.new_empty((0,))
         dw = dy.new_empty((0,)) if x is None else reference.weight_gradient(dy, x, weight.dtype)
         return dx, dw

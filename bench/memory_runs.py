@@ -1,0 +1,194 @@
+"""Storages of training steps: our methods' by their plan, peers' by the same tracker, without weights or for real."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.step_cases import Case
+from bench.step_contestants import CONTESTANTS, Trainee
+from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.plan.rehearsal import Workload, empty_batch, micro_batch, prepare, take_steps
+from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
+from lisa_kernels.plan.trace import Trace
+from lisa_kernels.plan.tracker import StorageTracker
+from lisa_kernels.train.models import enable_checkpointing, load_config, parse_dtype
+
+# A peer's state is there from its first step on; its second has everything at once.
+STEPS = 2
+FOUR_BIT_BLOCK, FOUR_BIT_SCALES = 64, 256
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's way to train: from a model and its case to what trains, and what needs values to be built."""
+
+    title: str
+    start: Callable[[Any, Case], Trainee]
+
+
+def _contestant(name: str) -> Peer:
+    contestant = CONTESTANTS[name]
+    return Peer(contestant.title, lambda model, case: contestant.start(model, case, 1))
+
+
+def _badam(model: Any, case: Case) -> Trainee:
+    """badam on the lowest block, with which the backward reaches deepest: as in our own plans, the costliest draw."""
+    trainee = CONTESTANTS["badam"].start(model, case, 1)
+    optimizer: Any = trainee.optimizer
+    optimizer.current_block_idx = 0
+    optimizer.switch_trainable_params()
+    return trainee
+
+
+def _qlora(model: Any, case: Case) -> Trainee:
+    """peft LoRA over NF4 weights with doubly quantised scales, as QLoRA has them; only the blocks' linears are."""
+    import bitsandbytes
+
+    for block in model.model.layers:
+        for path, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                parent = block.get_submodule(path.rpartition(".")[0])
+                setattr(parent, path.rpartition(".")[2], _four_bit(bitsandbytes, layer))
+    return CONTESTANTS["peft-lora"].start(model, case, 1)
+
+
+def _four_bit(bitsandbytes: Any, layer: nn.Linear) -> Any:
+    """Return the layer with its weight in NF4: quantised where it has values, else with storages of those sizes."""
+    made = bitsandbytes.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=layer.weight.dtype,
+        compress_statistics=True, quant_type="nf4", device=layer.weight.device,
+    )  # fmt: skip
+    if layer.weight.is_meta:
+        made.weight = _empty_four_bit(bitsandbytes, layer)
+    else:
+        made.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        made = made.to(layer.weight.device)
+    return made.requires_grad_(False)
+
+
+def _empty_four_bit(bitsandbytes: Any, layer: nn.Linear) -> Any:
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    state = bitsandbytes.functional.QuantState
+    blocks = layer.weight.numel() // FOUR_BIT_BLOCK
+    scales = state(
+        absmax=empty(-(-blocks // FOUR_BIT_SCALES), dtype=torch.float32), code=empty(256, dtype=torch.float32),
+        blocksize=FOUR_BIT_SCALES, dtype=torch.float32,
+    )  # fmt: skip
+    whole = state(
+        absmax=empty(blocks, dtype=torch.uint8), shape=layer.weight.shape, code=empty(16, dtype=torch.float32),
+        blocksize=FOUR_BIT_BLOCK, quant_type="nf4", dtype=layer.weight.dtype,
+        offset=empty(dtype=torch.float32), state2=scales,
+    )  # fmt: skip
+    return bitsandbytes.nn.Params4bit(
+        empty(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False, quant_state=whole,
+        blocksize=FOUR_BIT_BLOCK, quant_type="nf4", bnb_quantized=True,
+    )  # fmt: skip
+
+
+PEERS = {
+    "torch-full": _contestant("torch-full"),
+    "peft-lora": _contestant("peft-lora"),
+    "peft-qlora": Peer("peft QLoRA (NF4 blocks)", _qlora),
+    "galore-torch": _contestant("galore-torch"),
+    "badam": Peer(CONTESTANTS["badam"].title, _badam),
+}
+
+
+def measured(workload: Workload) -> Trace:
+    """Return our method's storages in the same steps with real tensors on the CPU."""
+    tracker, model = StorageTracker("cpu"), real_model(workload)
+    with tracker:
+        optimizer = prepare(model, workload)
+        take_steps(model, optimizer, workload, tracker, lambda: _random_batch(workload, model))
+    return tracker.trace()
+
+
+def planned_peer(peer: Peer, workload: Workload) -> Trace:
+    """Return a peer's storages in training steps of a model without weights."""
+    tracker = StorageTracker("meta", EmptyOperations(workload.batch_size * (workload.seq_len - 1)))
+    model = empty_model(workload.model, workload.dtype)
+    with FusedAttention(), tracker:
+        _train(peer, model, workload, tracker, lambda: empty_batch(workload, META))
+    return tracker.trace()
+
+
+def measured_peer(peer: Peer, workload: Workload) -> Trace:
+    """Return a peer's storages in the same steps with real tensors on the CPU."""
+    tracker, model = StorageTracker("cpu"), real_model(workload)
+    with tracker:
+        _train(peer, model, workload, tracker, lambda: _random_batch(workload, model))
+    return tracker.trace()
+
+
+def real_model(workload: Workload) -> Any:
+    """Return the workload's model with random weights on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(workload.model) if isinstance(workload.model, str) else workload.model
+    model = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(workload.dtype))
+    model.config.use_cache = False
+    return model.train()
+
+
+def _random_batch(workload: Workload, model: Any) -> dict[str, Tensor]:
+    ids = torch.randint(1, model.config.vocab_size, (workload.batch_size, workload.seq_len))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _case(workload: Workload, layers: int) -> Case:
+    method = workload.method
+    return Case(layers=layers, lora_rank=16, galore_rank=method.get("rank", 128))
+
+
+def _train(
+    peer: Peer, model: Any, workload: Workload, tracker: StorageTracker, make_batch: Callable[[], dict[str, Tensor]]
+) -> None:
+    if workload.gradient_checkpointing:
+        enable_checkpointing(model, context_fn=lambda: (nullcontext(), FusedAttention()))
+    trainee = peer.start(model, _case(workload, len(model.model.layers)))
+    model, optimizer = trainee.model, trainee.optimizer
+    tracker.recording = True
+    with tracker.phase("attach"):
+        _label(trainee, tracker)
+    with tracker.following(model):
+        for number in range(1, STEPS + 1):
+            micro_batch(model, workload, tracker, make_batch, f"step {number}")
+            with tracker.phase(f"step {number}: step"):
+                optimizer.step()
+                _label(trainee, tracker)
+                optimizer.zero_grad()
+    del trainee, model, optimizer
+    gc.collect()
+
+
+def _label(trainee: Trainee, tracker: StorageTracker) -> None:
+    tracker.label(_with_scales([*trainee.model.parameters(), *trainee.model.buffers()]), "weights")
+    tracker.label(_tensors(trainee.kept_tensors()), "optimizer state")
+
+
+def _with_scales(params: list[Tensor]) -> list[Tensor]:
+    """Return the parameters with what 4-bit ones are decoded by."""
+    scales = [getattr(param, "quant_state", None) for param in params]
+    return [*params, *(tensor for state in scales if state is not None for tensor in _tensors([vars(state)]))]
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Return the tensors in nested values, objects' attributes too."""
+    found: list[Tensor] = []
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (dict, list, tuple)):
+            found += _tensors(value)
+        elif hasattr(value, "__dict__"):
+            found += _tensors(vars(value))
+    return found

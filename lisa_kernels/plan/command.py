@@ -1,0 +1,72 @@
+"""`lisa-kernels plan`: the memory of a run as text, JSON and picture, or the settings that fit a size."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lisa_kernels.plan.cards import gb, parse_size
+from lisa_kernels.plan.fit import Fit, fit
+from lisa_kernels.plan.options import finetune_command, workload_of
+from lisa_kernels.plan.plot import plot_timeline
+from lisa_kernels.plan.rehearsal import Workload, rehearse
+from lisa_kernels.plan.report import print_fit, print_plan
+from lisa_kernels.plan.result import Plan
+from lisa_kernels.scores.report import new_figure
+from lisa_kernels.train.options import FineTuneOptions
+
+
+def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Make and print the plan that the command line asks for; returns it as plain values."""
+    device_bytes = None if arguments.fit is None else parse_size(arguments.fit)
+    if arguments.plot is not None:
+        new_figure(arguments.plot)
+    start = time.perf_counter()
+    workload = workload_of(_options(arguments))
+    found = _find(workload, device_bytes, console)
+    result: dict[str, Any] = {**found.plan.as_dict(), "seconds": time.perf_counter() - start}
+    if device_bytes is not None:
+        result["fit"] = {
+            "bytes": device_bytes, "margin_bytes": found.plan.margin_bytes(device_bytes, found.expandable),
+            "expandable_segments": found.expandable, "rehearsals": found.rehearsals,
+            "command": finetune_command(found.plan.workload, found.expandable),
+        }  # fmt: skip
+    if not arguments.json:
+        print_plan(found.plan, Console())
+        if device_bytes is not None:
+            print_fit(found, device_bytes, Console())
+    if arguments.plot is not None:
+        plot_timeline(found.plan, arguments.plot)
+        console.print(f"picture in {arguments.plot}")
+    return result
+
+
+def planned_bytes(options: FineTuneOptions) -> int:
+    """Return the peak that a run with `options` has by plan."""
+    return rehearse(workload_of(options)).peak_bytes
+
+
+def _options(arguments: argparse.Namespace) -> FineTuneOptions:
+    """Return the options of the run that is planned; its data and its output decide nothing about memory."""
+    known = {field.name for field in dataclasses.fields(FineTuneOptions)}
+    values = {name: value for name, value in vars(arguments).items() if name in known}
+    return FineTuneOptions(**values, data="", output=Path())
+
+
+def _find(workload: Workload, device_bytes: int | None, console: Console) -> Fit:
+    """Return the plan of the workload, or of the first settings that fit."""
+    with console.status("rehearsing") as status:
+
+        def make_plan(asked: Workload) -> Plan:
+            plan = Plan(asked, rehearse(asked))
+            status.update(f"rehearsing (the last: {gb(plan.peak_bytes)})")
+            return plan
+
+        if device_bytes is None:
+            return Fit(make_plan(workload), expandable=False, rehearsals=1)
+        return fit(workload, device_bytes, make_plan)

@@ -1,0 +1,165 @@
+"""Find the settings of a run that fit a device, those that cost least first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.methods import Method
+from lisa_kernels.plan.cards import gb
+from lisa_kernels.plan.result import Plan
+
+if TYPE_CHECKING:
+    from lisa_kernels.plan.rehearsal import Workload
+
+FEW_LAYERS = 2  # what LISA was published with
+SMALL_RANK = 32
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The plan that was found, whether it needs expandable segments, and how many workloads were rehearsed for it."""
+
+    plan: Plan
+    expandable: bool
+    rehearsals: int
+
+
+def fit(workload: Workload, device_bytes: int, make_plan: Callable[[Workload], Plan]) -> Fit:
+    """Return the first of the settings, in order of preference, with which `workload` fits `device_bytes` in all.
+
+    First what changes no result beyond rounding: fewer rows at a time and as many more accumulated (tokens per step
+    stay), gradient checkpointing, its inputs offloaded to host memory, state paged to it (of methods that train every
+    layer, and of layers that left where it is kept). Then what changes the training, see `lighter_methods`. Memory
+    falls along these lists, so each is searched by halving. Raises InputError, with the bytes that are missing, where
+    nothing fits.
+    """
+    search = _Search(device_bytes, make_plan)
+    if search.fits(workload):
+        return search.result(workload)
+    methods = list(lighter_methods(workload.method))
+    rungs = [_most_frugal(replace(workload, method=method)) for method in methods]
+    best = search.first(rungs)
+    if best is None:
+        raise search.nothing_fits(rungs[-1])
+    workload = replace(workload, method=methods[rungs.index(best)])
+    by_stage = (search.first(list(_smaller_batches(stage))) for stage in _stages(workload))
+    return search.result(next(found for found in by_stage if found is not None))
+
+
+class _Search:
+    """Plans that were made, and which of them fit."""
+
+    def __init__(self, device_bytes: int, make_plan: Callable[[Workload], Plan]) -> None:
+        self.device_bytes, self.make_plan = device_bytes, make_plan
+        self.plans: list[Plan] = []
+
+    def plan(self, workload: Workload) -> Plan:
+        """Return the plan of a workload, made the first time."""
+        for plan in self.plans:
+            if plan.workload == workload:
+                return plan
+        self.plans.append(self.make_plan(workload))
+        return self.plans[-1]
+
+    def fits(self, workload: Workload) -> bool:
+        """Tell whether the workload fits, with expandable segments if need be."""
+        plan = self.plan(workload)
+        return plan.fits(self.device_bytes) or plan.fits(self.device_bytes, expandable=True)
+
+    def first(self, workloads: Sequence[Workload]) -> Workload | None:
+        """Return the first that fits of workloads that take less and less memory; None where the last does not."""
+        if not self.fits(workloads[-1]):
+            return None
+        low, high = 0, len(workloads) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(workloads[middle]) else (middle + 1, high)
+        return workloads[high]
+
+    def result(self, workload: Workload) -> Fit:
+        """Return the plan of a workload that fits, and what it took to find it."""
+        plan = self.plan(workload)
+        return Fit(plan, not plan.fits(self.device_bytes), len(self.plans))
+
+    def nothing_fits(self, smallest: Workload) -> InputError:
+        """Return the error that says by how much the most frugal settings are too large."""
+        plan = self.plan(smallest)
+        missing = -max(plan.margin_bytes(self.device_bytes, expandable) for expandable in (False, True))
+        return InputError(
+            f"no setting of {smallest.method.name} fits {gb(self.device_bytes)}: the smallest"
+            f" ({_described(smallest)}) takes {gb(self.device_bytes + missing)} with {gb(plan.context_bytes)} for CUDA"
+            f" itself, {gb(missing)} too much; give a larger size, shorter rows, another method or a smaller model."
+        )
+
+
+def _described(workload: Workload) -> str:
+    fields = ("active_layers", "rank", "embeddings")
+    settings = [f"{name}={getattr(workload.method, name)}" for name in fields if hasattr(workload.method, name)]
+    return ", ".join([*settings, f"batch {workload.batch_size} × {workload.seq_len}"])
+
+
+def lighter_methods(method: Method) -> Iterator[Method]:
+    """Yield `method` and then others that train less and less, each in less memory than the one before.
+
+    Active layers one by one down to 2; the rank halved down to 32; embedding and head in low rank; a single active
+    layer; embedding and head frozen, which costs most quality. What a method does not have is passed over.
+    """
+    yield method
+    while method.get("active_layers", 0) > FEW_LAYERS:
+        method = _with(method, active_layers=method.get("active_layers", 0) - 1)
+        yield method
+    while method.get("rank", 0) >= 2 * SMALL_RANK and _uses_rank(method):
+        method = _with(method, rank=method.get("rank", 0) // 2)
+        yield method
+    if method.get("embeddings", None) in ("always", "sampled"):
+        method = _with(method, embeddings="low-rank")
+        yield method
+    if method.get("active_layers", 0) > 1:
+        method = _with(method, active_layers=1)
+        yield method
+    if method.get("embeddings", None) == "low-rank":
+        yield _with(method, embeddings="frozen")
+
+
+def _with(method: Method, **settings: object) -> Method:
+    return replace(method, **settings)  # type: ignore[arg-type]
+
+
+def _uses_rank(method: Method) -> bool:
+    return method.form != "full" or method.get("embeddings", None) == "low-rank"
+
+
+def _smaller_batches(workload: Workload) -> Iterator[Workload]:
+    """Yield the workload with ever fewer rows at a time, each a divisor of the one before, and as many in all."""
+    rows = workload.batch_size * workload.accumulate
+    batch = workload.batch_size
+    yield workload
+    while batch > 1:
+        batch = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
+        yield replace(workload, batch_size=batch, accumulate=rows // batch)
+
+
+def _stages(workload: Workload) -> list[Workload]:
+    """Return the workload as it is, with checkpointing, offloaded as well, and paged as well; each once."""
+    checkpointed = replace(workload, gradient_checkpointing=True)
+    offloaded = replace(checkpointed, offload_activations=True)
+    stages = [workload, checkpointed, offloaded, _paged(offloaded)]
+    return [stage for place, stage in enumerate(stages) if stage not in stages[:place]]
+
+
+def _paged(workload: Workload) -> Workload:
+    """Return the workload with its state in host memory; as it is where all state is in use at every step."""
+    method = workload.method
+    if method.get("retired_state", None) == "keep":
+        return replace(workload, method=_with(method, retired_state="page"))
+    if workload.paging is None and not hasattr(method, "period") and method.form != "adapter":
+        return replace(workload, paging="host")
+    return workload
+
+
+def _most_frugal(workload: Workload) -> Workload:
+    *_, last = _smaller_batches(_stages(workload)[-1])
+    return last

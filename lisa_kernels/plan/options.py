@@ -1,0 +1,70 @@
+"""From the options of `lisa-kernels finetune` to the workload that they are, and back to a command line."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from lisa_kernels.methods import Method
+from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.train.finetune import build_method, wants_checkpointing
+from lisa_kernels.train.models import DTYPES, parse_dtype
+from lisa_kernels.train.options import FineTuneOptions
+
+if TYPE_CHECKING:
+    from lisa_kernels.plan.rehearsal import Workload
+
+# Said even where they are the method's defaults: they are what decides the memory.
+_ALWAYS_SAID = ("active_layers", "rank", "embeddings")
+_SAID = (*_ALWAYS_SAID, "period", "alpha", "targets", "master", "scores", "retired_state")
+
+
+def workload_of(options: FineTuneOptions) -> Workload:
+    """Return what a run with `options` puts into memory; defaults that depend on the model are settled on it."""
+    from lisa_kernels.plan.rehearsal import Workload
+
+    dtype = next(name for name, known in DTYPES.items() if known is parse_dtype(options.dtype))
+    model = empty_model(options.model, dtype)
+    return Workload(
+        options.model, build_method(options, model), batch_size=options.batch_size, seq_len=options.seq_len,
+        accumulate=options.accumulate, dtype=dtype, gradient_checkpointing=wants_checkpointing(options, model),
+        offload_activations=options.offload_activations,
+        max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
+        seed=options.seed,
+    )  # fmt: skip
+
+
+def finetune_command(workload: Workload, expandable: bool = False) -> str:
+    """Return the command line of `workload` as a fine-tuning run, DATA and OUTPUT to be filled in.
+
+    expandable: with the setting of torch's allocator that has it grow its segments.
+    """
+    flags = {
+        "model": str(workload.model), "data": "DATA", "output": "OUTPUT", "method": workload.method.name,
+        **_method_flags(workload.method), "batch-size": workload.batch_size, "accumulate": workload.accumulate,
+        "seq-len": workload.seq_len, "dtype": workload.dtype,
+    }  # fmt: skip
+    if workload.max_grad_norm != FineTuneOptions.max_grad_norm:
+        flags["max-grad-norm"] = workload.max_grad_norm or 0
+    if workload.paging is not None:
+        flags["paging"] = workload.paging
+    if workload.seed:
+        flags["seed"] = workload.seed
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    words.append("--gradient-checkpointing" if workload.gradient_checkpointing else "--no-gradient-checkpointing")
+    if workload.offload_activations:
+        words.append("--offload-activations")
+    if workload.keep_logits:
+        words.append("--keep-logits")
+    setting = "PYTORCH_ALLOC_CONF=expandable_segments:True "
+    return (setting if expandable else "") + " ".join(["lisa-kernels finetune", *words])
+
+
+def _method_flags(method: Method) -> dict[str, object]:
+    """Return the flags of a method's settings, those left out that are its defaults and say nothing of memory."""
+    default, flags = type(method)(), {}
+    for field in _SAID:
+        value = method.get(field, None)
+        if value is not None and (field in _ALWAYS_SAID or value != default.get(field, None)):
+            flags[field.replace("_", "-")] = ",".join(value) if isinstance(value, tuple) else value
+    return flags

@@ -1,0 +1,203 @@
+"""The real steps of a run, taken on tensors without storage, and every storage that they would have had."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.layers import SlotModule, offload_checkpoints
+from lisa_kernels.methods import Method, SampledAdamW
+from lisa_kernels.methods.attach import make_layout
+from lisa_kernels.paging import check_paging
+from lisa_kernels.paging.host import HostStore
+from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer
+from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
+from lisa_kernels.plan.trace import Trace
+from lisa_kernels.plan.tracker import StorageTracker
+from lisa_kernels.train.models import enable_checkpointing
+
+# Without a sampler: a step that finds bases and makes the state, and one that has both.
+STEPS = 2
+# Of several micro-batches the second adds to the gradients that the first one made, and all others do as the second.
+MICRO_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything that decides the bytes of a run; numbers of rows and tokens are those of one micro-batch.
+
+    model: as for `load_config` (`preset:NAME`, a directory, the path of a config.json), or a configuration of
+    transformers. dtype: "fp32", "bf16" or "fp16". Raises InputError for values out of range.
+    """
+
+    model: Any
+    method: Method
+    batch_size: int = 1
+    seq_len: int = 1024
+    accumulate: int = 1
+    dtype: str = "bf16"
+    gradient_checkpointing: bool = True
+    offload_activations: bool = False
+    max_grad_norm: float | None = 1.0
+    block_size: int = 256
+    paging: str | None = None
+    keep_logits: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the model."""
+        for name, least in (("batch_size", 1), ("seq_len", 2), ("accumulate", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} is {value!r}; a whole number of at least {least} is wanted.")
+        if not isinstance(self.method, Method):
+            raise InputError(f"method is {self.method!r}; an instance such as OwLore(active_layers=5) is wanted.")
+
+
+def rehearse(workload: Workload, draws: Sequence[Sequence[int]] | None = None) -> Trace:
+    """Return the storages of a run's steps; no weights are made, and no operation computes anything.
+
+    Two steps with the layers that cost most, one that finds bases and one that has them, and after a switch one with
+    layers in the middle of what a draw may bring; or, with `draws`, one step with each of these lists of layers, as
+    many as the method has active. Of several micro-batches two are taken. Bytes are those of a GPU's device memory;
+    see `StorageTracker` for what no plan sees. Raises InputError for what the run itself would refuse.
+    """
+    # The last token of a row is no label: nothing follows it.
+    tracker = StorageTracker("meta", EmptyOperations(workload.batch_size * (workload.seq_len - 1)))
+    model = empty_model(workload.model, workload.dtype)
+    try:
+        with FusedAttention(), tracker:
+            optimizer = prepare(model, workload, draws)
+            take_steps(model, optimizer, workload, tracker, lambda: empty_batch(workload, META))
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"the steps of a {type(model).__name__} cannot be rehearsed without values ({reason}); run a few of them "
+            "and see the peak that is logged."
+        ) from error
+    return tracker.trace()
+
+
+def empty_batch(workload: Workload, device: torch.device) -> dict[str, Tensor]:
+    """Return a micro-batch of zeros, every token a label of its own."""
+    shape = workload.batch_size, workload.seq_len
+    return {name: torch.zeros(shape, dtype=torch.int64, device=device) for name in ("input_ids", "labels")}
+
+
+def prepare(model: nn.Module, workload: Workload, draws: Sequence[Sequence[int]] | None = None) -> SampledAdamW:
+    """Attach the method as `attach` does, with draws of its own in the place of the sampler's."""
+    if workload.gradient_checkpointing:
+        # Recomputation runs in the backward, where a mode of ours is not at work unless it is entered again.
+        enable_checkpointing(model, context_fn=lambda: (nullcontext(), FusedAttention()))
+        if workload.offload_activations:
+            offload_checkpoints(model)
+    device = next(model.parameters()).device
+    with device:
+        layout = make_layout(model, workload.method, workload.seed)
+    method, sampler = workload.method, None
+    if method.get("period", None) is not None:
+        method = dataclasses.replace(method, period=1)  # type: ignore[call-arg]
+        active = method.get("active_layers", 1)
+        earlier = every_layer(len(layout.drawn), active) if keeps_all(workload) else []
+        draws = draws or draws_of(layout, active)
+        sampler = GivenDraws(len(layout.drawn), [*earlier, *draws], len(earlier))
+    return SampledAdamW(
+        model, method, layout, sampler, lr=1e-4, weight_decay=1e-2, block_size=workload.block_size, seed=workload.seed,
+        max_grad_norm=workload.max_grad_norm, keep_logits=workload.keep_logits, paging=device_paging(workload.paging),
+    )  # fmt: skip
+
+
+def keeps_all(workload: Workload) -> bool:
+    """Return whether the state of layers that left stays on the device."""
+    retired = workload.method.get("retired_state", "drop")
+    return retired == "keep" or (retired == "page" and workload.paging == "resident")
+
+
+def device_paging(paging: str | None) -> str | None:
+    """Return the store that takes a device's memory as `paging` does, and needs neither files nor a driver.
+
+    Raises InputError for a name that is none.
+    """
+    check_paging(paging)
+    return paging if paging in (None, "resident") else "host"
+
+
+def take_steps(
+    model: nn.Module, optimizer: SampledAdamW, workload: Workload, tracker: StorageTracker,
+    make_batch: Callable[[], dict[str, Tensor]],
+) -> None:  # fmt: skip
+    """Take the steps of a rehearsal with an attached model, whose storages so far are the phase "attach"."""
+    tracker.recording = True
+    sampler = optimizer.sampler
+    store = optimizer.store
+    if isinstance(store, HostStore):
+        store.watch = lambda slab: tracker.label([slab], "pages")
+    with tracker.phase("attach"):
+        _label_held(model, optimizer, tracker)
+    if isinstance(sampler, GivenDraws) and sampler.visits:
+        with tracker.phase("earlier periods"):
+            for _ in range(sampler.visits):
+                _leave_state(optimizer)
+            _label_held(model, optimizer, tracker)
+    steps = len(sampler.draws) - sampler.visits if isinstance(sampler, GivenDraws) else STEPS
+    with tracker.following(model):
+        for number in range(1, steps + 1):
+            for _ in range(min(workload.accumulate, MICRO_BATCHES)):
+                micro_batch(model, workload, tracker, make_batch, f"step {number}")
+            if isinstance(sampler, GivenDraws):
+                sampler.before_switch = partial(_enter_switch, model, optimizer, tracker, f"step {number}: switch")
+            with tracker.phase(f"step {number}: step"):
+                optimizer.step()
+                _label_held(model, optimizer, tracker)
+                optimizer.zero_grad()
+
+
+def micro_batch(
+    model: nn.Module, workload: Workload, tracker: StorageTracker, make_batch: Callable[[], dict[str, Tensor]],
+    step: str,
+) -> None:  # fmt: skip
+    with tracker.phase(f"{step}: forward", "forward"):
+        loss = model(**make_batch()).loss / workload.accumulate
+    tracker.label_saved()
+    with tracker.phase(f"{step}: backward", "backward"):
+        torch.autograd.backward(loss)
+        del loss
+    tracker.label((param.grad for param in model.parameters()), "gradients")
+
+
+def _leave_state(optimizer: SampledAdamW) -> None:
+    """Take a step with gradients of zero: what a period of the layers now active leaves behind."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.requires_grad:
+                param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _enter_switch(model: nn.Module, optimizer: SampledAdamW, tracker: StorageTracker, phase: str) -> None:
+    # The state of layers that leave is known by its name now only.
+    _label_held(model, optimizer, tracker)
+    tracker.enter(phase)
+
+
+def _label_held(model: nn.Module, optimizer: SampledAdamW, tracker: StorageTracker) -> None:
+    """Say what the tensors are that model and optimizer hold between steps."""
+    layers = [module for module in model.modules() if isinstance(module, SlotModule)]
+    slots = [tensor for layer in layers for tensor in (layer.slot, layer.basis, layer.remainder)]
+    own = {id(tensor) for tensor in slots}
+    held: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
+    tracker.label(slots, "bases")
+    tracker.label((tensor for tensor in held if id(tensor) not in own), "weights")
+    states: list[Any] = [*optimizer.state.values()]
+    tracker.label((tensor for state in states for tensor in state.values()), "optimizer state")
+    tracker.label(optimizer._counters or (), "optimizer state")

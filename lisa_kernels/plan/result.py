@@ -1,0 +1,128 @@
+"""What a rehearsed run would take: its peak, the moment of it, what is alive then, and which cards hold it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lisa_kernels.plan.allocator import DeviceFullError, Reserve, replay
+from lisa_kernels.plan.cards import CARDS_GB, CONTEXT_BYTES, card_bytes
+from lisa_kernels.plan.trace import Trace
+
+if TYPE_CHECKING:
+    from lisa_kernels.plan.rehearsal import Workload
+
+
+class Moment(NamedTuple):
+    """Where in a run something happens; operation and module are "" where there was none."""
+
+    phase: str
+    operation: str
+    module: str
+
+
+class Card(NamedTuple):
+    """A card of a size that is sold: the bytes it has, and what a run leaves of them (below 0: what is missing)."""
+
+    gb: int
+    bytes: int
+    margin_bytes: int
+    margin_bytes_expandable: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one workload, by the trace of its rehearsal.
+
+    `peak_bytes` is what its tensors take on the device at once. A card must hold more: `reserved()`, which is what
+    torch's CUDA allocator asks the device for to serve them, with and without `expandable_segments`, and
+    `context_bytes`, an allowance for what CUDA itself takes.
+    """
+
+    workload: Workload
+    trace: Trace
+    context_bytes: int = CONTEXT_BYTES
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once."""
+        return self.trace.peak_bytes
+
+    @property
+    def peak(self) -> Moment:
+        """The moment that needs `peak_bytes` first."""
+        if not self.trace.events:
+            return Moment("", "", "")
+        event = self.trace.events[self.trace.peak_index]
+        return Moment(event.phase, event.operation, event.module)
+
+    @cached_property
+    def split(self) -> dict[str, int]:
+        """The bytes alive at the peak by category."""
+        return self.trace.live_at(self.trace.peak_index)
+
+    @cached_property
+    def phases(self) -> dict[str, int]:
+        """The most bytes alive at once in each phase."""
+        return self.trace.phases()
+
+    @property
+    def timeline(self) -> list[int]:
+        """The bytes alive after each event of the trace."""
+        return self.trace.timeline()
+
+    def reserved(self, expandable: bool = False) -> Reserve:
+        """Return the peaks of torch's CUDA allocator on a device with room for any of them."""
+        return self._expandable if expandable else self._fixed
+
+    @cached_property
+    def _fixed(self) -> Reserve:
+        return replay(self.trace)
+
+    @cached_property
+    def _expandable(self) -> Reserve:
+        return replay(self.trace, expandable=True)
+
+    def margin_bytes(self, device_bytes: int, expandable: bool = False) -> int:
+        """Return what the run leaves of a device of `device_bytes`; below 0 it does not fit, and that is missing.
+
+        A device on which the allocator has to give cached segments back to get through is one that fits.
+        """
+        room = device_bytes - self.context_bytes
+        reserve = self.reserved(expandable)
+        if reserve.reserved > room >= reserve.allocated:
+            with contextlib.suppress(DeviceFullError):
+                reserve = replay(self.trace, expandable, capacity=room)
+        return room - reserve.reserved
+
+    def fits(self, device_bytes: int, expandable: bool = False) -> bool:
+        """Tell whether a device of `device_bytes` in all holds the run."""
+        return self.margin_bytes(device_bytes, expandable) >= 0
+
+    def cards(self) -> list[Card]:
+        """Return what the run leaves of cards of the usual sizes."""
+        found = []
+        for gb in CARDS_GB:
+            size = card_bytes(gb)
+            found.append(Card(gb, size, self.margin_bytes(size), self.margin_bytes(size, expandable=True)))
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything but the events as plain values, for JSON."""
+        return {
+            **_plain(self.workload), "peak_bytes": self.peak_bytes, "peak": self.peak._asdict(),
+            "split_bytes": self.split, "phase_peak_bytes": self.phases,
+            "reserved_bytes": self.reserved().reserved, "reserved_bytes_expandable": self.reserved(True).reserved,
+            "context_bytes": self.context_bytes, "cards": [card._asdict() for card in self.cards()],
+        }  # fmt: skip
+
+
+def _plain(workload: Workload) -> dict[str, Any]:
+    values = {field.name: getattr(workload, field.name) for field in dataclasses.fields(workload)}
+    named = isinstance(workload.model, (str, os.PathLike))
+    model = str(workload.model) if named else type(workload.model).__name__
+    return {**values, "model": model, "method": workload.method.settings()}

@@ -1,0 +1,207 @@
+"""The search for settings that fit: its order, what it leaves alone, how few plans it takes, and its refusal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.methods import LISA, BAdam, FullFineTune, GaLore, LoRAFA, Method, OwLore
+from lisa_kernels.plan.allocator import MIB
+from lisa_kernels.plan.cards import CONTEXT_BYTES
+from lisa_kernels.plan.fit import Fit, fit, lighter_methods
+from lisa_kernels.plan.result import Plan
+
+from .traces import sizes
+
+
+@dataclass(frozen=True)
+class Run:
+    """As much of a workload as the search changes."""
+
+    method: Method = field(default_factory=OwLore)
+    batch_size: int = 8
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    offload_activations: bool = False
+    paging: str | None = None
+    seq_len: int = 512
+
+
+def need_mib(run: Run) -> int:
+    """A formula in place of a rehearsal: it falls along every list that the search goes through."""
+    method = run.method
+    embeddings = {"always": 400, "sampled": 400, "low-rank": 40, "frozen": 0}[method.get("embeddings", "frozen")]
+    layers = 20 * method.get("active_layers", 8) * (method.get("rank", 256) / 256 if method.form == "low-rank" else 1)
+    kept = method.get("retired_state", "drop" if hasattr(method, "period") else "keep") == "keep"
+    state = 100 * (run.paging is None and kept)
+    return (
+        1000
+        + embeddings
+        + int(layers)
+        + state
+        + run.batch_size * (2 if run.offload_activations else 10 if run.gradient_checkpointing else 50)
+    )
+
+
+def search(run: Run, mib: int, need: Callable[[Run], int] = need_mib) -> Fit:
+    workload: Any = run
+    return fit(workload, CONTEXT_BYTES + mib * MIB, lambda asked: Plan(asked, sizes((1, 2 * (need(asked) // 2) * MIB))))  # type: ignore[arg-type]
+
+
+def found(run: Run, mib: int) -> Any:
+    return search(run, mib).plan.workload
+
+
+def test_what_fits_is_left_as_it_is() -> None:
+    result = search(Run(), need_mib(Run()))
+    assert (result.plan.workload, result.expandable, result.rehearsals) == (Run(), False, 1)
+
+
+def test_first_fewer_rows_at_a_time_with_the_same_tokens_per_step() -> None:
+    """8 rows become 2 × 4, not 1 × 8: the most that fit."""
+    assert found(Run(), need_mib(Run(batch_size=2))) == Run(batch_size=2, accumulate=4)
+    assert found(Run(batch_size=6, accumulate=2), need_mib(Run(batch_size=3))) == Run(batch_size=3, accumulate=4)
+    assert found(Run(batch_size=7), need_mib(Run(batch_size=1))) == Run(batch_size=1, accumulate=7)
+
+
+def test_then_checkpointing_again_with_as_many_rows_as_fit() -> None:
+    wanted = Run(batch_size=4, accumulate=2, gradient_checkpointing=True)
+    assert found(Run(), need_mib(wanted)) == wanted
+
+
+FRUGAL: dict[str, Any] = {"batch_size": 1, "accumulate": 8, "gradient_checkpointing": True, "offload_activations": True}
+
+
+def test_then_offloading_what_checkpointing_keeps() -> None:
+    wanted = Run(batch_size=4, accumulate=2, gradient_checkpointing=True, offload_activations=True)
+    assert found(Run(), need_mib(wanted)) == wanted
+
+
+def test_then_paging_where_every_layer_has_state() -> None:
+    wanted = Run(GaLore(), batch_size=8, gradient_checkpointing=True, offload_activations=True, paging="host")
+    assert found(Run(GaLore()), need_mib(Run(GaLore(), **FRUGAL)) - 2) == wanted
+
+
+def test_kept_state_of_layers_that_left_is_paged_before_layers_are_given_up() -> None:
+    wanted = Run(LISA(retired_state="page"), batch_size=8, gradient_checkpointing=True, offload_activations=True)
+    kept = Run(LISA(retired_state="keep"))
+    assert found(kept, need_mib(replace(kept, **FRUGAL)) - 2) == wanted
+
+
+def test_paging_is_not_tried_where_only_active_layers_have_state() -> None:
+    tried: list[Run] = []
+    with pytest.raises(InputError):
+        search(Run(), 10, lambda run: tried.append(run) or need_mib(run))  # type: ignore[func-returns-value]
+    assert tried
+    assert all(run.paging is None for run in tried)
+
+
+def test_then_active_layers_one_by_one() -> None:
+    wanted = Run(OwLore(active_layers=3), **FRUGAL)
+    assert found(Run(), need_mib(wanted)) == wanted
+
+
+def test_last_of_all_the_embeddings_freeze() -> None:
+    wanted = Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), **FRUGAL)
+    assert found(Run(), need_mib(wanted)) == wanted
+
+
+LADDERS: dict[str, tuple[Method, list[Method]]] = {
+    "owlore": (
+        OwLore(active_layers=3, embeddings="always"),
+        [
+            OwLore(active_layers=3, embeddings="always"),
+            OwLore(active_layers=2, embeddings="always"),
+            OwLore(active_layers=2, rank=64, embeddings="always"),
+            OwLore(active_layers=2, rank=32, embeddings="always"),
+            OwLore(active_layers=2, rank=32, embeddings="low-rank"),
+            OwLore(active_layers=1, rank=32, embeddings="low-rank"),
+            OwLore(active_layers=1, rank=32, embeddings="frozen"),
+        ],
+    ),
+    "lisa keeps the rank that it does not use": (
+        LISA(),
+        [
+            LISA(),
+            LISA(embeddings="low-rank"),
+            LISA(active_layers=1, embeddings="low-rank"),
+            LISA(active_layers=1, embeddings="frozen"),
+        ],
+    ),
+    "badam": (BAdam(), [BAdam()]),
+    "galore": (
+        GaLore(rank=64, embeddings="low-rank"),
+        [
+            GaLore(rank=64, embeddings="low-rank"),
+            GaLore(rank=32, embeddings="low-rank"),
+            GaLore(rank=32, embeddings="frozen"),
+        ],
+    ),
+    "lora-fa": (LoRAFA(), [LoRAFA()]),
+    "full": (FullFineTune(), [FullFineTune()]),
+}
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_the_ladder_of_a_method(name: str) -> None:
+    method, expected = LADDERS[name]
+    assert list(lighter_methods(method)) == expected
+
+
+@pytest.mark.parametrize(
+    "method", [OwLore(active_layers=8, rank=256), LISA(), GaLore(), FullFineTune()], ids=lambda m: m.name
+)
+@pytest.mark.parametrize("batch", [1, 8, 12])
+def test_the_best_by_halving_is_the_best_of_all(method: Method, batch: int) -> None:
+    """At every size, the first in the whole list of preference that fits, and few plans to find it."""
+    run = Run(method, batch_size=batch)
+    for mib in range(900, need_mib(run) + 20, 10):
+        preferred = first_that_fits(run, mib)
+        if preferred is None:
+            with pytest.raises(InputError):
+                search(run, mib)
+            continue
+        result = search(run, mib)
+        assert result.plan.workload == preferred
+        assert result.rehearsals <= 4 + math.ceil(math.log2(12)) + 4 * math.ceil(math.log2(5))
+
+
+def first_that_fits(run: Run, mib: int) -> Run | None:
+    """Go through every setting in order of preference."""
+    batches = [size for size in range(run.batch_size, 0, -1) if run.batch_size % size == 0]
+    if run.batch_size == 12:
+        batches = [12, 6, 3, 1]
+    every_layer = not hasattr(run.method, "period")
+    for method in lighter_methods(run.method):
+        stages = [(False, False, None), (True, False, None), (True, True, None)]
+        for checkpointing, offload, paging in [*stages, *([(True, True, "host")] if every_layer else [])]:
+            for size in batches:
+                tried = Run(method, size, run.batch_size // size, checkpointing, offload, paging)
+                if 2 * (need_mib(tried) // 2) <= mib:
+                    return tried
+    return None
+
+
+def test_nothing_fits_is_one_sentence_with_the_bytes_that_are_missing() -> None:
+    """The last of all settings lacks 100 MiB, and so it is said."""
+    smallest = Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), **FRUGAL)
+    with pytest.raises(InputError) as error:
+        search(Run(), need_mib(smallest) - 100)
+    text = str(error.value)
+    assert "no setting of owlore fits" in text
+    assert "active_layers=1, rank=32, embeddings=frozen, batch 1 × 512" in text
+    assert "104.9 MB too much" in text
+    assert text.count(". ") == 0
+
+
+def test_a_run_that_fits_only_with_expandable_segments_says_so() -> None:
+    """2 MiB stay in a segment of 30, which holds no 40; the segment that grows puts them behind the 2."""
+    workload: Any = Run(FullFineTune(), **FRUGAL, paging="host")
+    pinned = sizes((1, 30 * MIB), (1, -30 * MIB), (2, 2 * MIB), (3, 40 * MIB))
+    assert fit(workload, CONTEXT_BYTES + 65 * MIB, lambda asked: Plan(asked, pinned)).expandable
+    assert not fit(workload, CONTEXT_BYTES + 75 * MIB, lambda asked: Plan(asked, pinned)).expandable

@@ -1,0 +1,91 @@
+"""The measured peak of a run beside the planned one."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.train import memory
+from lisa_kernels.train.memory import PROCESS_BYTES, MemoryMeter, planned_peak
+from lisa_kernels.train.options import FineTuneOptions
+
+MB = 10**6
+
+
+def test_a_meter_sees_what_came_after_it_and_went_again() -> None:
+    """400 MB that live for a moment are the peak; what was there before is not."""
+    before = torch.ones(50 * MB)
+    meter = MemoryMeter.start()
+    during = torch.ones(100 * MB)
+    del during
+    assert 395 * MB < meter.peak_bytes() < 480 * MB
+    assert len(before) == 50 * MB
+
+
+def test_a_second_meter_does_not_see_the_peak_before_it() -> None:
+    """Two runs in one process are measured apart, where the system lets a process reset its peak."""
+    during = torch.ones(100 * MB)
+    del during
+    meter = MemoryMeter.start()
+    assert meter.peak_bytes() < 100 * MB
+
+
+class Measured(MemoryMeter):
+    """A meter that has measured 2 GB."""
+
+    def peak_bytes(self) -> int:
+        return 2000 * MB
+
+
+@pytest.mark.parametrize(("planned", "warns"), [(1906, False), (1904, True), (3000, False), (None, False)])
+def test_a_gpu_run_warns_above_five_percent(planned: int | None, warns: bool) -> None:
+    meter = Measured(gpu=True, before=0)
+    warning = meter.warning(None if planned is None else planned * MB)
+    assert (warning is not None) == warns
+    assert warning is None or "GB more than was planned" in warning
+
+
+def test_a_cpu_run_is_allowed_what_every_process_takes() -> None:
+    meter = Measured(gpu=False, before=0)
+    limit = int((2000 * MB - PROCESS_BYTES) / 1.05)
+    assert meter.warning(limit + MB) is None
+    assert "C library" in str(meter.warning(limit - MB))
+
+
+def test_the_description_has_both_and_the_difference() -> None:
+    assert Measured(gpu=True, before=0).describe(1600 * MB) == "peak memory 2.00 GB, 1.60 GB planned (+25.0%)"
+    assert Measured(gpu=False, before=0).describe(None) == "peak memory 2.00 GB (growth of the process)"
+
+
+def planned(plan: Any) -> tuple[int | None, str]:
+    out = io.StringIO()
+    options = FineTuneOptions("preset:tiny", "stdlib", Path())
+    return planned_peak(options, plan, Console(file=out, width=200)), out.getvalue()
+
+
+def test_a_plan_is_asked_with_the_options_of_the_run() -> None:
+    found, text = planned(lambda options: 1000 * MB * (options.model == "preset:tiny"))
+    assert (found, text) == (1000 * MB, "planned peak memory: 1.00 GB\n")
+
+
+def test_a_run_that_cannot_be_rehearsed_goes_on_and_says_why() -> None:
+    def fails(options: FineTuneOptions) -> int:
+        raise InputError("no such thing.")
+
+    assert planned(fails) == (None, "note: the memory of this run is not planned: no such thing.\n")
+
+
+def test_where_the_peak_cannot_be_reset_the_last_one_is_the_base(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on other systems than Linux: too little is measured then rather than too much."""
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    during = torch.ones(100 * MB)
+    del during
+    assert MemoryMeter.start().peak_bytes() < 100 * MB
