@@ -41,11 +41,12 @@ lint: $(STAMP)  ## check format, lint rules and types
 kernels: $(STAMP)  ## compile every GPU kernel for seven targets, report its machine code, check it against its budgets
 	$(BIN)/python -m bench.kernels --check
 
-bench: $(STAMP)  ## time optimizers, layers and whole steps beside their peers and record the rows
+bench: $(STAMP)  ## time optimizers, layers and steps beside their peers, plan their memory, record the rows
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[bench]"
 	$(BIN)/lisa-kernels bench optimizer --small-tensors --record
 	$(BIN)/lisa-kernels bench lowrank --record
 	$(BIN)/lisa-kernels bench step --record
+	$(BIN)/python -m bench.memory --record --plot bench/results/memory.png
 
 gpu: $(STAMP)  ## on a machine with a GPU: the same tests and benchmarks there
 	$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"

@@ -203,14 +203,14 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
             cells.append(_peak(row))
         title = next(row["method"] for row in rows if row["name"] == name)
         lines.append([title, *cells])
-    return markdown(["method", *(f"{model}, GB" for model in models)], lines)
+    return markdown(["method", *models], lines)
 
 
 def _peak(row: dict[str, Any] | None) -> str:
     if row is None or row["planned_bytes"] is None:
         return "-" if row is None else str(row["reason"])
     if row["measured_bytes"] is None:
-        return f"{row['planned_bytes'] / 1e9:.2f}"
+        return f"{row['planned_bytes'] / 1e9:.2f} GB"
     return f"{row['planned_bytes'] / 1e6:,.3f} MB planned, {row['measured_bytes'] / 1e6:,.3f} measured"
 
 

@@ -93,8 +93,8 @@ def test_peaks_have_a_column_for_each_model_those_measured_last() -> None:
         memory_row(),
     ]  # fmt: skip
     assert memory_table(rows).splitlines() == [
-        "| method | large, GB | small, GB |",
+        "| method | large | small |",
         "| --- | --- | --- |",
-        "| LISA | 16.37 | 1.235 MB planned, 1.235 measured |",
+        "| LISA | 16.37 GB | 1.235 MB planned, 1.235 measured |",
         "| badam | not installed | - |",
     ]
