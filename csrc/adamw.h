@@ -8,12 +8,12 @@ namespace {
 
 // The scalars of a step, one copy in each lane.
 struct Rates {
-  Floats beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, grad_scale;
+  Floats carry1, one_minus_beta1, carry2, one_minus_beta2, eps, decay, step_size, grad_scale;
 
   explicit Rates(const Scalars& s)
-      : beta1(broadcast(s.beta1)),
+      : carry1(broadcast(s.carry1)),
         one_minus_beta1(broadcast(s.one_minus_beta1)),
-        beta2(broadcast(s.beta2)),
+        carry2(broadcast(s.carry2)),
         one_minus_beta2(broadcast(s.one_minus_beta2)),
         eps(broadcast(s.eps)),
         decay(broadcast(s.decay)),
@@ -38,19 +38,18 @@ struct Block8 {
 // The step on a block of 8-bit moments is three short loops over scratch in the first cache, each of little latency:
 // in one loop, the root and the quotient would hold up all that follows them.
 
-// 1: fresh moments, their roots and their largest magnitudes. The scales include beta1 and beta2.
+// 1: fresh moments divided by 1 - beta, their roots and their largest magnitudes. The scales include the carries.
 template <class Grad, bool scaled, class Block>
-LISA_INLINE Largest update_moments(const Block& block, const Scratch& scratch, const Rates& rates, Floats m_scale,
-                                   Floats v_scale) {
+LISA_INLINE Largest update_moments(const Block& block, const Scratch scratch, const Rates& rates, Floats m_scale,
+                                   Floats v_scale, const CodecConstants& constants) {
   Largest largest;
   for (int pair = 0; pair < block.count; pair += 2 * kLanes) {
-    const Pair old_m = decode_m(load_bytes(block.m_codes + pair), m_scale);
-    const Pair old_v = decode_v(load_bytes(block.v_codes + pair), v_scale);
+    const Pair old_m = decode_m(load_bytes(block.m_codes + pair), m_scale, constants);
+    const Pair old_v = decode_v(load_bytes(block.v_codes + pair), v_scale, constants);
     for (int j = 0; j < 2; ++j) {
       const int i = pair + j * kLanes;
       const Floats loaded = Grad::load(block.grad + i), g = scaled ? loaded * rates.grad_scale : loaded;
-      const Floats m = (j == 0 ? old_m.first : old_m.second) + g * rates.one_minus_beta1;
-      const Floats v = (j == 0 ? old_v.first : old_v.second) + (g * g) * rates.one_minus_beta2;
+      const Floats m = (j == 0 ? old_m.first : old_m.second) + g, v = (j == 0 ? old_v.first : old_v.second) + g * g;
       store(scratch.m + i, m);
       store(scratch.v + i, v);
       store(scratch.roots + i, square_root(v));
@@ -71,36 +70,35 @@ LISA_INLINE void update_weights(typename Weight::Storage* __restrict weight, con
                                 const Rates& rates, RandomWords random) {
   for (int pair = 0; pair < count; pair += 2 * kLanes) {
     Floats value[2];
-    Words second[2] = {};
+    Words words[2] = {};
     for (int j = 0; j < 2; ++j) {
       const int i = pair + j * kLanes;
       value[j] = updated(Weight::load(weight + i), load<Floats>(scratch.m + i), load<Floats>(scratch.roots + i), rates);
       if (stochastic) {
-        const Words first = random.next();
-        second[j] = second_word(first);
-        store(scratch.words + i, first);
+        words[j] = random.next();
+        store(scratch.words + i, words[j]);
       }
     }
-    store_weights<Weight, stochastic>(weight + pair, value, second);
+    store_weights<Weight, stochastic>(weight + pair, value, words);
   }
 }
 
 template <bool stochastic>
-LISA_INLINE void load_moments(const Scratch& scratch, int unit, Unit& m, Unit& v) {
+LISA_INLINE void load_moments(const Scratch scratch, int unit, Unit& m, Unit& v) {
   for (int j = 0; j < kVectors; ++j) {
     const int i = unit + j * kLanes;
     m.values[j] = load<Floats>(scratch.m + i), v.values[j] = load<Floats>(scratch.v + i);
     m.random20[j] = v.random20[j] = broadcast(kHalf);
     if (stochastic) {
-      const Words first = load<Words>(scratch.words + i);
-      m.random20[j] = moment_bits(first), v.random20[j] = moment_bits(second_word(first));
+      const Words words = load<Words>(scratch.words + i);
+      m.random20[j] = m_bits(words), v.random20[j] = v_bits(words);
     }
   }
 }
 
 // Out of line: rare, and its registers would cost the usual case its own.
 template <bool stochastic>
-__attribute__((noinline)) void encode_small(const Scratch& scratch, int unit, float m_scale, float v_scale,
+__attribute__((noinline)) void encode_small(const Scratch scratch, int unit, float m_scale, float v_scale,
                                             uint8_t* m_codes, uint8_t* v_codes) {
   Unit m{{}, {}, broadcast(m_scale)}, v{{}, {}, broadcast(v_scale)};
   load_moments<stochastic>(scratch, unit, m, v);
@@ -110,13 +108,13 @@ __attribute__((noinline)) void encode_small(const Scratch& scratch, int unit, fl
 
 // 3: codes.
 template <bool stochastic>
-LISA_INLINE void encode_moments(uint8_t* __restrict m_codes, uint8_t* __restrict v_codes, const Scratch& scratch,
-                                int count, float m_scale, float v_scale) {
+LISA_INLINE void encode_moments(uint8_t* __restrict m_codes, uint8_t* __restrict v_codes, const Scratch scratch,
+                                int count, float m_scale, float v_scale, const CodecConstants& constants) {
   Unit m{{}, {}, broadcast(m_scale)}, v{{}, {}, broadcast(v_scale)};
   for (int unit = 0; unit < count; unit += kUnit) {
     load_moments<stochastic>(scratch, unit, m, v);
     Codes codes;
-    if (!encode_large(m, v, codes)) {
+    if (!encode_large(m, v, constants, codes)) {
       encode_small<stochastic>(scratch, unit, m_scale, v_scale, m_codes, v_codes);
       continue;
     }
@@ -134,18 +132,20 @@ inline Value* padded_copy(const Value* from, int count, int padded_count, void* 
 
 template <class Weight, class Grad, bool stochastic>
 LISA_INLINE void update_block8(const Block8<Weight, Grad>& block, float& m_absmax, float& v_absmax,
-                               const Scratch& scratch, const AdamW8Task& task, const Rates& rates,
-                               const RandomWords random) {
-  const Floats m_scale = broadcast(decode_scale(m_absmax, task.scalars.beta1));
-  const Floats v_scale = broadcast(decode_scale(v_absmax, task.scalars.beta2));
+                               const Scratch scratch, const AdamW8Task& task, const Rates& rates,
+                               const CodecConstants& constants, const RandomWords random) {
+  const Floats m_scale = broadcast(decode_scale(m_absmax, task.scalars.carry1));
+  const Floats v_scale = broadcast(decode_scale(v_absmax, task.scalars.carry2));
   // Without clipping or loss scaling the gradient is taken as it is: a product with 1 changes nothing.
   const Largest largest = task.scalars.grad_scale == 1.0f
-                              ? update_moments<Grad, false>(block, scratch, rates, m_scale, v_scale)
-                              : update_moments<Grad, true>(block, scratch, rates, m_scale, v_scale);
+                              ? update_moments<Grad, false>(block, scratch, rates, m_scale, v_scale, constants)
+                              : update_moments<Grad, true>(block, scratch, rates, m_scale, v_scale, constants);
+  const float new_m_absmax = absmax_of(largest.m), new_v_absmax = absmax_of(largest.v);
+  const float m_encode_scale = encode_scale(new_m_absmax), v_encode_scale = encode_scale(new_v_absmax);
+  m_absmax = new_m_absmax * task.scalars.one_minus_beta1, v_absmax = new_v_absmax * task.scalars.one_minus_beta2;
   update_weights<Weight, stochastic>(block.weight, scratch, block.count, rates, random);
-  m_absmax = absmax_of(largest.m), v_absmax = absmax_of(largest.v);
-  encode_moments<stochastic>(block.m_codes, block.v_codes, scratch, block.count, encode_scale(m_absmax),
-                             encode_scale(v_absmax));
+  encode_moments<stochastic>(block.m_codes, block.v_codes, scratch, block.count, m_encode_scale, v_encode_scale,
+                             constants);
 }
 
 template <class Weight, class Grad>
@@ -168,6 +168,7 @@ template <class Weight, class Grad, bool stochastic>
 void adamw8(const AdamW8Task& task, const Scratch& scratch, int64_t begin, int64_t end) {
   const AdamW8Row& row = task.row;
   const Rates rates(task.scalars);
+  const CodecConstants constants;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t start = index * task.block_size;
     const Block8<Weight, Grad> block{static_cast<typename Weight::Storage*>(row.weight) + start,
@@ -177,7 +178,7 @@ void adamw8(const AdamW8Task& task, const Scratch& scratch, int64_t begin, int64
     const bool is_whole = block.count % kUnit == 0;
     const Block8<Weight, Grad> padded = is_whole ? block : padded_copy(block, scratch);
     update_block8<Weight, Grad, stochastic>(padded, row.m_absmax[index], row.v_absmax[index], scratch, task, rates,
-                                            RandomWords(task.key, start));
+                                            constants, RandomWords(task.key, start));
     if (!is_whole) copy_results(padded, block);
   }
 }
@@ -187,18 +188,17 @@ LISA_INLINE void update_unit32(typename Weight::Storage* weight, const typename 
                                const Rates& rates, RandomWords& random) {
   for (int pair = 0; pair < kUnit; pair += 2 * kLanes) {
     Floats value[2];
-    Words second[2] = {};
+    Words words[2] = {};
     for (int j = 0; j < 2; ++j) {
       const int i = pair + j * kLanes;
       const Floats g = Grad::load(grad + i) * rates.grad_scale;
-      const Floats new_m = load<Floats>(m + i) * rates.beta1 + g * rates.one_minus_beta1;
-      const Floats new_v = load<Floats>(v + i) * rates.beta2 + (g * g) * rates.one_minus_beta2;
-      store(m + i, new_m);
-      store(v + i, new_v);
+      const Floats new_m = load<Floats>(m + i) * rates.carry1 + g, new_v = load<Floats>(v + i) * rates.carry2 + g * g;
+      store(m + i, new_m * rates.one_minus_beta1);
+      store(v + i, new_v * rates.one_minus_beta2);
       value[j] = updated(Weight::load(weight + i), new_m, square_root(new_v), rates);
-      if (kStochasticWeight<Weight, stochastic>) second[j] = second_word(random.next());
+      if (kStochasticWeight<Weight, stochastic>) words[j] = random.next();
     }
-    store_weights<Weight, stochastic>(weight + pair, value, second);
+    store_weights<Weight, stochastic>(weight + pair, value, words);
   }
 }
 

@@ -2,6 +2,7 @@
 #include "api.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -18,7 +19,7 @@
 namespace lisa {
 namespace {
 
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 5;
 
 #ifdef LISA_X86_64
 // Not every compiler's __builtin_cpu_supports knows this one.
@@ -51,6 +52,9 @@ const KernelTable& kernels_for(int32_t instruction_set) {
   return kernels_baseline;
 }
 
+// What a thread takes at a time: long enough for the prefetchers, short enough for threads to end together.
+constexpr int64_t kElementsPerPart = 1 << 18;
+
 int64_t divide_up(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
 
 // One thread's scratch. Each array starts on a cache line: vectors that straddle two cost a quarter of the speed.
@@ -77,24 +81,31 @@ class ScratchMemory {
   char* bytes_;
 };
 
-// Call run(index, begin, end, scratch) for the blocks of k tensors, in parts of equally many elements per thread. A
-// block belongs to the thread in whose part it starts; no block is split, and no result depends on the parts.
+// Call run(index, begin, end, scratch) for the blocks of k tensors, in parts of equally many elements, which threads take
+// as they become free: a core that others use too would else hold up the rest. A block belongs to the part in which it
+// starts; no block is split, and no result depends on the parts.
 template <class Row, class Run>
 void run_tensors(const Row* table, int64_t k, int64_t block_size, int64_t scratch_elements, int64_t threads,
                  const Run& run) {
   int64_t total = 0;
   for (int64_t index = 0; index < k; ++index) total += table[index].count;
-  run_parallel(total, threads, [&](int64_t member, int64_t team) {
+  std::atomic<int64_t> next{0};
+  run_parallel(total, threads, [&](int64_t team) {
     const ScratchMemory scratch(scratch_elements);
-    const int64_t part_begin = total / team * member + total % team * member / team;
-    const int64_t part_end = total / team * (member + 1) + total % team * (member + 1) / team;
-    int64_t first = 0;  // of the tensor, in all of them
-    for (int64_t index = 0; index < k && first < part_end; first += table[index++].count) {
-      const auto block_at = [&](int64_t element) {
-        return divide_up(std::clamp(element - first, int64_t{0}, table[index].count), block_size);
-      };
-      const int64_t begin = block_at(part_begin), end = block_at(part_end);
-      if (begin < end) run(index, begin, end, scratch.arrays());
+    const int64_t parts = team * std::max(int64_t{1}, total / (kElementsPerPart * team));
+    const auto start_of = [&](int64_t part) { return total / parts * part + total % parts * part / parts; };
+    int64_t index = 0, first = 0;  // a tensor, and its first element among those of all
+    for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+      const int64_t part_begin = start_of(part), part_end = start_of(part + 1);
+      while (index < k && first + table[index].count <= part_begin) first += table[index++].count;
+      int64_t own = first;
+      for (int64_t i = index; i < k && own < part_end; own += table[i++].count) {
+        const auto block_at = [&](int64_t element) {
+          return divide_up(std::clamp(element - own, int64_t{0}, table[i].count), block_size);
+        };
+        const int64_t begin = block_at(part_begin), end = block_at(part_end);
+        if (begin < end) run(i, begin, end, scratch.arrays());
+      }
     }
   });
 }

@@ -39,11 +39,11 @@ struct GradRow {
 
 // Scalars of one AdamW step, already rounded to float32 as the definition rounds them: float [k, 8].
 struct Scalars {
-  float beta1, one_minus_beta1;
-  float beta2, one_minus_beta2;
-  float eps;        // times sqrt(1 - beta2^t)
+  float carry1, one_minus_beta1;  // carry: beta / (1 - beta)
+  float carry2, one_minus_beta2;
+  float eps;        // times root = sqrt((1 - beta2^t) / (1 - beta2))
   float decay;      // 1 - lr * weight_decay
-  float step_size;  // lr * sqrt(1 - beta2^t) / (1 - beta1^t)
+  float step_size;  // lr * root * (1 - beta1) / (1 - beta1^t)
   float grad_scale;
 };
 

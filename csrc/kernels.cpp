@@ -48,8 +48,8 @@ LISA_INLINE Bytes encode_unit(const float* from, Floats scale, RandomWords& rand
     unit.values[j] = load<Floats>(from + j * kLanes);
     unit.random20[j] = broadcast(kHalf);
     if (stochastic) {
-      const Words first = random.next();
-      unit.random20[j] = moment_bits(is_signed ? first : second_word(first));
+      const Words words = random.next();
+      unit.random20[j] = is_signed ? m_bits(words) : v_bits(words);
     }
     if (!is_signed) unit.values[j] = float_of(magnitude(unit.values[j]));  // a −0 is no negative number
   }
@@ -86,10 +86,10 @@ void quantize(const QuantizeTask& task, const Scratch&, int64_t begin, int64_t e
 }
 
 template <bool is_signed>
-LISA_INLINE void decode_unit(const uint8_t* codes, Floats scale, float* values) {
+LISA_INLINE void decode_unit(const uint8_t* codes, Floats scale, float* values, const CodecConstants& constants) {
   for (int i = 0; i < kUnit; i += 2 * kLanes) {
     const Shorts wide = load_bytes(codes + i);
-    const Pair pair = is_signed ? decode_m(wide, scale) : decode_v(wide, scale);
+    const Pair pair = is_signed ? decode_m(wide, scale, constants) : decode_v(wide, scale, constants);
     store(values + i, pair.first);
     store(values + i + kLanes, pair.second);
   }
@@ -97,6 +97,7 @@ LISA_INLINE void decode_unit(const uint8_t* codes, Floats scale, float* values) 
 
 template <bool is_signed>
 void dequantize(const DequantizeTask& task, const Scratch&, int64_t begin, int64_t end) {
+  const CodecConstants constants;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * task.block_size;
     const int count = static_cast<int>(smaller(task.block_size, task.count - start));
@@ -104,9 +105,9 @@ void dequantize(const DequantizeTask& task, const Scratch&, int64_t begin, int64
     const uint8_t* codes = task.codes + start;
     float* values = task.values + start;
     for_units(count, [&](int unit, int rest) {
-      if (rest == 0) return decode_unit<is_signed>(codes + unit, scale, values + unit);
+      if (rest == 0) return decode_unit<is_signed>(codes + unit, scale, values + unit, constants);
       float last[kUnit];
-      decode_unit<is_signed>(Padded<uint8_t>(codes + unit, rest).values, scale, last);
+      decode_unit<is_signed>(Padded<uint8_t>(codes + unit, rest).values, scale, last, constants);
       std::memcpy(values + unit, last, sizeof(float) * rest);
     });
   }
@@ -116,13 +117,13 @@ template <class Weight, bool stochastic>
 LISA_INLINE void fold_unit(typename Weight::Storage* weight, const float* update, Floats decay, RandomWords& random) {
   for (int pair = 0; pair < kUnit; pair += 2 * kLanes) {
     Floats value[2];
-    Words second[2] = {};
+    Words words[2] = {};
     for (int j = 0; j < 2; ++j) {
       const int i = pair + j * kLanes;
       value[j] = Weight::load(weight + i) * decay + load<Floats>(update + i);
-      if (kStochasticWeight<Weight, stochastic>) second[j] = second_word(random.next());
+      if (kStochasticWeight<Weight, stochastic>) words[j] = random.next();
     }
-    store_weights<Weight, stochastic>(weight + pair, value, second);
+    store_weights<Weight, stochastic>(weight + pair, value, words);
   }
 }
 

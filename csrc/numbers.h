@@ -72,6 +72,19 @@ inline float decode_scale(float absmax, float factor) { return (absmax * kInvers
 
 inline Words magnitude(Floats values) { return bits_of(values) & 0x7fffffff; }
 
+// Constants that lie in memory: where registers run short, the compiler would build each of them anew from a scalar, for
+// every block or even in every round of a loop.
+struct CodecConstants {
+  Shorts m_offset = broadcast(int16_t{kOffsetM * 16}), v_offset = broadcast(int16_t{kOffsetV * 16});
+  Shorts magnitude = broadcast(int16_t{127 << 4}), sign_and_magnitude = broadcast(int16_t{-0x7810});
+  Shorts smallest = broadcast(int16_t{1 << 5});
+  UnsignedShorts sign_shift = unsigned_of(broadcast(int16_t{(1 << 11) - (1 << 7)}));
+
+  CodecConstants() { asm("" : "+m"(*this)); }
+};
+
+inline Shorts codes_of(Shorts shifted) { return signed_of(unsigned_of(shifted) >> 4); }
+
 // Two vectors of moments.
 struct Pair {
   Floats first, second;
@@ -83,14 +96,14 @@ LISA_INLINE Pair scaled(Shorts upper_halves, Floats scale) {
 }
 
 // The codes of two vectors, each code in the upper half of 16 bits; the scale is finite.
-LISA_INLINE Pair decode_m(Shorts codes, Floats scale) {
-  const Shorts signed_magnitude = (codes >> 4) & static_cast<int16_t>(0x87f0);
-  return scaled(signed_magnitude + where_nonzero(signed_magnitude & 0x7f0, broadcast(int16_t{kOffsetM << 4})), scale);
+LISA_INLINE Pair decode_m(Shorts codes, Floats scale, const CodecConstants& constants) {
+  const Shorts shifted = codes >> 4, offset = where_nonzero(shifted & constants.magnitude, constants.m_offset);
+  return scaled((shifted & constants.sign_and_magnitude) + offset, scale);
 }
 
-LISA_INLINE Pair decode_v(Shorts codes, Floats scale) {
-  const Shorts magnitude = reinterpret_cast<Shorts>(reinterpret_cast<UnsignedShorts>(codes) >> 4);
-  return scaled(magnitude + where_nonzero(magnitude, broadcast(int16_t{kOffsetV << 4})), scale);
+LISA_INLINE Pair decode_v(Shorts codes, Floats scale, const CodecConstants& constants) {
+  const Shorts magnitude = codes_of(codes);
+  return scaled(magnitude + where_nonzero(magnitude, constants.v_offset), scale);
 }
 
 // A unit of moments, their block's scale and the random numbers in [0, 2^20) that round them.
@@ -100,47 +113,40 @@ struct Unit {
   Floats scale;
 };
 
-inline Floats scaled_m(const Unit& unit, int i) { return float_of(magnitude(unit.values[i])) * unit.scale; }
-inline Floats scaled_v(const Unit& unit, int i) { return unit.values[i] * unit.scale; }
-
-// The rounded codes of two vectors, without regard for what is special below code 1.
-LISA_INLINE Shorts rounded(Floats a, Floats b, const Words* random20, int16_t offset) {
-  const Words code_a = (bits_of(a) + random20[0]) >> kDroppedBits, code_b = (bits_of(b) + random20[1]) >> kDroppedBits;
-  return pack(reinterpret_cast<Ints>(code_a), reinterpret_cast<Ints>(code_b)) - offset;
-}
-LISA_INLINE Shorts rounded_m(const Unit& unit, int i) {
-  return rounded(scaled_m(unit, i), scaled_m(unit, i + 1), unit.random20 + i, kOffsetM);
-}
-LISA_INLINE Shorts rounded_v(const Unit& unit, int i) {
-  return rounded(scaled_v(unit, i), scaled_v(unit, i + 1), unit.random20 + i, kOffsetV);
-}
-
-// Bit 7 of the codes of first moments.
-LISA_INLINE Bytes sign_bits(const Unit& unit) {
-  const auto bits = [&](int i) { return reinterpret_cast<Ints>(unit.values[i]); };
-  return pack(pack(bits(0), bits(1)), pack(bits(2), bits(3))) & 0x80;
+// Two vectors of a unit times its scale plus their random numbers: a code plus its offset lies from bit 4 on, and the
+// sign of a first moment in bit 15.
+LISA_INLINE Shorts rounded(const Unit& unit, int i) {
+  const Words a = bits_of(unit.values[i] * unit.scale) + unit.random20[i];
+  const Words b = bits_of(unit.values[i + 1] * unit.scale) + unit.random20[i + 1];
+  return joined(a, b);
 }
 
 // Below code 1 a first moment becomes code 1 or 0 with the odds that keep its mean.
 LISA_INLINE Bytes encode_m(const Unit& unit) {
   Shorts codes[2];
   for (int pair = 0; pair < 2; ++pair) {
-    const auto keep = [&](int i) -> Ints {
+    Unit positive{{}, {}, unit.scale};
+    Words keep[2];
+    for (int j = 0; j < 2; ++j) {
+      const int i = 2 * pair + j;
       const Floats random = __builtin_convertvector(reinterpret_cast<Ints>(unit.random20[i]), Floats);
-      return scaled_m(unit, i) > random * kSmallestM;
-    };
-    codes[pair] = maximum(rounded_m(unit, 2 * pair), broadcast(int16_t{1})) & pack(keep(2 * pair), keep(2 * pair + 1));
+      positive.values[j] = float_of(magnitude(unit.values[i])), positive.random20[j] = unit.random20[i];
+      keep[j] = reinterpret_cast<Words>(positive.values[j] * unit.scale > random * kSmallestM);
+    }
+    const Shorts code = maximum(codes_of(rounded(positive, 0)) - kOffsetM, broadcast(int16_t{1})) & joined(keep[0], keep[1]);
+    const Shorts signs = joined(bits_of(unit.values[2 * pair]), bits_of(unit.values[2 * pair + 1]));
+    codes[pair] = code | ((signs >> 8) & 0x80);
   }
-  return pack_unsigned(codes[0], codes[1]) | sign_bits(unit);
+  return pack_unsigned(codes[0], codes[1]);
 }
 
 // A positive second moment never becomes code 0: as 0 it would let m / eps through.
 LISA_INLINE Bytes encode_v(const Unit& unit) {
   Shorts codes[2];
   for (int pair = 0; pair < 2; ++pair) {
-    const auto bits = [&](int i) { return reinterpret_cast<Ints>(unit.values[i]); };
-    const Shorts one_if_positive = minimum(pack(bits(2 * pair), bits(2 * pair + 1)), broadcast(int16_t{1}));
-    codes[pair] = maximum(rounded_v(unit, 2 * pair), one_if_positive);
+    const auto is_positive = [&](int i) { return reinterpret_cast<Words>(unit.values[i] > 0); };
+    const Shorts one_if_positive = joined(is_positive(2 * pair), is_positive(2 * pair + 1)) & 1;
+    codes[pair] = maximum(codes_of(rounded(unit, 2 * pair)) - kOffsetV, one_if_positive);
   }
   return pack_unsigned(codes[0], codes[1]);
 }
@@ -152,24 +158,37 @@ struct Codes {
 // What encode_m and encode_v return, where nothing is special: no first moment below code 2, no second below 1. False
 // where there is one, which is rare: zeros, and moments some tens of thousands of times smaller than their block's
 // largest.
-LISA_INLINE bool encode_large(const Unit& m, const Unit& v, Codes& codes) {
-  const Shorts m_codes[2] = {rounded_m(m, 0), rounded_m(m, 2)};
-  const Shorts v_codes[2] = {rounded_v(v, 0), rounded_v(v, 2)};
-  if (any(minimum(minimum(m_codes[0], m_codes[1]) - 1, minimum(v_codes[0], v_codes[1])) < 1)) return false;
-  codes = {pack_unsigned(m_codes[0], m_codes[1]) | sign_bits(m), pack_unsigned(v_codes[0], v_codes[1])};
+LISA_INLINE bool encode_large(const Unit& m, const Unit& v, const CodecConstants& constants, Codes& codes) {
+  const Shorts m_rounded[2] = {rounded(m, 0) - constants.m_offset, rounded(m, 2) - constants.m_offset};
+  const Shorts v_rounded[2] = {rounded(v, 0) - constants.v_offset, rounded(v, 2) - constants.v_offset};
+  // Doubled, first moments lose their sign, and what was below code 0 is negative.
+  const Shorts smallest_m = minimum(m_rounded[0] + m_rounded[0], m_rounded[1] + m_rounded[1]) - constants.smallest;
+  const Shorts smallest_v = minimum(v_rounded[0] + v_rounded[0], v_rounded[1] + v_rounded[1]);
+  if (any_negative(minimum(smallest_m, smallest_v) - constants.smallest)) return false;
+  Shorts m_codes[2];
+  for (int pair = 0; pair < 2; ++pair) {
+    // The sign comes down from bit 11 to bit 7: without one, the difference is a large number.
+    const UnsignedShorts code = unsigned_of(codes_of(m_rounded[pair]));
+    m_codes[pair] = signed_of(minimum(code, code - constants.sign_shift));
+  }
+  codes = {pack_unsigned(m_codes[0], m_codes[1]), pack_unsigned(codes_of(v_rounded[0]), codes_of(v_rounded[1]))};
   return true;
 }
 
 // Random words, as lisa_kernels/ops/random_bits.py defines them.
 
 template <class Word>
-inline Word mix32(Word value) {
+inline Word scrambled(Word value) {
   value = (value ^ (value >> 16)) * 0x7feb352du;
-  value = (value ^ (value >> 15)) * 0x846ca68bu;
+  return (value ^ (value >> 15)) * 0x846ca68bu;
+}
+
+inline uint32_t mix32(uint32_t value) {
+  value = scrambled(value);
   return value ^ (value >> 16);
 }
 
-// The first words of the elements from `start` on, as far as the next multiple of 2^32, a vector at a time.
+// The words of the elements from `start` on, as far as the next multiple of 2^32, a vector at a time.
 class RandomWords {
  public:
   LISA_INLINE RandomWords(uint64_t key, int64_t start)
@@ -177,17 +196,17 @@ class RandomWords {
         base_(broadcast(mix32(static_cast<uint32_t>(key) + static_cast<uint32_t>(start >> 32) * 0x9e3779b9u) ^
                         static_cast<uint32_t>(key >> 32))) {}
   Words next() {
-    const Words first = mix32(elements_ ^ base_);
+    const Words words = scrambled(elements_ ^ base_);
     elements_ += kLanes;
-    return first;
+    return words;
   }
 
  private:
   Words elements_, base_;
 };
 
-inline Words second_word(Words first) { return first * 0x9e3779b1u; }
-inline Words moment_bits(Words word) { return word >> 12; }
-inline Words weight_bits(Words second) { return second & 0xffff; }
+inline Words m_bits(Words words) { return words >> 12; }
+inline Words v_bits(Words words) { return (words * 0x9e3779b1u) >> 12; }
+inline Words weight_bits(Words words) { return (words * 0x85ebca77u) >> 16; }
 
 }  // namespace

@@ -34,8 +34,9 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef double Doubles __attribute__((vector_size(4 * kLanes)));  // half as many
 
-// 16-bit integers for the lanes of two vectors, and bytes for those of four, in the order that suits the instruction
-// set: `pack` makes it, `load_bytes` and `store_bytes` bring bytes into it and out of it.
+// 16-bit integers for the lanes of two vectors, which alternate: seen as words, the first vector's are the lower halves
+// and the second's the upper ones. And bytes for the lanes of four vectors, in the order that suits the instruction set:
+// `pack_unsigned` makes it, `store_bytes` brings it into memory.
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t UnsignedShorts __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
@@ -58,44 +59,49 @@ inline Shorts broadcast(int16_t value) { return value - Shorts{}; }
 
 inline Words bits_of(Floats values) { return reinterpret_cast<Words>(values); }
 inline Floats float_of(Words bits) { return reinterpret_cast<Floats>(bits); }
-inline Words where(Ints condition, Words bits) { return reinterpret_cast<Words>(condition) & bits; }
+inline UnsignedShorts unsigned_of(Shorts shorts) { return reinterpret_cast<UnsignedShorts>(shorts); }
+inline Shorts signed_of(UnsignedShorts shorts) { return reinterpret_cast<Shorts>(shorts); }
+
+// 16-bit integers as the upper halves of words: those of the first vector of two, and of the second.
+inline Words first_words(Shorts halves) { return reinterpret_cast<Words>(halves) << 16; }
+inline Words second_words(Shorts halves) { return reinterpret_cast<Words>(halves) & 0xffff0000; }
 
 #if defined(__AVX512BW__)
 
 inline __m512i raw(Words words) { return reinterpret_cast<__m512i>(words); }
-inline __m512i raw(Ints words) { return reinterpret_cast<__m512i>(words); }
 inline __m512i raw(Shorts shorts) { return reinterpret_cast<__m512i>(shorts); }
+inline __m512i raw(UnsignedShorts shorts) { return reinterpret_cast<__m512i>(shorts); }
 
 inline Floats square_root(Floats values) { return _mm512_sqrt_ps(values); }
-inline bool any(Shorts condition) { return _mm512_movepi16_mask(raw(condition)) != 0; }
+inline bool any_negative(Shorts shorts) { return _mm512_movepi16_mask(raw(shorts)) != 0; }
 // The values at whose place a magnitude is not 0, and 0 at the others.
 inline Shorts where_nonzero(Shorts magnitudes, Shorts values) { return (magnitudes != 0) & values; }
 inline Words maximum(Words a, Words b) { return reinterpret_cast<Words>(_mm512_max_epu32(raw(a), raw(b))); }
 inline Shorts maximum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm512_max_epi16(raw(a), raw(b))); }
 inline Shorts minimum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm512_min_epi16(raw(a), raw(b))); }
+inline UnsignedShorts minimum(UnsignedShorts a, UnsignedShorts b) {
+  return reinterpret_cast<UnsignedShorts>(_mm512_min_epu16(raw(a), raw(b)));
+}
 
-// Narrow with signed saturation, and to unsigned bytes.
-inline Shorts pack(Ints a, Ints b) { return reinterpret_cast<Shorts>(_mm512_packs_epi32(raw(a), raw(b))); }
-inline Bytes pack(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm512_packs_epi16(raw(a), raw(b))); }
+// The upper halves of two vectors of words.
+inline Shorts joined(Words a, Words b) {
+  return reinterpret_cast<Shorts>(_mm512_mask_blend_epi16(0xaaaaaaaa, raw(a >> 16), raw(b)));
+}
+// Narrow 16-bit integers below 256.
 inline Bytes pack_unsigned(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm512_packus_epi16(raw(a), raw(b))); }
-
-// 16-bit integers as the upper halves of words: those of the first vector of two, and of the second.
-inline Words first_words(Shorts halves) {
-  return reinterpret_cast<Words>(_mm512_unpacklo_epi16(_mm512_setzero_si512(), raw(halves)));
-}
-inline Words second_words(Shorts halves) {
-  return reinterpret_cast<Words>(_mm512_unpackhi_epi16(_mm512_setzero_si512(), raw(halves)));
-}
 
 // Bytes for two vectors as the upper halves of 16-bit integers.
 inline Shorts load_bytes(const uint8_t* from) {
-  const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  return reinterpret_cast<Shorts>(_mm512_slli_epi16(_mm512_permutexvar_epi64(order, wide), 8));
+  const __m128i* halves = reinterpret_cast<const __m128i*>(from);
+  const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128(halves));
+  const __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128(halves + 1));
+  return reinterpret_cast<Shorts>(_mm512_or_si512(_mm512_slli_epi32(first, 8), _mm512_slli_epi32(second, 24)));
 }
 inline void store_bytes(uint8_t* to, Bytes bytes) {
+  const __m512i apart = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, reinterpret_cast<__m512i>(bytes)));
+  const __m512i in_fours = _mm512_shuffle_epi8(reinterpret_cast<__m512i>(bytes), apart);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, in_fours));
 }
 
 // 16-bit integers in memory as the upper halves of words, and the upper halves of two vectors of words to memory.
@@ -123,11 +129,11 @@ inline Doubles second_doubles(Floats values) { return _mm512_cvtps_pd(_mm512_ext
 #elif defined(__AVX2__)
 
 inline __m256i raw(Words words) { return reinterpret_cast<__m256i>(words); }
-inline __m256i raw(Ints words) { return reinterpret_cast<__m256i>(words); }
 inline __m256i raw(Shorts shorts) { return reinterpret_cast<__m256i>(shorts); }
+inline __m256i raw(UnsignedShorts shorts) { return reinterpret_cast<__m256i>(shorts); }
 
 inline Floats square_root(Floats values) { return _mm256_sqrt_ps(values); }
-inline bool any(Shorts condition) { return _mm256_movemask_epi8(raw(condition)) != 0; }
+inline bool any_negative(Shorts shorts) { return (_mm256_movemask_epi8(raw(shorts)) & 0xaaaaaaaa) != 0; }
 inline Shorts where_nonzero(Shorts magnitudes, Shorts values) {
   return reinterpret_cast<Shorts>(_mm256_sign_epi16(raw(values), raw(magnitudes)));
 }
@@ -135,30 +141,30 @@ inline Words maximum(Words a, Words b) { return reinterpret_cast<Words>(_mm256_m
 inline Shorts maximum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm256_max_epi16(raw(a), raw(b))); }
 inline Shorts minimum(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(_mm256_min_epi16(raw(a), raw(b))); }
 
-inline Shorts pack(Ints a, Ints b) { return reinterpret_cast<Shorts>(_mm256_packs_epi32(raw(a), raw(b))); }
-inline Bytes pack(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm256_packs_epi16(raw(a), raw(b))); }
-inline Bytes pack_unsigned(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm256_packus_epi16(raw(a), raw(b))); }
+inline UnsignedShorts minimum(UnsignedShorts a, UnsignedShorts b) {
+  return reinterpret_cast<UnsignedShorts>(_mm256_min_epu16(raw(a), raw(b)));
+}
 
-inline Words first_words(Shorts halves) {
-  return reinterpret_cast<Words>(_mm256_unpacklo_epi16(_mm256_setzero_si256(), raw(halves)));
+inline Shorts joined(Words a, Words b) {
+  return reinterpret_cast<Shorts>(_mm256_blend_epi16(raw(a >> 16), raw(b), 0xaa));
 }
-inline Words second_words(Shorts halves) {
-  return reinterpret_cast<Words>(_mm256_unpackhi_epi16(_mm256_setzero_si256(), raw(halves)));
-}
+inline Bytes pack_unsigned(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm256_packus_epi16(raw(a), raw(b))); }
 
 // Sixteen bytes, in both halves of a register.
 inline __m256i load_twice(const void* from) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
 inline Shorts load_bytes(const uint8_t* from) {
-  const __m256i order = _mm256_setr_epi8(-1, 0, -1, 1, -1, 2, -1, 3, -1, 8, -1, 9, -1, 10, -1, 11,  //
-                                         -1, 4, -1, 5, -1, 6, -1, 7, -1, 12, -1, 13, -1, 14, -1, 15);
+  const __m256i order = _mm256_setr_epi8(-1, 0, -1, 8, -1, 1, -1, 9, -1, 2, -1, 10, -1, 3, -1, 11,  //
+                                         -1, 4, -1, 12, -1, 5, -1, 13, -1, 6, -1, 14, -1, 7, -1, 15);
   return reinterpret_cast<Shorts>(_mm256_shuffle_epi8(load_twice(from), order));
 }
 inline void store_bytes(uint8_t* to, Bytes bytes) {
+  const __m256i apart =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(bytes), order));
+  const __m256i in_fours = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(bytes), apart);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(in_fours, order));
 }
 
 inline Words load_upper_halves(const uint16_t* from) {
@@ -188,59 +194,41 @@ inline Floats square_root(Floats values) {
   for (int lane = 0; lane < kLanes; ++lane) roots[lane] = __builtin_sqrtf(values[lane]);
   return roots;
 }
-inline bool any(Shorts condition) {
+inline bool any_negative(Shorts shorts) {
   int16_t all = 0;
-  for (int lane = 0; lane < 2 * kLanes; ++lane) all |= condition[lane];
-  return all != 0;
+  for (int lane = 0; lane < 2 * kLanes; ++lane) all |= shorts[lane];
+  return all < 0;
 }
 inline Shorts where_nonzero(Shorts magnitudes, Shorts values) { return (magnitudes != 0) & values; }
 inline Words maximum(Words a, Words b) { return a > b ? a : b; }
 inline Shorts maximum(Shorts a, Shorts b) { return a > b ? a : b; }
 inline Shorts minimum(Shorts a, Shorts b) { return a < b ? a : b; }
 
-template <class Narrow, class Wide>
-inline Narrow clamped(Wide value, int smallest, int largest) {
-  return static_cast<Narrow>(value < smallest ? smallest : value > largest ? largest : value);
-}
-inline Shorts pack(Ints a, Ints b) {
-  Shorts packed{};
-  for (int lane = 0; lane < 2 * kLanes; ++lane) {
-    packed[lane] = clamped<int16_t>(lane < kLanes ? a[lane] : b[lane - kLanes], -0x8000, 0x7fff);
-  }
-  return packed;
-}
-inline Bytes pack(Shorts a, Shorts b) {
-  Bytes packed{};
-  for (int lane = 0; lane < kUnit; ++lane) {
-    packed[lane] = clamped<uint8_t>(lane < kUnit / 2 ? a[lane] : b[lane - kUnit / 2], -0x80, 0x7f);
-  }
-  return packed;
-}
+inline UnsignedShorts minimum(UnsignedShorts a, UnsignedShorts b) { return a < b ? a : b; }
+
+inline Shorts joined(Words a, Words b) { return reinterpret_cast<Shorts>((a >> 16) | (b & 0xffff0000)); }
 inline Bytes pack_unsigned(Shorts a, Shorts b) {
   Bytes packed{};
-  for (int lane = 0; lane < kUnit; ++lane) {
-    packed[lane] = clamped<uint8_t>(lane < kUnit / 2 ? a[lane] : b[lane - kUnit / 2], 0, 0xff);
+  for (int lane = 0; lane < 2 * kLanes; ++lane) {
+    packed[lane] = static_cast<uint8_t>(a[lane]);
+    packed[2 * kLanes + lane] = static_cast<uint8_t>(b[lane]);
   }
   return packed;
-}
-
-inline Words first_words(Shorts halves) {
-  Words words{};
-  for (int lane = 0; lane < kLanes; ++lane) words[lane] = static_cast<uint32_t>(halves[lane]) << 16;
-  return words;
-}
-inline Words second_words(Shorts halves) {
-  Words words{};
-  for (int lane = 0; lane < kLanes; ++lane) words[lane] = static_cast<uint32_t>(halves[kLanes + lane]) << 16;
-  return words;
 }
 
 inline Shorts load_bytes(const uint8_t* from) {
   UnsignedShorts shorts{};
-  for (int lane = 0; lane < 2 * kLanes; ++lane) shorts[lane] = from[lane];
-  return reinterpret_cast<Shorts>(shorts << 8);
+  for (int lane = 0; lane < kLanes; ++lane) shorts[2 * lane] = from[lane], shorts[2 * lane + 1] = from[kLanes + lane];
+  return signed_of(shorts << 8);
 }
-inline void store_bytes(uint8_t* to, Bytes bytes) { store(to, bytes); }
+inline void store_bytes(uint8_t* to, Bytes bytes) {
+  for (int half = 0; half < kUnit; half += 2 * kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      to[half + lane] = bytes[half + 2 * lane];
+      to[half + kLanes + lane] = bytes[half + 2 * lane + 1];
+    }
+  }
+}
 
 inline Words load_upper_halves(const uint16_t* from) {
   Words words{};

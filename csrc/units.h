@@ -40,13 +40,13 @@ constexpr bool kStochasticWeight = false;
 template <bool stochastic>
 constexpr bool kStochasticWeight<BFloat16, stochastic> = stochastic;
 
-// Store two vectors; `second` holds their second random words.
+// Store two vectors; `words` holds their random words.
 template <class Weight, bool stochastic>
-LISA_INLINE void store_weights(typename Weight::Storage* to, const Floats (&values)[2], const Words (&second)[2]) {
+LISA_INLINE void store_weights(typename Weight::Storage* to, const Floats (&values)[2], const Words (&words)[2]) {
   if constexpr (kStochasticWeight<Weight, stochastic>) {
-    Weight::store(to, values[0], values[1], weight_bits(second[0]), weight_bits(second[1]));
+    Weight::store(to, values[0], values[1], weight_bits(words[0]), weight_bits(words[1]));
   } else {
-    (void)second;
+    (void)words;
     Weight::store(to, values[0], values[1]);
   }
 }

@@ -1,15 +1,16 @@
 """Counter-based random words: a function of (seed, step, parameter, element) and of nothing else.
 
-Two 32-bit words per element, each a bijection of its input:
+One 32-bit word per element, a bijection of its input, and three numbers made of it:
 
     key    = mix64(mix64(seed) + parameter * GOLDEN + step * STEP)                    once per parameter and step
     base   = mix32(low(key) + high(element) * GOLDEN32) xor high(key)                 once per 2**32 elements
-    first  = mix32(low(element) xor base);  second = first * SECOND
+    word   = scramble32(low(element) xor base)
 
-The first word's top 20 bits round the first moment, the second word's top 20 bits the second moment, the second
-word's low 16 bits a bfloat16 weight. Any two of the three are equidistributed together in their leading bits: the low
-16 bits of a product depend on the low 16 bits of its factors only, and the top ones run through a golden-ratio lattice.
-Every kernel computes the same integers, so results depend neither on block or grid shape nor on the device.
+The top 20 bits of the word round the first moment, those of word * SECOND the second moment, and the top 16 bits of
+word * THIRD a bfloat16 weight. scramble32 is mix32 without its last step, which would serve the lowest bits only; any
+two of the three are equidistributed together in their leading bits, because both products run through lattices without
+short vectors. Every kernel computes the same integers, so results depend neither on block or grid shape nor on the
+device.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
 _STEP = 0xD1B54A32D192ED03
 _GOLDEN32 = 0x9E3779B9
-_SECOND = 0x9E3779B1
+_SECOND, _THIRD = 0x9E3779B1, 0x85EBCA77
 
 
 def _signed64(value: int) -> int:
@@ -49,10 +50,15 @@ def _mix64(value: Tensor) -> Tensor:
     return value ^ _shift_right(value, 31)
 
 
+def _scramble32(value: Tensor) -> Tensor:
+    """Hash int64 values that hold 32 bits to 32 bits, of which the lowest are the weakest."""
+    value = ((value ^ (value >> 16)) * 0x7FEB352D) & _MASK32
+    return ((value ^ (value >> 15)) * 0x846CA68B) & _MASK32
+
+
 def _mix32(value: Tensor) -> Tensor:
     """Hash int64 values that hold 32 bits to 32 bits."""
-    value = ((value ^ (value >> 16)) * 0x7FEB352D) & _MASK32
-    value = ((value ^ (value >> 15)) * 0x846CA68B) & _MASK32
+    value = _scramble32(value)
     return value ^ (value >> 16)
 
 
@@ -71,12 +77,11 @@ def random_key(seed: int, parameter: int, step: Tensor) -> Tensor:
     return _mix64(step.to(torch.int64) * _signed64(_STEP) + key_base(seed, parameter))
 
 
-def random_words(key: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return two int64 [count] tensors of 32 random bits each, for the elements start … start + count − 1."""
+def random_words(key: Tensor, start: int, count: int) -> Tensor:
+    """Return int64 [count], 32 random bits for each of the elements start … start + count − 1."""
     element = torch.arange(start, start + count, dtype=torch.int64, device=key.device)
     base = _mix32(((key & _MASK32) + (element >> 32) * _GOLDEN32) & _MASK32) ^ _shift_right(key, 32)
-    first = _mix32((element & _MASK32) ^ base)
-    return first, (first * _SECOND) & _MASK32
+    return _scramble32((element & _MASK32) ^ base)
 
 
 def round_to_bfloat16(value: Tensor, bits16: Tensor) -> Tensor:
@@ -85,11 +90,11 @@ def round_to_bfloat16(value: Tensor, bits16: Tensor) -> Tensor:
     return (raw & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def moment_bits(word: Tensor) -> Tensor:
-    """Return the 20 bits of a word that round a moment."""
-    return word >> 12
+def moment_bits(words: Tensor, signed: bool) -> Tensor:
+    """Return the 20 bits of random words that round first (`signed`) or second moments."""
+    return words >> 12 if signed else ((words * _SECOND) & _MASK32) >> 12
 
 
-def weight_bits(second: Tensor) -> Tensor:
-    """Return the 16 bits of the second word that round a weight."""
-    return second & 0xFFFF
+def weight_bits(words: Tensor) -> Tensor:
+    """Return the 16 bits of random words that round bfloat16 weights."""
+    return ((words * _THIRD) & _MASK32) >> 16

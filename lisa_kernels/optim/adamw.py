@@ -22,8 +22,9 @@ from lisa_kernels.paging import Store, open_store
 
 # Tensors below this many elements, and all 1-D tensors, keep 32-bit moments: they are few bytes and the most sensitive.
 MIN_8BIT_ELEMENTS = 4096
-# A larger gradient's square overflows the float32 second moment, and an infinite scale would spoil its whole block.
-LARGEST_GRADIENT = 1e19
+# The sum of a much larger gradient's squares, v / (1 − β₂), overflows float32 (for β₂ up to 1 − 3e-7), and an infinite
+# scale would spoil its whole block.
+LARGEST_GRADIENT = 1e16
 
 
 def _joined(measured: list[Tensor]) -> Tensor:
@@ -38,7 +39,7 @@ class AdamW8bit(Optimizer):
     Bytes of state per element: 2 + 8 / block_size (2.03 at 256); 8 for tensors that are 1-D or below 4,096 elements.
     Weights may be float32, bfloat16 or float16; bfloat16 weights and both moments are rounded stochastically by
     default, with random numbers that depend on (seed, step, parameter index, element index) only. A step that meets a
-    NaN, an infinity or a magnitude above 1e19 in any gradient changes nothing and is counted in `skipped_steps`.
+    NaN, an infinity or a magnitude above 1e16 in any gradient changes nothing and is counted in `skipped_steps`.
     `step()` never waits for the device, and takes one pass over the gradients and one over everything. With
     `max_grad_norm` the gradients' 2-norm is clipped within these passes (`last_grad_norm` tells it); `GradScaler`'s
     unscaling is part of them too. `lr` may be a 0-d tensor, which a captured CUDA graph reads anew. Raises InputError

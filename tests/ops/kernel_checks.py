@@ -178,7 +178,7 @@ def reference_step(case: Case, state: State, step: Step) -> None:
             reference.adamw8_(*given, case.block_size, case.stochastic)
 
 
-def _words_from(offset: int, key: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+def _words_from(offset: int, key: Tensor, start: int, count: int) -> Tensor:
     return random_words(key, offset + start, count)
 
 
@@ -234,7 +234,7 @@ def weight_bounds(case: Case, state: State, step: Step, row: int) -> tuple[Tenso
     error = update.abs() * APPROXIMATE_UPDATE + 2.0**-147 * (scalars.step_size != 0)
     ends = decayed - update - error, decayed - update + error
     if case.stochastic and weight.dtype == BF16:
-        bits16 = weight_bits(random_words(step.keys[row], case.start, weight.numel())[1])
+        bits16 = weight_bits(random_words(step.keys[row], case.start, weight.numel()))
         low, high = (round_to_bfloat16(end.to(FP32), bits16) for end in ends)
     else:
         low, high = (end.to(FP32).to(weight.dtype) for end in ends)
@@ -318,8 +318,8 @@ def check_codec(
 ) -> None:
     """Encode and decode float32 values: codes, absmax and values equal the definition's bit for bit."""
     memory, kernels = Poisoned(machine.device, shift), machine.module("blockwise8")
-    words = None if key is None else random_words(key, 0, values.numel())[0 if signed else 1]
-    expected = codec.quantize(values, signed, block_size, None if words is None else moment_bits(words))
+    bits20 = None if key is None else moment_bits(random_words(key, 0, values.numel()), signed)
+    expected = codec.quantize(values, signed, block_size, bits20)
     [given] = memory.place([values])
     codes, absmax = (memory.empty(tensor) for tensor in expected)
     there = None if key is None else key.to(machine.device)

@@ -268,7 +268,7 @@ def test_the_codec_equals_the_reference_at_every_size_and_block_size(
 ) -> None:
     values = normal(n, 1, torch.float32) if signed else normal(n, 1, torch.float32).abs()
     key = random_key(3, 11, scalar(8))
-    random20 = moment_bits(random_words(key, 0, n)[0 if signed else 1]) if stochastic else None
+    random20 = moment_bits(random_words(key, 0, n), signed) if stochastic else None
     for block_size in (16, 64, 256, 2048, 65536):
         ours = blockwise8_kernel.quantize(library, values, signed, block_size, key if stochastic else None)
         assert_equal_bits(ours, blockwise8_reference.quantize(values, signed, block_size, random20))
@@ -360,8 +360,8 @@ def test_fold_keeps_masters_as_the_reference_does(library: native.Library, shape
 def test_fold_keeps_its_random_numbers_beyond_two_to_the_32_elements(library: native.Library) -> None:
     start, n = 2**32 - 700, 3000
     weight, update, key = normal(n, 1, torch.bfloat16), normal(n, 2, torch.float32), random_key(3, 11, scalar(5))
-    second = random_words(key, start, n)[1]
-    expected = round_to_bfloat16(weight.float() * 0.5 + update, weight_bits(second))
+    words = random_words(key, start, n)
+    expected = round_to_bfloat16(weight.float() * 0.5 + update, weight_bits(words))
     dtype = DTYPE_CODES[torch.bfloat16]
     library.call("fold", weight.data_ptr(), None, update.data_ptr(), n, start, 0.5, int(key), dtype, True)
     assert_equal_bits([weight], [expected])

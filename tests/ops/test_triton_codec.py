@@ -98,8 +98,8 @@ def test_the_codec_far_into_a_tensor(signed: bool) -> None:
     """Only the programs around element 2³² run, on pointers that lie that far before what is there."""
     machine, n, start, block_size = Machine(90), 8192, 2**32 - 4096, 256
     kernels, values = machine.module("blockwise8"), of_kind(normal(n, 1), signed)
-    words = random_words(KEY, start, n)[0 if signed else 1]
-    expected = reference.quantize(values, signed, block_size, moment_bits(words))
+    bits20 = moment_bits(random_words(KEY, start, n), signed)
+    expected = reference.quantize(values, signed, block_size, bits20)
     codes, absmax, decoded = (torch.empty_like(tensor) for tensor in (*expected, values))
     before = {"values": 4 * start, "codes": start, "absmax": start // block_size * 4}
     for launch in (

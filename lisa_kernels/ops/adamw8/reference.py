@@ -30,13 +30,14 @@ class Hyper(NamedTuple):
 class Scalars(NamedTuple):
     """What a step needs besides its tensors, as a row of the table of `step_scalars` holds it: float32 0-d each.
 
-    Both bias corrections are in `step_size` and `eps`: lr · m̂ / (√v̂ + ε) is step_size · m / (√v + ε√(1 − β₂ᵗ)), which
-    spares a division per element.
+    A step works on moments divided by 1 − β, as sums of gradients: with carry = β / (1 − β), m / (1 − β₁) grows from
+    carry₁ · m to carry₁ · m + g, and v / (1 − β₂) to carry₂ · v + g². That spares two products per element; what the
+    sums are too large by is in `step_size` and `eps`, as both bias corrections are.
     """
 
-    beta1: Tensor
+    carry1: Tensor
     one_minus_beta1: Tensor
-    beta2: Tensor
+    carry2: Tensor
     one_minus_beta2: Tensor
     eps: Tensor
     decay: Tensor
@@ -54,19 +55,18 @@ def step_scalars(steps: Tensor, hyper: Hyper, grad_scale: Tensor) -> Tensor:
     lr, beta1, beta2, eps, weight_decay = (
         value.to(t) if isinstance(value, Tensor) else float(value) for value in hyper
     )
-    root = torch.rsub(torch.pow(beta2, t), 1.0).sqrt_()
-    step_size = lr * root / torch.rsub(torch.pow(beta1, t), 1.0)
+    rest1, rest2 = 1.0 - beta1, 1.0 - beta2
+    # √((1 − β₂ᵗ) / (1 − β₂)), by which the root of the sum exceeds that of the corrected second moment.
+    root = torch.rsub(torch.pow(beta2, t), 1.0).div_(rest2).sqrt_()
+    step_size = root * (lr * rest1) / torch.rsub(torch.pow(beta1, t), 1.0)
+    root_eps = (root * eps).clamp_min_(SMALLEST_EPS)
     decay = 1.0 - lr * weight_decay
-    root_eps = (eps * root).clamp_min(SMALLEST_EPS)
-
-    def column(value: float | Tensor) -> Tensor:
-        if isinstance(value, Tensor):
-            return value.expand_as(t).to(torch.float32)
-        # Filled on the device: `torch.tensor` would copy from the host and wait.
-        return torch.full((), value, dtype=torch.float32, device=t.device).expand_as(t)
-
-    columns = (beta1, 1.0 - beta1, beta2, 1.0 - beta2, root_eps, decay, step_size, grad_scale)
-    return torch.stack([column(value) for value in columns], dim=1)
+    table = torch.empty((len(t), len(Scalars._fields)), dtype=torch.float32, device=t.device)
+    columns = (beta1 / rest1, rest1, beta2 / rest2, rest2, root_eps, decay, step_size, grad_scale)
+    for column, value in zip(table.unbind(1), columns):
+        # Numbers are filled in on the device: `torch.tensor` would copy from the host and wait.
+        column.copy_(value) if isinstance(value, Tensor) else column.fill_(value)
+    return table
 
 
 def square_root(value: Tensor) -> Tensor:
@@ -79,19 +79,22 @@ def square_root(value: Tensor) -> Tensor:
 
 
 def adamw_update(
-    weight: Tensor, grad: Tensor, decayed_m: Tensor, decayed_v: Tensor, scalars: Scalars
+    weight: Tensor, grad: Tensor, carried_m: Tensor, carried_v: Tensor, scalars: Scalars
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the new float32 (weight, m, v) from the moments already times β; decay first, as `torch.optim.AdamW`."""
+    """Return the new float32 (weight, m / (1 − β₁), v / (1 − β₂)) from the moments already times their carry.
+
+    Decay comes first, as in `torch.optim.AdamW`.
+    """
     grad = grad * scalars.grad_scale
-    m = decayed_m + grad * scalars.one_minus_beta1
-    v = decayed_v + (grad * grad) * scalars.one_minus_beta2
+    m = carried_m + grad
+    v = carried_v + grad * grad
     update = (m / (square_root(v) + scalars.eps)) * scalars.step_size
     return weight * scalars.decay - update, m, v
 
 
-def _write_weight(param: Tensor, new: Tensor, skip: Tensor, second: Tensor | None) -> None:
-    if param.dtype == torch.bfloat16 and second is not None:
-        new = round_to_bfloat16(new, weight_bits(second))
+def _write_weight(param: Tensor, new: Tensor, skip: Tensor, words: Tensor | None) -> None:
+    if param.dtype == torch.bfloat16 and words is not None:
+        new = round_to_bfloat16(new, weight_bits(words))
     param.copy_(torch.where(skip, param, new.to(param.dtype)))
 
 
@@ -118,16 +121,19 @@ def _update8(
     m_codes, m_absmax, v_codes, v_absmax = state
     for span in _spans(param.numel()):
         blocks = slice(span.start // block_size, -(-span.stop // block_size))
-        first, second = random_words(key, span.start, span.stop - span.start) if stochastic else (None, None)
-        m = dequantize(m_codes[span], m_absmax[blocks], True, block_size, scalars.beta1)
-        v = dequantize(v_codes[span], v_absmax[blocks], False, block_size, scalars.beta2)
+        words = random_words(key, span.start, span.stop - span.start) if stochastic else None
+        m = dequantize(m_codes[span], m_absmax[blocks], True, block_size, scalars.carry1)
+        v = dequantize(v_codes[span], v_absmax[blocks], False, block_size, scalars.carry2)
         weight, m, v = adamw_update(param[span].to(torch.float32), grad[span].to(torch.float32), m, v, scalars)
-        new_m = quantize(m, True, block_size, None if first is None else moment_bits(first))
-        new_v = quantize(v, False, block_size, None if second is None else moment_bits(second))
-        _write_weight(param[span], weight, skip, second)
-        for old, new in ((m_codes[span], new_m[0]), (m_absmax[blocks], new_m[1]),
-                         (v_codes[span], new_v[0]), (v_absmax[blocks], new_v[1])):  # fmt: skip
-            old.copy_(torch.where(skip, old, new))
+        _write_weight(param[span], weight, skip, words)
+        for moment, codes, absmax, signed, rest in (
+            (m, m_codes, m_absmax, True, scalars.one_minus_beta1),
+            (v, v_codes, v_absmax, False, scalars.one_minus_beta2),
+        ):
+            bits20 = None if words is None else moment_bits(words, signed)
+            new_codes, largest = quantize(moment, signed, block_size, bits20)
+            codes[span].copy_(torch.where(skip, codes[span], new_codes))
+            absmax[blocks].copy_(torch.where(skip, absmax[blocks], largest * rest))
 
 
 def adamw32_(
@@ -145,12 +151,12 @@ def _update32(
     param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Scalars, key: Tensor, skip: Tensor, stochastic: bool
 ) -> None:
     for span in _spans(param.numel()):
-        second = None
+        words = None
         if stochastic and param.dtype == torch.bfloat16:
-            second = random_words(key, span.start, span.stop - span.start)[1]
-        decayed_m, decayed_v = m[span] * scalars.beta1, v[span] * scalars.beta2
+            words = random_words(key, span.start, span.stop - span.start)
+        carried_m, carried_v = m[span] * scalars.carry1, v[span] * scalars.carry2
         given = param[span].to(torch.float32), grad[span].to(torch.float32)
-        weight, new_m, new_v = adamw_update(*given, decayed_m, decayed_v, scalars)
-        _write_weight(param[span], weight, skip, second)
-        m[span].copy_(torch.where(skip, m[span], new_m))
-        v[span].copy_(torch.where(skip, v[span], new_v))
+        weight, new_m, new_v = adamw_update(*given, carried_m, carried_v, scalars)
+        _write_weight(param[span], weight, skip, words)
+        m[span].copy_(torch.where(skip, m[span], new_m * scalars.one_minus_beta1))
+        v[span].copy_(torch.where(skip, v[span], new_v * scalars.one_minus_beta2))

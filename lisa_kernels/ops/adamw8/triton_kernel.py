@@ -2,9 +2,10 @@
 
     m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²        w ← decay · w − step_size · m / (√v + ε')
 
-The moments and their codes equal the reference's bit for bit. The weight's update uses the GPU's approximate root and
-reciprocal root: it errs by less than 2⁻²⁰ of itself. Everything that changes from step to step is read from device
-memory, so nothing is ever compiled twice and a captured CUDA graph stays valid.
+Both moments are worked on divided by 1 − β, as the reference's `Scalars` say. They and their codes equal the
+reference's bit for bit. The weight's update uses the GPU's approximate root and reciprocal root: it errs by less than
+2⁻²⁰ of itself. Everything that changes from step to step is read from device memory, so nothing is ever compiled twice
+and a captured CUDA graph stays valid.
 """
 
 from __future__ import annotations
@@ -47,12 +48,15 @@ from lisa_kernels.ops.tiles.triton_kernel import (
     element_offsets,
     element_pointers,
     load_floats,
+    m_bits,
     random_state,
     random_words,
     store,
     store_floats,
     tile_mask,
     tile_offsets,
+    v_bits,
+    weight_bits,
     work_item,
 )
 
@@ -64,14 +68,14 @@ ELEMENTS_32 = 2048
 
 @triton.jit
 def new_moments(
-    grad, m_codes, v_codes, offsets, SHIFT: tl.constexpr, left, m_scale, v_scale, one_minus_beta1, one_minus_beta2,
-    grad_scale, VECTOR: tl.constexpr, ACCESS: tl.constexpr,
+    grad, m_codes, v_codes, offsets, SHIFT: tl.constexpr, left, m_scale, v_scale, grad_scale,
+    VECTOR: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
-    """The new moments of one step of a tile; zeros where it ends."""
+    """The new moments of one step of a tile, divided by 1 − β; zeros where it ends."""
     mask = tile_mask(offsets, SHIFT, left, VECTOR, ACCESS)
     g = load_floats(grad, offsets, SHIFT, mask, VECTOR, ACCESS) * grad_scale
-    m = load_m(m_codes, offsets, SHIFT, mask, m_scale, VECTOR, ACCESS) + g * one_minus_beta1
-    v = load_v(v_codes, offsets, SHIFT, mask, v_scale, VECTOR, ACCESS) + (g * g) * one_minus_beta2
+    m = load_m(m_codes, offsets, SHIFT, mask, m_scale, VECTOR, ACCESS) + g
+    v = load_v(v_codes, offsets, SHIFT, mask, v_scale, VECTOR, ACCESS) + g * g
     return m, v
 
 
@@ -91,15 +95,16 @@ def write_step(
     """Encode the moments of one step of a tile, update its weights and store all three."""
     mask = tile_mask(offsets, SHIFT, left, VECTOR, ACCESS)
     weight = load_floats(param, offsets, SHIFT, mask, VECTOR, ACCESS)
-    first = tl.full([1, 1, 1], HALF << 12, tl.uint32)
-    second = first
+    m_random = tl.full([1, 1, 1], HALF, tl.uint32)
+    v_random, weight_random = m_random, m_random
     if STOCHASTIC:
-        first, second = random_words(state, element_offsets(offsets, SHIFT, VECTOR) + first_element)
+        words = random_words(state, element_offsets(offsets, SHIFT, VECTOR) + first_element)
+        m_random, v_random, weight_random = m_bits(words), v_bits(words), weight_bits(words)
     weight = new_weight(weight, m, v, eps, decay, step_size)
-    store(element_pointers(m_codes, offsets, SHIFT, VECTOR), encode_m(m, m_scale, first >> 12), mask, ACCESS)
-    store(element_pointers(v_codes, offsets, SHIFT, VECTOR), encode_v(v, v_scale * 2, second >> 12), mask, ACCESS)
+    store(element_pointers(m_codes, offsets, SHIFT, VECTOR), encode_m(m, m_scale, m_random), mask, ACCESS)
+    store(element_pointers(v_codes, offsets, SHIFT, VECTOR), encode_v(v, v_scale * 2, v_random), mask, ACCESS)
     pointers = element_pointers(param, offsets, SHIFT, VECTOR)
-    store_floats(pointers, weight, second & 0xFFFF, mask, STOCHASTIC, ACCESS)
+    store_floats(pointers, weight, weight_random, mask, STOCHASTIC, ACCESS)
 
 
 @triton.jit
@@ -110,22 +115,21 @@ def update_tile(
 ):  # fmt: skip
     """Step a tile of whole blocks, whose moments stay in registers; `scalars` and `key` are its tensor's."""
     offsets = tile_offsets(ROWS, LANES, VECTOR, BLOCK)
-    one_minus_beta1, one_minus_beta2, grad_scale = tl.load(scalars + 1), tl.load(scalars + 3), tl.load(scalars + 7)
+    grad_scale = tl.load(scalars + 7)
     m_scale = load_absmax(m_absmax, left, ROWS, BLOCK, ACCESS) * INVERSE_TOP * tl.load(scalars)
     v_scale = load_absmax(v_absmax, left, ROWS, BLOCK, ACCESS) * INVERSE_TOP * tl.load(scalars + 2)
     ms, vs = (), ()
     for step in tl.static_range(STEPS):
         m, v = new_moments(
-            grad, m_codes, v_codes, offsets, step * LANES * VECTOR, left, m_scale, v_scale, one_minus_beta1,
-            one_minus_beta2, grad_scale, VECTOR, ACCESS,
-        )  # fmt: skip
+            grad, m_codes, v_codes, offsets, step * LANES * VECTOR, left, m_scale, v_scale, grad_scale, VECTOR, ACCESS
+        )
         ms, vs = ms + (m,), vs + (v,)  # noqa: RUF005 - Triton has no starred tuples
     m_largest, v_largest = tl.abs(ms[0]), vs[0]
     for step in tl.static_range(1, STEPS):
         m_largest, v_largest = tl.maximum(m_largest, tl.abs(ms[step])), tl.maximum(v_largest, vs[step])
     m_largest, v_largest = block_absmax(m_largest), block_absmax(v_largest)
-    store_absmax(m_absmax, m_largest, left, LANES, VECTOR, BLOCK, ACCESS)
-    store_absmax(v_absmax, v_largest, left, LANES, VECTOR, BLOCK, ACCESS)
+    store_absmax(m_absmax, m_largest * tl.load(scalars + 1), left, LANES, VECTOR, BLOCK, ACCESS)
+    store_absmax(v_absmax, v_largest * tl.load(scalars + 3), left, LANES, VECTOR, BLOCK, ACCESS)
     m_scale, v_scale = reciprocal(m_largest) * TOP, reciprocal(v_largest) * TOP
     eps, decay, step_size = tl.load(scalars + 4), tl.load(scalars + 5), tl.load(scalars + 6)
     state = random_state(tl.load(key), start)
@@ -146,7 +150,7 @@ def update_large_block(
     """Step a block that is larger than a tile: a first pass finds the largest moments, a second computes them again."""
     TILE: tl.constexpr = LANES * VECTOR * STEPS
     offsets = tile_offsets(1, LANES, VECTOR, BLOCK)
-    one_minus_beta1, one_minus_beta2, grad_scale = tl.load(scalars + 1), tl.load(scalars + 3), tl.load(scalars + 7)
+    grad_scale = tl.load(scalars + 7)
     eps, decay, step_size = tl.load(scalars + 4), tl.load(scalars + 5), tl.load(scalars + 6)
     old_m_scale = load_absmax(m_absmax, left, 1, BLOCK, ACCESS) * INVERSE_TOP * tl.load(scalars)
     old_v_scale = load_absmax(v_absmax, left, 1, BLOCK, ACCESS) * INVERSE_TOP * tl.load(scalars + 2)
@@ -156,21 +160,19 @@ def update_large_block(
         for step in tl.static_range(STEPS):
             m, v = new_moments(
                 grad + part * TILE, m_codes + part * TILE, v_codes + part * TILE, offsets, step * LANES * VECTOR,
-                left - part * TILE, old_m_scale, old_v_scale, one_minus_beta1, one_minus_beta2, grad_scale, VECTOR,
-                ACCESS,
+                left - part * TILE, old_m_scale, old_v_scale, grad_scale, VECTOR, ACCESS,
             )  # fmt: skip
             m_largest, v_largest = tl.maximum(m_largest, tl.abs(m)), tl.maximum(v_largest, v)
     m_largest, v_largest = block_absmax(m_largest), block_absmax(v_largest)
-    store_absmax(m_absmax, m_largest, left, LANES, VECTOR, BLOCK, ACCESS)
-    store_absmax(v_absmax, v_largest, left, LANES, VECTOR, BLOCK, ACCESS)
+    store_absmax(m_absmax, m_largest * tl.load(scalars + 1), left, LANES, VECTOR, BLOCK, ACCESS)
+    store_absmax(v_absmax, v_largest * tl.load(scalars + 3), left, LANES, VECTOR, BLOCK, ACCESS)
     m_scale, v_scale = reciprocal(m_largest) * TOP, reciprocal(v_largest) * TOP
     state = random_state(tl.load(key), start)
     for part in range(PASSES):
         for step in tl.static_range(STEPS):
             m, v = new_moments(
                 grad + part * TILE, m_codes + part * TILE, v_codes + part * TILE, offsets, step * LANES * VECTOR,
-                left - part * TILE, old_m_scale, old_v_scale, one_minus_beta1, one_minus_beta2, grad_scale, VECTOR,
-                ACCESS,
+                left - part * TILE, old_m_scale, old_v_scale, grad_scale, VECTOR, ACCESS,
             )  # fmt: skip
             write_step(
                 param + part * TILE, m_codes + part * TILE, v_codes + part * TILE, offsets, step * LANES * VECTOR,
@@ -255,18 +257,19 @@ def update_step32(
 ):  # fmt: skip
     """Step one step of a tile on float32 moments."""
     mask = tile_mask(offsets, SHIFT, left, VECTOR, ACCESS)
-    beta1, one_minus_beta1, grad_scale = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 7)
-    beta2, one_minus_beta2 = tl.load(scalars + 2), tl.load(scalars + 3)
+    carry1, one_minus_beta1, grad_scale = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 7)
+    carry2, one_minus_beta2 = tl.load(scalars + 2), tl.load(scalars + 3)
     eps, decay, step_size = tl.load(scalars + 4), tl.load(scalars + 5), tl.load(scalars + 6)
     g = load_floats(grad, offsets, SHIFT, mask, VECTOR, ACCESS) * grad_scale
-    m = load_floats(m_pointer, offsets, SHIFT, mask, VECTOR, ACCESS) * beta1 + g * one_minus_beta1
-    v = load_floats(v_pointer, offsets, SHIFT, mask, VECTOR, ACCESS) * beta2 + (g * g) * one_minus_beta2
+    m = load_floats(m_pointer, offsets, SHIFT, mask, VECTOR, ACCESS) * carry1 + g
+    v = load_floats(v_pointer, offsets, SHIFT, mask, VECTOR, ACCESS) * carry2 + g * g
     weight = load_floats(param, offsets, SHIFT, mask, VECTOR, ACCESS)
     weight = new_weight(weight, m, v, eps, decay, step_size)
-    _, second = random_words(state, element_offsets(offsets, SHIFT, VECTOR))
-    store(element_pointers(m_pointer, offsets, SHIFT, VECTOR), m, mask, ACCESS)
-    store(element_pointers(v_pointer, offsets, SHIFT, VECTOR), v, mask, ACCESS)
-    store_floats(element_pointers(param, offsets, SHIFT, VECTOR), weight, second & 0xFFFF, mask, STOCHASTIC, ACCESS)
+    words = random_words(state, element_offsets(offsets, SHIFT, VECTOR))
+    store(element_pointers(m_pointer, offsets, SHIFT, VECTOR), m * one_minus_beta1, mask, ACCESS)
+    store(element_pointers(v_pointer, offsets, SHIFT, VECTOR), v * one_minus_beta2, mask, ACCESS)
+    pointers = element_pointers(param, offsets, SHIFT, VECTOR)
+    store_floats(pointers, weight, weight_bits(words), mask, STOCHASTIC, ACCESS)
 
 
 @triton.jit(do_not_specialize_on_alignment=["table", "work", *_COMMON])

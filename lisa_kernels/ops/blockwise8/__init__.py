@@ -36,8 +36,7 @@ def block_count(elements: int, block_size: int) -> int:
 def _quantize(values: Tensor, signed: bool, block_size: int, key: Tensor | None) -> tuple[Tensor, Tensor]:
     bits = None
     if key is not None:
-        first, second = random_words(key, 0, values.numel())
-        bits = moment_bits(first if signed else second)
+        bits = moment_bits(random_words(key, 0, values.numel()), signed)
     return reference.quantize(values, signed, block_size, bits)
 
 

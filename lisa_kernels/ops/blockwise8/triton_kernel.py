@@ -25,11 +25,13 @@ from lisa_kernels.ops.tiles.triton_kernel import (
     element_pointers,
     load,
     load_floats,
+    m_bits,
     random_state,
     random_words,
     store,
     tile_mask,
     tile_offsets,
+    v_bits,
     word_pointers,
 )
 
@@ -157,11 +159,11 @@ def encode_step(
     """Encode and store one step of a tile, `first_element` elements after the state's start."""
     mask = tile_mask(offsets, SHIFT, left, VECTOR, ACCESS)
     x = load_floats(values, offsets, SHIFT, mask, VECTOR, ACCESS)
-    first = tl.full([1, 1, 1], HALF << 12, tl.uint32)
-    second = first
+    bits20 = tl.full([1, 1, 1], HALF, tl.uint32)
     if STOCHASTIC:
-        first, second = random_words(state, element_offsets(offsets, SHIFT, VECTOR) + first_element)
-    code = encode_m(x, scale, first >> 12) if SIGNED else encode_v(x, scale * 2, second >> 12)
+        words = random_words(state, element_offsets(offsets, SHIFT, VECTOR) + first_element)
+        bits20 = m_bits(words) if SIGNED else v_bits(words)
+    code = encode_m(x, scale, bits20) if SIGNED else encode_v(x, scale * 2, bits20)
     store(element_pointers(codes, offsets, SHIFT, VECTOR), code, mask, ACCESS)
 
 

@@ -40,7 +40,7 @@ def fold_(
             for part, value in zip((target, rest), split(new)):
                 part.copy_(value)
         elif stochastic and weight.dtype == torch.bfloat16:
-            bits = weight_bits(random_words(key, start * columns, new.numel())[1])
+            bits = weight_bits(random_words(key, start * columns, new.numel()))
             target.copy_(round_to_bfloat16(new, bits.view(new.shape)))
         else:
             target.copy_(new)

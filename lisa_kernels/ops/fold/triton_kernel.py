@@ -23,6 +23,7 @@ from lisa_kernels.ops.tiles.triton_kernel import (
     add_product,
     advance,
     random_words_at,
+    weight_bits,
     whole_vectors,
 )
 
@@ -116,8 +117,8 @@ def fold_tile(
     if remainder is not None:
         rests = advance(remainder, start, ACCESS) + offsets
     new = load_master(places, rests, mask) * tl.load(decay) + product
-    _, second = random_words_at(tl.load(key), start, offsets, FAR)
-    store_master(places, rests, new, second & 0xFFFF, mask, STOCHASTIC)
+    bits16 = weight_bits(random_words_at(tl.load(key), start, offsets, FAR))
+    store_master(places, rests, new, bits16, mask, STOCHASTIC)
 
 
 def fold_launch(

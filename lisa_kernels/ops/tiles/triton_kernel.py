@@ -119,10 +119,16 @@ def store_floats(pointers, values, bits16, mask, STOCHASTIC: tl.constexpr, ACCES
 
 
 @triton.jit
+def scramble32(x):
+    """Hash 32 bits to 32 bits, of which the lowest are the weakest."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    return (x ^ (x >> 15)) * 0x846CA68B
+
+
+@triton.jit
 def mix32(x):
     """Hash 32 bits to 32 bits."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
+    x = scramble32(x)
     return x ^ (x >> 16)
 
 
@@ -136,21 +142,36 @@ def random_state(key, start):
 
 @triton.jit
 def random_words(state, index):
-    """The two random words of the elements `index` (below 2**16) after the state's start."""
+    """The random words of the elements `index` (below 2**16) after the state's start."""
     x = (state ^ index.to(tl.uint32)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    first = x ^ (x >> 16)
-    return first, first * 0x9E3779B1
+    return (x ^ (x >> 15)) * 0x846CA68B
 
 
 @triton.jit
 def random_words_at(key, start, offsets, FAR: tl.constexpr):
-    """The two random words of the elements `start` (int64) + `offsets` (int32); FAR: some lie beyond 2**32."""
+    """The random words of the elements `start` (int64) + `offsets` (int32); FAR: some lie beyond 2**32."""
     low = key.to(tl.uint32)
     if FAR:
         low += ((start + offsets) >> 32).to(tl.uint32) * 0x9E3779B9
-    first = mix32((start.to(tl.uint32) + offsets.to(tl.uint32)) ^ mix32(low) ^ (key >> 32).to(tl.uint32))
-    return first, first * 0x9E3779B1
+    return scramble32((start.to(tl.uint32) + offsets.to(tl.uint32)) ^ mix32(low) ^ (key >> 32).to(tl.uint32))
+
+
+@triton.jit
+def m_bits(words):
+    """The 20 bits of random words that round first moments."""
+    return words >> 12
+
+
+@triton.jit
+def v_bits(words):
+    """The 20 bits of random words that round second moments."""
+    return (words * 0x9E3779B1) >> 12
+
+
+@triton.jit
+def weight_bits(words):
+    """The 16 bits of random words that round bfloat16 weights."""
+    return (words * 0x85EBCA77) >> 16
 
 
 @triton.jit
