@@ -20,7 +20,7 @@ from lisa_kernels import GaLore, attach
 from lisa_kernels.layers import LowRankLinear
 from lisa_kernels.methods import SampledAdamW
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3)
 STEPS, BATCH, SEQ_LEN, RANK, LR, GAP = 200, 8, 64, 8, 1e-2, 10
 
 

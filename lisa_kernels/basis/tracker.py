@@ -66,7 +66,9 @@ class BasisTracker:
     due: bool = True
     has_basis: bool = False
     retrying: bool = False
+    # Of the last refresh, until `take_turn` asks for it: P_new P_oldᵀ and P_old, float32.
     rotation: Tensor | None = field(default=None, repr=False)
+    _old: Tensor | None = field(default=None, repr=False)
     # How often a basis was (not refreshed, found broken and re-made): what a state brought, and since, on the device.
     _counted: tuple[int, int] = field(default=(0, 0), repr=False)
     _counts: Tensor | None = field(default=None, repr=False)
@@ -77,8 +79,15 @@ class BasisTracker:
 
     def start(self, activation: int) -> None:
         """Forget the basis: the layer begins period number `activation`."""
-        self.activation, self.steps, self.due, self.has_basis, self.rotation = activation, 0, True, False, None
+        self.activation, self.steps, self.due, self.has_basis = activation, 0, True, False
+        self.rotation, self._old = None, None
         self.retrying, self._found, self._heard = False, False, None
+
+    def take_turn(self) -> tuple[Tensor, Tensor] | None:
+        """Return once what the last refresh did, float32 (P_new P_oldᵀ [r, r], P_old [r, n]), or None without one."""
+        rotation, old = self.rotation, self._old
+        self.rotation, self._old = None, None
+        return None if rotation is None or old is None else (rotation, old)
 
     def advance(self) -> None:
         """Count one optimizer step and decide whether the next backward refreshes the basis."""
@@ -142,7 +151,7 @@ class BasisTracker:
             wanted = wanted & (lost | ~torch.as_tensor(self._found, device=basis.device))
         basis.copy_(torch.where(wanted, found.basis, old))
         unit = torch.eye(self.rank, dtype=old.dtype, device=old.device)
-        self.rotation = torch.where(wanted, basis.to(torch.float32) @ old.t(), unit)
+        self.rotation, self._old = torch.where(wanted, basis.to(torch.float32) @ old.t(), unit), old
         return found.usable, lost
 
     @property
@@ -181,4 +190,4 @@ class BasisTracker:
         self._found = bool(state["found"])
         self._heard = Heard(torch.tensor(self._found))
         self._counted, self._counts = (int(state["postponed"]), int(state["remade"])), None
-        self.rotation = None
+        self.rotation, self._old = None, None

@@ -137,11 +137,11 @@ class Projection:
         projected: R of the gradient that made these bases.
         """
         for axis, tracker in enumerate(self.trackers.values()):
-            rotation, tracker.rotation = tracker.rotation, None
-            if rotation is not None and axis == 0:
-                m, v = transport_moments(m, v, rotation, step, betas, projected)
-            elif rotation is not None:
-                turned = transport_moments(m.t(), v.t(), rotation, step, betas, projected.t())
+            turn = tracker.take_turn()
+            if turn is not None and axis == 0:
+                m, v = transport_moments(m, v, turn[0], step, betas, projected)
+            elif turn is not None:
+                turned = transport_moments(m.t(), v.t(), turn[0], step, betas, projected.t())
                 m, v = (moment.t() for moment in turned)
         return m, v
 

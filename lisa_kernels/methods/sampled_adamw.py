@@ -240,7 +240,6 @@ class SampledAdamW(AdamW8bit):
             self._note_gradient_norms()
         self._prefetch_coming()
         active = self._active_slots()
-        transport_slots(self, active)
         stepped = any(param.grad is not None for unit in self._active_units() for param in unit.params())
         self._take_step()
         if not stepped:
@@ -252,6 +251,9 @@ class SampledAdamW(AdamW8bit):
         self._arm()
         self._count()
         return loss
+
+    def _before_update(self) -> None:
+        transport_slots(self, self._active_slots(), self._last_skip)
 
     def _note_gradient_norms(self) -> None:
         """Add each active layer's gradient norm to its (sum, count) of this period; only finite ones count."""

@@ -27,19 +27,23 @@ def _group_of(optimizer: AdamW8bit, layer: SlotModule) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups if any(param is layer.slot for param in group["params"]))
 
 
-def transport_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
+def transport_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule], skip: Mapping[torch.device, Tensor]) -> None:
     """Carry the moments of every slot whose basis was refreshed by the last backward into the new basis.
 
-    A gradient that was of no use left the basis and a rotation of exactly one; then the state keeps its every bit.
+    A gradient that was of no use left the basis and a rotation of exactly one; then the state keeps its every bit. So
+    it does where the step is skipped (bool 0-d for each device): the old basis then comes back.
     """
     turned: dict[Tensor, tuple[SlotModule, Tensor]] = {}
     for layer in layers:
-        tracker = layer.tracker
-        if tracker is None or tracker.rotation is None:
+        turn = None if layer.tracker is None else layer.tracker.take_turn()
+        if turn is None:
             continue
-        rotation, tracker.rotation = tracker.rotation, None
+        rotation, old = turn
+        back = skip.get(old.device, torch.zeros((), dtype=torch.bool, device=old.device))
+        layer.basis.copy_(torch.where(back, old.to(layer.basis.dtype), layer.basis))
         if layer.slot in optimizer.state:
-            turned[layer.slot] = layer, rotation
+            unit = torch.eye(layer.rank, dtype=rotation.dtype, device=rotation.device)
+            turned[layer.slot] = layer, torch.where(back, unit, rotation)
     for slots in optimizer.windows(turned):
         with optimizer.at_hand(slots):
             for slot in slots:

@@ -260,8 +260,12 @@ class AdamW8bit(Optimizer):
         batches = gather(self.param_groups, self._state_of)
         if batches:
             grad_scale = self._begin_step(grad for batch in batches for grad in batch.grads)
+            self._before_update()
             for batch in batches:
                 self._update(batch, grad_scale, batch.params)
+
+    def _before_update(self) -> None:
+        """Do what has to wait until the gradients are known to be finite or not: for subclasses."""
 
     def _take_paged_step(self, paged: PagedStates) -> None:
         """Take a step window by window, the next one's states on their way meanwhile."""
@@ -275,6 +279,7 @@ class AdamW8bit(Optimizer):
         for param, grad in moving:
             grads.setdefault((param.device, self._in_8_bits(param)), []).append(grad)
         grad_scale = self._begin_step(grad for each in grads.values() for grad in each)
+        self._before_update()
         self._keys.sets = max(self._keys.sets, 2 * len(windows))
         for window, following in zip(windows, [*windows[1:], []]):
             some = set(window)

@@ -288,6 +288,26 @@ def test_a_refresh_that_a_bad_gradient_prevents_keeps_every_bit() -> None:
             assert torch.equal(now, then)
 
 
+def test_a_step_skipped_for_another_gradient_takes_refreshed_bases_back() -> None:
+    """Every basis was refreshed by a good gradient; bases and moments are still what they were before."""
+    model = llama()
+    optimizer = attached(model, gap=1)
+    train(model, optimizer, tokens(seed=1))
+    layers = [layer for _, layer in layers_of(model)]
+    before = [[tensor.clone() for tensor in (layer.basis, *optimizer.state[layer.slot].values())] for layer in layers]
+    model(**tokens()).loss.backward()
+    assert not any(torch.equal(layer.basis, tensors[0]) for layer, tensors in zip(layers, before))
+    layers[0].slot.grad[0, 0] = float("inf")
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for layer, tensors in zip(layers, before):
+        for now, then in zip((layer.basis, *optimizer.state[layer.slot].values()), tensors):
+            assert torch.equal(now, then)
+    optimizer.zero_grad()
+    train(model, optimizer, tokens(seed=2))
+    assert not any(torch.equal(layer.basis, tensors[0]) for layer, tensors in zip(layers, before))
+
+
 def test_refreshes_are_staggered() -> None:
     """No step refreshes the bases of all layers, and within one gap each is refreshed once."""
     model = llama()
