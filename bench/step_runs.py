@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.held_bytes import extra_bytes, held_bytes, saved_for_backward
 from bench.step_cases import Case
@@ -45,16 +47,18 @@ class Draw(NamedTuple):
     lowest_layer: int | None
     saved_bytes: int
     held_bytes: int
+    operations: int
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the result: numbers, or the reason why there are none.
 
-    Milliseconds are means over draws for methods that switch layers, else medians of rounds; step_ms is the sum of the
-    four parts, refresh_ms what new bases and switches add per step over a true period. saved_bytes: what autograd keeps
-    for the backward; state_bytes: what stays from step to step beside the weights; peak_bytes: weights, state and the
-    most a step holds beyond them.
+    Milliseconds are means over rounds, which for methods that switch layers are draws; step_ms is the sum of the four
+    parts, refresh_ms what new bases and switches add per step over a true period. gflop: 10⁹ operations of the matrix
+    products in forward and backward, as torch counts them. saved_bytes: what autograd keeps for the backward;
+    state_bytes: what stays from step to step beside the weights; peak_bytes: weights, state and the most a step holds
+    beyond them.
     """
 
     device: str
@@ -79,6 +83,7 @@ class Row:
     ratio_to_full: float | None = None
     lowest_layer: float | None = None
     expected_lowest_layer: float | None = None
+    gflop: float | None = None
     saved_bytes: float | None = None
     state_bytes: int | None = None
     peak_bytes: int | None = None
@@ -97,7 +102,7 @@ class Running:
             self._settle()
             self._step()
         self._settle()
-        self.saved_bytes = self._step_with_saved_bytes()[1] if trainee.cycle == 1 else 0
+        self.saved_bytes, self.operations = self._counted_step()[1:] if trainee.cycle == 1 else (0, 0)
         self._settle()
 
     def _forward(self) -> None:
@@ -124,11 +129,19 @@ class Running:
         for layer in captures(self.trainee.model):
             layer.capturing = False  # type: ignore[assignment]
 
-    def _step_with_saved_bytes(self) -> tuple[Step, int]:
-        model = self.trainee.model
+    def _counted_step(self) -> tuple[Step, int, int]:
+        """Take a step; returns its seconds, the bytes saved for the backward and the operations of both passes."""
+        model, operations = self.trainee.model, []
+
+        def count(part: Callable[[], None]) -> None:
+            with FlopCounterMode(display=False) as counter:
+                part()
+            operations.append(counter.get_total_flops())
+
+        parts = (partial(count, self._forward), partial(count, self._backward), self._update)
         with saved_for_backward([*model.parameters(), *model.buffers()]) as saved:
-            step = self._step()
-        return step, sum(saved.values())
+            step = Step(*seconds_of_parts(parts, self.case.device))
+        return step, sum(saved.values()), sum(operations)
 
     def _held_bytes(self) -> int:
         model = self.trainee.model
@@ -139,16 +152,18 @@ class Running:
         if self.trainee.cycle == 1:
             plain = self._step()
             lowest, held = self.trainee.lowest_layer(), self._held_bytes()
-            self.draws.append(Draw(plain, self.first, self.second, 0.0, lowest, self.saved_bytes, held))
+            self.draws.append(
+                Draw(plain, self.first, self.second, 0.0, lowest, self.saved_bytes, held, self.operations)
+            )
             self._settle()
             return plain.whole
         first, second = self._finding_step(), self._finding_step()
         self._settle()
         plain, lowest, held = self._step(), self.trainee.lowest_layer(), self._held_bytes()
         self._settle()
-        last, saved = self._step_with_saved_bytes()
+        last, saved, operations = self._counted_step()
         switch = last.optimizer - plain.optimizer
-        self.draws.append(Draw(plain, first, second, switch, lowest, saved, held))
+        self.draws.append(Draw(plain, first, second, switch, lowest, saved, held, operations))
         return plain.whole
 
     def _refresh_seconds(self) -> float:
@@ -173,8 +188,7 @@ class Running:
     def row(self) -> Row:
         """Return the numbers, without ratios."""
         switches = self.trainee.cycle > 1
-        middle = statistics.mean if switches else statistics.median
-        plain = Step(*(middle(getattr(draw.plain, part) for draw in self.draws) for part in Step._fields))
+        plain = Step(*(statistics.mean(getattr(draw.plain, part) for draw in self.draws) for part in Step._fields))
         refresh = self._refresh_seconds()
         step, wholes = plain.whole + refresh, spread([draw.plain.whole for draw in self.draws])
         named = self.trainee.model.named_parameters()
@@ -194,6 +208,7 @@ class Running:
             tokens_per_s=self.case.tokens / step,
             lowest_layer=statistics.mean(lowest) if switches else None,
             expected_lowest_layer=self.trainee.expected_lowest,
+            gflop=statistics.mean(draw.operations for draw in self.draws) / 1e9,
             saved_bytes=statistics.mean(draw.saved_bytes for draw in self.draws),
             state_bytes=max(draw.held_bytes for draw in self.draws) - weights,
             peak_bytes=peak,
