@@ -36,7 +36,8 @@ struct Block8 {
 };
 
 // The step on a block of 8-bit moments is three short loops over scratch in the first cache, each of little latency:
-// in one loop, the root and the quotient would hold up all that follows them.
+// in one loop, the root and the quotient would hold up all that follows them. They take the scratch by value: a
+// pointer in memory might be what a code is written over, and would be read again after every store.
 
 // 1: fresh moments divided by 1 - beta, their roots and their largest magnitudes. The scales include the carries.
 template <class Grad, bool scaled, class Block>

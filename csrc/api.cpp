@@ -81,9 +81,9 @@ class ScratchMemory {
   char* bytes_;
 };
 
-// Call run(index, begin, end, scratch) for the blocks of k tensors, in parts of equally many elements, which threads take
-// as they become free: a core that others use too would else hold up the rest. A block belongs to the part in which it
-// starts; no block is split, and no result depends on the parts.
+// Call run(index, begin, end, scratch) for the blocks of k tensors, in parts of equally many elements, which threads
+// take as they become free: a core that others use too would else hold up the rest. A block belongs to the part in
+// which it starts; no block is split, and no result depends on the parts.
 template <class Row, class Run>
 void run_tensors(const Row* table, int64_t k, int64_t block_size, int64_t scratch_elements, int64_t threads,
                  const Run& run) {

@@ -72,8 +72,8 @@ inline float decode_scale(float absmax, float factor) { return (absmax * kInvers
 
 inline Words magnitude(Floats values) { return bits_of(values) & 0x7fffffff; }
 
-// Constants that lie in memory: where registers run short, the compiler would build each of them anew from a scalar, for
-// every block or even in every round of a loop.
+// Constants that lie in memory: where registers run short, the compiler would build each of them anew from a scalar,
+// for every block or even in every round of a loop.
 struct CodecConstants {
   Shorts m_offset = broadcast(int16_t{kOffsetM * 16}), v_offset = broadcast(int16_t{kOffsetV * 16});
   Shorts magnitude = broadcast(int16_t{127 << 4}), sign_and_magnitude = broadcast(int16_t{-0x7810});
@@ -133,9 +133,9 @@ LISA_INLINE Bytes encode_m(const Unit& unit) {
       positive.values[j] = float_of(magnitude(unit.values[i])), positive.random20[j] = unit.random20[i];
       keep[j] = reinterpret_cast<Words>(positive.values[j] * unit.scale > random * kSmallestM);
     }
-    const Shorts code = maximum(codes_of(rounded(positive, 0)) - kOffsetM, broadcast(int16_t{1})) & joined(keep[0], keep[1]);
+    const Shorts code = maximum(codes_of(rounded(positive, 0)) - kOffsetM, broadcast(int16_t{1}));
     const Shorts signs = joined(bits_of(unit.values[2 * pair]), bits_of(unit.values[2 * pair + 1]));
-    codes[pair] = code | ((signs >> 8) & 0x80);
+    codes[pair] = (code & joined(keep[0], keep[1])) | ((signs >> 8) & 0x80);
   }
   return pack_unsigned(codes[0], codes[1]);
 }

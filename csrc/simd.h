@@ -35,8 +35,8 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef double Doubles __attribute__((vector_size(4 * kLanes)));  // half as many
 
 // 16-bit integers for the lanes of two vectors, which alternate: seen as words, the first vector's are the lower halves
-// and the second's the upper ones. And bytes for the lanes of four vectors, in the order that suits the instruction set:
-// `pack_unsigned` makes it, `store_bytes` brings it into memory.
+// and the second's the upper ones. And bytes for the lanes of four vectors, in the order that suits the instruction
+// set: `pack_unsigned` makes it, `store_bytes` brings it into memory.
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t UnsignedShorts __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
