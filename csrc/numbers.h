@@ -83,7 +83,7 @@ struct CodecConstants {
   CodecConstants() { asm("" : "+m"(*this)); }
 };
 
-inline Shorts codes_of(Shorts shifted) { return signed_of(unsigned_of(shifted) >> 4); }
+inline Shorts codes_of(UnsignedShorts shifted) { return signed_of(shifted >> 4); }
 
 // Two vectors of moments.
 struct Pair {
@@ -102,7 +102,7 @@ LISA_INLINE Pair decode_m(Shorts codes, Floats scale, const CodecConstants& cons
 }
 
 LISA_INLINE Pair decode_v(Shorts codes, Floats scale, const CodecConstants& constants) {
-  const Shorts magnitude = codes_of(codes);
+  const Shorts magnitude = codes_of(unsigned_of(codes));
   return scaled(magnitude + where_nonzero(magnitude, constants.v_offset), scale);
 }
 
@@ -115,10 +115,10 @@ struct Unit {
 
 // Two vectors of a unit times its scale plus their random numbers: a code plus its offset lies from bit 4 on, and the
 // sign of a first moment in bit 15.
-LISA_INLINE Shorts rounded(const Unit& unit, int i) {
+LISA_INLINE UnsignedShorts rounded(const Unit& unit, int i) {
   const Words a = bits_of(unit.values[i] * unit.scale) + unit.random20[i];
   const Words b = bits_of(unit.values[i + 1] * unit.scale) + unit.random20[i + 1];
-  return joined(a, b);
+  return unsigned_of(joined(a, b));
 }
 
 // Below code 1 a first moment becomes code 1 or 0 with the odds that keep its mean.
@@ -159,16 +159,18 @@ struct Codes {
 // where there is one, which is rare: zeros, and moments some tens of thousands of times smaller than their block's
 // largest.
 LISA_INLINE bool encode_large(const Unit& m, const Unit& v, const CodecConstants& constants, Codes& codes) {
-  const Shorts m_rounded[2] = {rounded(m, 0) - constants.m_offset, rounded(m, 2) - constants.m_offset};
-  const Shorts v_rounded[2] = {rounded(v, 0) - constants.v_offset, rounded(v, 2) - constants.v_offset};
+  const UnsignedShorts m_offset = unsigned_of(constants.m_offset), v_offset = unsigned_of(constants.v_offset);
+  const UnsignedShorts m_rounded[2] = {rounded(m, 0) - m_offset, rounded(m, 2) - m_offset};
+  const UnsignedShorts v_rounded[2] = {rounded(v, 0) - v_offset, rounded(v, 2) - v_offset};
   // Doubled, first moments lose their sign, and what was below code 0 is negative.
-  const Shorts smallest_m = minimum(m_rounded[0] + m_rounded[0], m_rounded[1] + m_rounded[1]) - constants.smallest;
-  const Shorts smallest_v = minimum(v_rounded[0] + v_rounded[0], v_rounded[1] + v_rounded[1]);
+  const auto doubled = [](UnsignedShorts shorts) { return signed_of(shorts + shorts); };
+  const Shorts smallest_m = minimum(doubled(m_rounded[0]), doubled(m_rounded[1])) - constants.smallest;
+  const Shorts smallest_v = minimum(doubled(v_rounded[0]), doubled(v_rounded[1]));
   if (any_negative(minimum(smallest_m, smallest_v) - constants.smallest)) return false;
   Shorts m_codes[2];
   for (int pair = 0; pair < 2; ++pair) {
     // The sign comes down from bit 11 to bit 7: without one, the difference is a large number.
-    const UnsignedShorts code = unsigned_of(codes_of(m_rounded[pair]));
+    const UnsignedShorts code = m_rounded[pair] >> 4;
     m_codes[pair] = signed_of(minimum(code, code - constants.sign_shift));
   }
   codes = {pack_unsigned(m_codes[0], m_codes[1]), pack_unsigned(codes_of(v_rounded[0]), codes_of(v_rounded[1]))};

@@ -186,8 +186,7 @@ DEFECTS: dict[str, tuple[str, str, str, Check]] = {
     "starts in 32 bits": (
         "adamw8", "start = tile * ELEMENTS", "start = (tile.to(tl.int32) * ELEMENTS).to(tl.int64)", FAR
     ),
-    "one word for both moments": ("tiles", "first = x ^ (x >> 16)\n    return first, first * 0x9E3779B1",
-                                  "first = x ^ (x >> 16)\n    return first, first", STEPS),
+    "one number for both moments": ("tiles", "return (words * 0x9E3779B1) >> 12", "return words >> 12", STEPS),
     "weights rounded half a place up": ("tiles", "+ bits16) >> 16", "+ bits16 + 0x8000) >> 16", STEPS_BF16),
     "weights truncated": ("tiles", "+ bits16) >> 16", ") >> 16", STEPS_BF16),
     "16-bit halves exchanged": ("tiles", "tl.join(low, high)", "tl.join(high, low)", WHOLE_TILES),
