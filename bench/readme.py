@@ -137,18 +137,17 @@ def step_table(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["name"] for row in here):
         row = [row for row in here if row["name"] == name][-1]
         if row["step_ms"] is None:
-            lines.append([row["method"], str(row["reason"]), *["-"] * 10])
+            lines.append([row["method"], str(row["reason"]), *["-"] * 9])
             continue
         parts = [f"{row[f'{part}_ms'] / 1e3:.2f}" for part in ("step", "forward", "backward", "optimizer")]
         ratios = [row["ratio_to_peft_lora"], row["ratio_to_full"]]
         lines.append(
             [row["method"], *parts, f"{row['refresh_ms'] / 1e3:.3f}"]
             + ["-" if ratio is None else f"{ratio:.2f}×" for ratio in ratios]
-            + ["-" if row.get("gflop") is None else f"{row['gflop']:.0f}"]
             + [_mebibytes(row[f"{kind}_bytes"]) for kind in ("saved", "state", "peak")]
         )
     head = ["method", "step, s", "forward", "backward", "optimizer", "refresh", "beside peft LoRA", "beside full"]
-    return markdown([*head, "10⁹ operations", "saved, MiB", "kept, MiB", "peak, MiB"], lines)
+    return markdown([*head, "saved, MiB", "kept, MiB", "peak, MiB"], lines)
 
 
 def _by_shape(rows: list[dict[str, Any]], title: str, cell: Callable[[dict[str, Any]], str]) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.held_bytes import extra_bytes, held_bytes, saved_for_backward
 from bench.step_cases import Case
@@ -47,7 +45,6 @@ class Draw(NamedTuple):
     lowest_layer: int | None
     saved_bytes: int
     held_bytes: int
-    operations: int
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,9 @@ class Row:
     """One line of the result: numbers, or the reason why there are none.
 
     Milliseconds are means over rounds, which for methods that switch layers are draws; step_ms is the sum of the four
-    parts, refresh_ms what new bases and switches add per step over a true period. gflop: 10⁹ operations of the matrix
-    products in forward and backward, as torch counts them. saved_bytes: what autograd keeps for the backward;
-    state_bytes: what stays from step to step beside the weights; peak_bytes: weights, state and the most a step holds
-    beyond them.
+    parts, refresh_ms what new bases and switches add per step over a true period. saved_bytes: what autograd keeps for
+    the backward; state_bytes: what stays from step to step beside the weights; peak_bytes: weights, state and the most
+    a step holds beyond them.
     """
 
     device: str
@@ -83,7 +79,6 @@ class Row:
     ratio_to_full: float | None = None
     lowest_layer: float | None = None
     expected_lowest_layer: float | None = None
-    gflop: float | None = None
     saved_bytes: float | None = None
     state_bytes: int | None = None
     peak_bytes: int | None = None
@@ -102,7 +97,7 @@ class Running:
             self._settle()
             self._step()
         self._settle()
-        self.saved_bytes, self.operations = self._counted_step()[1:] if trainee.cycle == 1 else (0, 0)
+        self.saved_bytes = self._step_with_saved_bytes()[1] if trainee.cycle == 1 else 0
         self._settle()
 
     def _forward(self) -> None:
@@ -129,19 +124,11 @@ class Running:
         for layer in captures(self.trainee.model):
             layer.capturing = False  # type: ignore[assignment]
 
-    def _counted_step(self) -> tuple[Step, int, int]:
-        """Take a step; returns its seconds, the bytes saved for the backward and the operations of both passes."""
-        model, operations = self.trainee.model, []
-
-        def count(part: Callable[[], None]) -> None:
-            with FlopCounterMode(display=False) as counter:
-                part()
-            operations.append(counter.get_total_flops())
-
-        parts = (partial(count, self._forward), partial(count, self._backward), self._update)
+    def _step_with_saved_bytes(self) -> tuple[Step, int]:
+        model = self.trainee.model
         with saved_for_backward([*model.parameters(), *model.buffers()]) as saved:
-            step = Step(*seconds_of_parts(parts, self.case.device))
-        return step, sum(saved.values()), sum(operations)
+            step = self._step()
+        return step, sum(saved.values())
 
     def _held_bytes(self) -> int:
         model = self.trainee.model
@@ -152,18 +139,16 @@ class Running:
         if self.trainee.cycle == 1:
             plain = self._step()
             lowest, held = self.trainee.lowest_layer(), self._held_bytes()
-            self.draws.append(
-                Draw(plain, self.first, self.second, 0.0, lowest, self.saved_bytes, held, self.operations)
-            )
+            self.draws.append(Draw(plain, self.first, self.second, 0.0, lowest, self.saved_bytes, held))
             self._settle()
             return plain.whole
         first, second = self._finding_step(), self._finding_step()
         self._settle()
         plain, lowest, held = self._step(), self.trainee.lowest_layer(), self._held_bytes()
         self._settle()
-        last, saved, operations = self._counted_step()
+        last, saved = self._step_with_saved_bytes()
         switch = last.optimizer - plain.optimizer
-        self.draws.append(Draw(plain, first, second, switch, lowest, saved, held, operations))
+        self.draws.append(Draw(plain, first, second, switch, lowest, saved, held))
         return plain.whole
 
     def _refresh_seconds(self) -> float:
@@ -208,7 +193,6 @@ class Running:
             tokens_per_s=self.case.tokens / step,
             lowest_layer=statistics.mean(lowest) if switches else None,
             expected_lowest_layer=self.trainee.expected_lowest,
-            gflop=statistics.mean(draw.operations for draw in self.draws) / 1e9,
             saved_bytes=statistics.mean(draw.saved_bytes for draw in self.draws),
             state_bytes=max(draw.held_bytes for draw in self.draws) - weights,
             peak_bytes=peak,

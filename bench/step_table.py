@@ -14,7 +14,7 @@ from bench.step_runs import Row
 
 COLUMNS = (
     "method", "step\nms", "p20-p80 ms", "forward\nms", "backward\nms", "optimizer\nms", "refresh\nms", "tokens/s",
-    "× peft\nLoRA", "× full", "10⁹ opera-\ntions", "saved\nMiB", "kept\nMiB", "peak\nMiB", "lowest layer\n(expected)",
+    "× peft\nLoRA", "× full", "saved\nMiB", "kept\nMiB", "peak\nMiB", "lowest layer\n(expected)",
     "rounds, or why none",
 )  # fmt: skip
 
@@ -41,7 +41,6 @@ def cells(row: Row) -> list[str]:
         short(row.refresh_ms),
         short(row.tokens_per_s),
         *("-" if ratio is None else f"{ratio:.2f}" for ratio in (row.ratio_to_peft_lora, row.ratio_to_full)),
-        short(row.gflop),
         mebibytes(row.saved_bytes),
         mebibytes(row.state_bytes),
         mebibytes(row.peak_bytes),

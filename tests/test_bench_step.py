@@ -128,7 +128,7 @@ def test_first_steps_of_a_draw_find_the_bases() -> None:
 
 
 def a_draw(first: Finding, second: Finding, switch: float = 0.0, lowest: int = 0, saved: int = 10) -> Draw:
-    return Draw(Step(1.0, 2.0, 3.0), first, second, switch, lowest, saved, 1 << 30, 10**9)
+    return Draw(Step(1.0, 2.0, 3.0), first, second, switch, lowest, saved, 1 << 30)
 
 
 def test_what_only_some_steps_do_is_spread_over_the_period() -> None:
@@ -158,15 +158,6 @@ def test_without_draws_every_basis_is_found_once_in_a_period() -> None:
     running.trainee.matrices = 28
     running.draws = [a_draw(Finding(406.0, 28), Finding(20.0, 7))]
     assert running._refresh_seconds() == pytest.approx(28 * 14 / 7 / 200)
-
-
-def test_operations_are_those_of_the_products() -> None:
-    """Full fine-tuning: six per token and weight of every matrix that is multiplied, and the attention's."""
-    matrices = [p for name, p in TINY.model().named_parameters() if p.dim() == 2 and "embed" not in name]
-    running = tiny_running("torch-full")
-    running.read_clock()
-    products = 6 * TINY.tokens * sum(p.numel() for p in matrices)
-    assert products <= running.draws[0].operations <= 1.2 * products
 
 
 @pytest.fixture(scope="module")
