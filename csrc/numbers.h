@@ -76,7 +76,8 @@ inline Words magnitude(Floats values) { return bits_of(values) & 0x7fffffff; }
 // for every block or even in every round of a loop.
 struct CodecConstants {
   Shorts m_offset = broadcast(int16_t{kOffsetM * 16}), v_offset = broadcast(int16_t{kOffsetV * 16});
-  Shorts magnitude = broadcast(int16_t{127 << 4}), sign_and_magnitude = broadcast(int16_t{-0x7810});
+  Shorts magnitude = broadcast(int16_t{127 << 4});
+  Shorts sign_and_magnitude = broadcast(static_cast<int16_t>(0x87f0));
   Shorts smallest = broadcast(int16_t{1 << 5});
   UnsignedShorts sign_shift = unsigned_of(broadcast(int16_t{(1 << 11) - (1 << 7)}));
 

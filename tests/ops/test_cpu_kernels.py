@@ -239,6 +239,27 @@ def test_one_thread_and_two_give_the_same_bits(sizes: list[int]) -> None:
 
 
 @needs_library
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    "sizes", [[1_300_000], [700_003, *[700] * 300, 400_000]], ids=["one-large", "parts-within-and-across-tensors"]
+)
+def test_work_of_many_parts_equals_the_reference(sizes: list[int]) -> None:
+    """Threads take parts of 2¹⁸ elements; none is left out and none taken twice."""
+    assert LIBRARY is not None
+    state, steps = state8(sizes, [torch.float32]), [gradients(sizes, [torch.float32], 1)]
+    expected = run(reference8(256, True), state, steps)
+    state32s = state32(sizes, [torch.float32])
+    expected32 = run(reference32(True), state32s, steps)
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        assert_equal_states(run(kernel8(LIBRARY, 256, True), state, steps), expected)
+        assert_equal_states(run(kernel32(LIBRARY, True), state32s, steps), expected32)
+        largest, squares = grad_norm_kernel.grad_norm(LIBRARY, steps[0], True).tolist()
+        assert largest == max(float(grad.abs().max()) for grad in steps[0])
+        assert squares == pytest.approx(sum(float(grad.double().square().sum()) for grad in steps[0]), rel=1e-12)
+
+
+@needs_library
 def test_another_seed_gives_other_codes_and_the_comparison_sees_it() -> None:
     """Negative control of every equality above."""
     assert LIBRARY is not None

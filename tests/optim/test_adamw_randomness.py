@@ -98,6 +98,21 @@ def test_large_finite_gradients_are_taken() -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(optimizer))
 
 
+@pytest.mark.parametrize(("value", "skipped"), [(9.9e15, 0), (1.1e16, 20)], ids=["below", "above"])
+def test_the_largest_gradient_that_is_taken_never_overflows(value: float, skipped: int) -> None:
+    """Its squares add up to v / (1 − β₂), in both kinds of state; beyond it every step is skipped."""
+    params = parameters()
+    before = [param.detach().clone() for param in params]
+    optimizer = AdamW8bit(params, betas=(0.9, 0.99999))
+    for _ in range(20):
+        for param in params:
+            param.grad = torch.full_like(param, value)
+        optimizer.step()
+    assert optimizer.skipped_steps == skipped
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(optimizer))
+    assert all(torch.equal(param, old) is bool(skipped) for param, old in zip(params, before))
+
+
 def scaled_run(params: list[nn.Parameter], inf_step: int | None, unscale: bool) -> tuple[AdamW8bit, list[float]]:
     """Train five steps through a GradScaler, one of them with an infinity; return its scales too."""
     optimizer, scaler = AdamW8bit(params, lr=LR), torch.amp.GradScaler("cpu", init_scale=1024.0)
