@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -19,7 +20,7 @@
 namespace lisa {
 namespace {
 
-constexpr int32_t kAbiVersion = 5;
+constexpr int32_t kAbiVersion = 6;
 
 #ifdef LISA_X86_64
 // Not every compiler's __builtin_cpu_supports knows this one.
@@ -29,7 +30,7 @@ bool has_f16c() {
 }
 #endif
 
-int32_t best_instruction_set() {
+int32_t detect_instruction_set() {
 #ifdef LISA_X86_64
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -39,6 +40,12 @@ int32_t best_instruction_set() {
   if (__builtin_cpu_supports("avx2") && has_f16c()) return kAvx2;
 #endif
   return kBaseline;
+}
+
+// Asked once: each question to the processor takes some microseconds on a virtual machine.
+int32_t best_instruction_set() {
+  static const int32_t best = detect_instruction_set();
+  return best;
 }
 
 const KernelTable& kernels_for(int32_t instruction_set) {
@@ -114,6 +121,30 @@ struct Count {
   int64_t count;
 };
 
+// In float64, rounded once, in the order of the reference.
+Scalars scalars_of(const Hyper& hyper, int64_t step, float grad_scale) {
+  // The root of the smallest normal float32, as in the reference.
+  constexpr double kSmallestEps = 0x1p-63;
+  const double t = static_cast<double>(step), rest1 = 1.0 - hyper.beta1, rest2 = 1.0 - hyper.beta2;
+  const double root = std::sqrt((1.0 - std::pow(hyper.beta2, t)) / rest2);
+  const double step_size = root * (hyper.lr * rest1) / (1.0 - std::pow(hyper.beta1, t));
+  const auto rounded = [](double value) { return static_cast<float>(value); };
+  return {rounded(hyper.beta1 / rest1),
+          rounded(rest1),
+          rounded(hyper.beta2 / rest2),
+          rounded(rest2),
+          rounded(std::max(root * hyper.eps, kSmallestEps)),
+          rounded(1.0 - hyper.lr * hyper.weight_decay),
+          rounded(step_size),
+          grad_scale};
+}
+
+uint64_t mix64(uint64_t value) {
+  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9u;
+  value = (value ^ (value >> 27)) * 0x94d049bb133111ebu;
+  return value ^ (value >> 31);
+}
+
 // The same for one tensor.
 template <class Task>
 void run_tensor(Kernel<Task> kernel, const Task& task, int64_t count, int64_t block_size, int64_t threads) {
@@ -132,6 +163,20 @@ extern "C" {
 int32_t lisa_kernels_abi_version() { return kAbiVersion; }
 
 int32_t lisa_kernels_best_instruction_set() { return best_instruction_set(); }
+
+void lisa_kernels_step_inputs(const int64_t* const* steps, const uint64_t* bases, int64_t clock, float grad_scale,
+                              const Hyper* hyper, const int64_t* ends, int64_t groups, Scalars* scalars,
+                              uint64_t* keys) {
+  const uint64_t moved = static_cast<uint64_t>(clock) * 0xd1b54a32d192ed03u;
+  for (int64_t group = 0, index = 0; group < groups; ++group) {
+    for (const int64_t first = index; index < ends[group]; ++index) {
+      // Nearly always all tensors of a group have taken equally many steps.
+      const bool is_new = index == first || *steps[index] != *steps[index - 1];
+      scalars[index] = is_new ? scalars_of(hyper[group], *steps[index], grad_scale) : scalars[index - 1];
+      keys[index] = mix64(moved + bases[index]);
+    }
+  }
+}
 
 void lisa_kernels_adamw8(const AdamW8Row* table, int64_t k, const Scalars* scalars, const uint64_t* keys,
                          int64_t block_size, int32_t stochastic, int32_t threads, int32_t instruction_set) {

@@ -37,6 +37,10 @@ struct GradRow {
   int64_t count, dtype;
 };
 
+struct Hyper {
+  double lr, beta1, beta2, eps, weight_decay;
+};
+
 // Scalars of one AdamW step, already rounded to float32 as the definition rounds them: float [k, 8].
 struct Scalars {
   float carry1, one_minus_beta1;  // carry: beta / (1 - beta)
@@ -54,6 +58,12 @@ extern "C" {
 LISA_EXPORT int32_t lisa_kernels_abi_version();
 
 LISA_EXPORT int32_t lisa_kernels_best_instruction_set();
+
+// The scalars and random keys of one AdamW step of k tensors, as the reference's step_inputs defines them. steps: where
+// each tensor's count of updates is, this one included; ends: where the tensors of each of the groups end.
+LISA_EXPORT void lisa_kernels_step_inputs(const int64_t* const* steps, const uint64_t* bases, int64_t clock,
+                                          float grad_scale, const lisa::Hyper* hyper, const int64_t* ends,
+                                          int64_t groups, lisa::Scalars* scalars, uint64_t* keys);
 
 // One AdamW step on k tensors whose moments are 8-bit codes with one absmax per `block_size` elements.
 LISA_EXPORT void lisa_kernels_adamw8(const lisa::AdamW8Row* table, int64_t k, const lisa::Scalars* scalars,

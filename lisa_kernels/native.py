@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Collection, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Sequence
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lisa_kernels.errors import InputError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FILE_NAME = "liblisa_kernels.dylib" if sys.platform == "darwin" else "liblisa_kernels.so"
 INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,6 +32,7 @@ _REINSTALL = "Reinstall the package with a C++ compiler present: pip install --f
 
 # Tables of tensors and all arrays are passed as addresses.
 _SIGNATURES: dict[str, list[object]] = {
+    "step_inputs": [c_void_p, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int64, c_void_p, c_void_p],
     "adamw8": [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32],
     "adamw32": [c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32, c_int32],
     "grad_norm": [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32],
@@ -154,6 +155,12 @@ def counts(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.numel, tensors))
 
 
-def table(*columns: list[int]) -> NDArray[np.int64]:
-    """Return int64 [k, columns], the rows of a table of `csrc/api.h`."""
-    return np.ascontiguousarray(np.array(columns, dtype=np.int64).T)
+def array_of(kind: str, values: Iterable[float]) -> tuple[array[Any], int]:
+    """Return an array of int64 ("q") or float64 ("d") and its address, which is good as long as the array is held."""
+    held = array(kind, values)
+    return held, held.buffer_info()[0]
+
+
+def table(*columns: list[int]) -> tuple[array[Any], int]:
+    """Return int64 [k · columns], the rows of a table of `csrc/api.h`, and its address, good as long as it is held."""
+    return array_of("q", chain.from_iterable(zip(*columns)))

@@ -11,6 +11,8 @@ from lisa_kernels.ops.library import triton_present
 
 # Operations with kernels of their own, in C++ for CPUs and in Triton for GPUs …
 KERNEL_OPS = ("quantize_blockwise", "dequantize_blockwise", "adamw8_", "adamw32_", "grad_norm", "fold_")
+# … with kernels of their own on CPUs only, numbers and not tensors being their work …
+CPU_OPS = ("step_inputs",)
 # … that are torch's matrix products on CPUs and Triton's on GPUs …
 PRODUCT_OPS = ("project",)
 # … and that are torch's everywhere.
@@ -47,6 +49,8 @@ def kernels_in_use() -> list[KernelChoice]:
     rows = []
     for device, choice in devices.items():
         rows += [KernelChoice(op, device, *choice) for op in KERNEL_OPS]
+        numbers = choice if device == "cpu" else ("PyTorch", "C++: runs on CPU tensors only")
+        rows += [KernelChoice(op, device, *numbers) for op in CPU_OPS]
         products = choice if device == "cuda" else ("PyTorch", "Triton: runs on GPUs only")
         rows += [KernelChoice(op, device, *products) for op in PRODUCT_OPS]
         rows += [KernelChoice(op, device, "PyTorch", "") for op in TORCH_OPS]

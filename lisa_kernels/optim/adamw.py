@@ -15,7 +15,7 @@ from lisa_kernels.ops.adamw8 import FLOAT_DTYPES
 from lisa_kernels.ops.blockwise8 import block_count, dequantize_blockwise, quantize_blockwise
 from lisa_kernels.ops.grad_norm import grad_norm
 from lisa_kernels.ops.random_bits import random_key
-from lisa_kernels.optim.batches import Batch, Keys, gather, with_gradients
+from lisa_kernels.optim.batches import Batch, KeyBases, gather, with_gradients
 from lisa_kernels.optim.paged import PagedStates
 from lisa_kernels.optim.settings import check_hyper, check_settings
 from lisa_kernels.paging import Store, open_store
@@ -73,7 +73,7 @@ class AdamW8bit(Optimizer):
         # Steps taken and steps skipped, int64 0-d on the device of the first gradient.
         self._counters: tuple[Tensor, Tensor] | None = None
         self._indices: dict[Tensor, int] = {}
-        self._keys = Keys()
+        self._key_bases = KeyBases()
         self._forget_last_step()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._paged = self._page_states()
@@ -95,11 +95,13 @@ class AdamW8bit(Optimizer):
         elif self._paged is not None:
             self._paged.clear()
         self._indices = {param: index for index, param in enumerate(self._params())}
-        self._keys = Keys()
+        self._key_bases = KeyBases()
         self._forget_last_step()
 
     def _forget_last_step(self) -> None:
+        # Was it skipped (bool 0-d), and how many steps it was, 0 or 1 (int64 0-d)?
         self._last_skip: dict[torch.device, Tensor] = {}
+        self._last_taken: dict[torch.device, Tensor] = {}
         self._last_grad_norm: Tensor | None = None
 
     def _params(self) -> list[Tensor]:
@@ -223,25 +225,24 @@ class AdamW8bit(Optimizer):
         return torch.reciprocal(scale.to(device, torch.float32).reshape(()))
 
     def _measure(self, grads: dict[torch.device, list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """Return on the first device (skip the step? bool 0-d, what to multiply the gradients by, float32 0-d)."""
+        """Return on the first device (take the step? bool 0-d, what to multiply the gradients by, float32 0-d)."""
         first = next(iter(grads))
         limit = self.max_grad_norm
         measured = [grad_norm(each, squares=limit is not None).to(first) for each in grads.values()]
         # The largest of all, or a NaN, and the sum of the squares.
-        largest, squares = measured[0] if len(measured) == 1 else _joined(measured)
+        largest, squares = (measured[0] if len(measured) == 1 else _joined(measured)).unbind()
         unscaling = self._unscaling(first)
         # Compared so that a NaN counts as too large.
-        skip = torch.logical_not(largest * unscaling <= self._largest_gradient)
+        took = largest * unscaling <= self._largest_gradient
         if getattr(self, "found_inf", None) is not None:
-            skip = skip | (self.found_inf.to(first) > 0).any()  # type: ignore[union-attr]
+            took = took & (self.found_inf.to(first) <= 0).all()  # type: ignore[union-attr]
         if limit is None:
-            return skip, unscaling
+            return took, unscaling
         norm = squares.sqrt() * unscaling
         self._last_grad_norm = norm.to(torch.float32)
         # The small term is that of torch's clip_grad_norm_.
-        return skip, unscaling * (limit / (norm + 1e-6)).clamp_max(1.0).to(torch.float32)
+        return took, unscaling * (limit / (norm + 1e-6)).clamp_max(1.0).to(torch.float32)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient; returns what `closure` returns."""
         loss = None
@@ -280,7 +281,7 @@ class AdamW8bit(Optimizer):
             grads.setdefault((param.device, self._in_8_bits(param)), []).append(grad)
         grad_scale = self._begin_step(grad for each in grads.values() for grad in each)
         self._before_update()
-        self._keys.sets = max(self._keys.sets, 2 * len(windows))
+        self._key_bases.sets = max(self._key_bases.sets, 2 * len(windows))
         for window, following in zip(windows, [*windows[1:], []]):
             some = set(window)
             groups = [{**group, "params": [p for p in group["params"] if p in some]} for group in self.param_groups]
@@ -294,23 +295,25 @@ class AdamW8bit(Optimizer):
         grads: dict[torch.device, list[Tensor]] = {}
         for grad in gradients:
             grads.setdefault(grad.device, []).append(grad)
-        skip, grad_scale = self._measure(grads)
+        took, grad_scale = self._measure(grads)
+        skip, taken = ~took, took.to(torch.int64)
         if self._counters is None:
-            zero = torch.zeros((), dtype=torch.int64, device=skip.device)
+            zero = torch.zeros((), dtype=torch.int64, device=took.device)
             self._counters = (zero, zero.clone())
-        took = (~skip).to(torch.int64)
-        self._counters[0].add_(took.to(self._counters[0].device))
-        self._counters[1].add_((1 - took).to(self._counters[1].device))
+        self._counters[0].add_(taken.to(self._counters[0].device))
+        self._counters[1].add_(skip.to(self._counters[1].device))
         self._last_skip = {device: skip.to(device) for device in grads}
+        self._last_taken = {device: taken.to(device) for device in grads}
         return grad_scale
 
     def _update(self, batch: Batch, grad_scale: Tensor, owners: Iterable[Tensor]) -> None:
         """Update one batch; its random numbers are keyed by `owners`, the parameters that its tensors stand for."""
         skip = self._last_skip[batch.kind.device]
-        batch.count((~skip).to(torch.int64))
+        batch.count(self._last_taken[batch.kind.device])
         indices = tuple([self._indices[param] for param in owners])
-        keys = self._keys.at(self._counters_on(skip.device)[0], self.seed, indices)
-        batch.update(skip, grad_scale.to(skip.device), keys, self.block_size, self.rounding == "stochastic")
+        bases = self._key_bases.on(skip.device, self.seed, indices)
+        clock, stochastic = self._counters_on(skip.device)[0], self.rounding == "stochastic"
+        batch.update(skip, grad_scale.to(skip.device), bases, clock, self.block_size, stochastic)
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]

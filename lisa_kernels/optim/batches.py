@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.ops.adamw8 import Hyper, adamw8_, adamw8_op, adamw32_, adamw32_op, step_scalars
-from lisa_kernels.ops.random_bits import key_base, keys_at
+from lisa_kernels.ops.adamw8 import Hyper, adamw8_, adamw8_op, adamw32_, adamw32_op, step_inputs
+from lisa_kernels.ops.random_bits import key_base
 
 
 class Kind(NamedTuple):
@@ -35,19 +35,14 @@ class Batch:
         """Add `took` (int64 0-d: 1, or 0 for a skipped step) to every parameter's count of updates."""
         torch._foreach_add_([state["step"] for state in self.states], [took] * len(self.states))
 
-    def _scalars(self, grad_scale: Tensor) -> Tensor:
-        rows, start = [], 0
-        for hyper, end in self.groups:
-            steps = torch.stack([state["step"] for state in self.states[start:end]])
-            rows.append(step_scalars(steps, hyper, grad_scale))
-            start = end
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
-
-    def update(self, skip: Tensor, grad_scale: Tensor, keys: Tensor, block_size: int, stochastic: bool) -> None:
-        """Take the step: bool 0-d, float32 0-d and int64 [parameters] on the batch's device."""
+    def update(
+        self, skip: Tensor, grad_scale: Tensor, bases: Tensor, clock: Tensor, block_size: int, stochastic: bool
+    ) -> None:
+        """Take the step: bool 0-d, float32 0-d, int64 [parameters] and int64 0-d on the batch's device."""
         names = ("m_codes", "m_absmax", "v_codes", "v_absmax") if self.kind.eight_bit else ("m", "v")
         moments = [[state[name] for state in self.states] for name in names]
-        scalars = self._scalars(grad_scale)
+        steps = [state["step"] for state in self.states]
+        scalars, keys = step_inputs(steps, self.groups, grad_scale, bases, clock)
         dense = all(map(Tensor.is_contiguous, self.params)) and all(map(Tensor.is_contiguous, self.grads))
         if self.kind.eight_bit and dense:
             adamw8_op(self.params, self.grads, *moments, scalars, keys, skip, block_size, stochastic)
@@ -113,21 +108,21 @@ def _refuse(param: Tensor, grad: Tensor) -> None:
     )
 
 
-class Keys:
-    """Keys of the random numbers of many parameters at a step; what does not change with the step is kept."""
+class KeyBases:
+    """The part of many parameters' random keys that does not change with the step, kept from step to step."""
 
     def __init__(self) -> None:
         # Layers come and go: only as many sets are kept as are in use.
         self.sets = 8
         self._bases: dict[tuple[torch.device, int, tuple[int, ...]], Tensor] = {}
 
-    def at(self, clock: Tensor, seed: int, indices: tuple[int, ...]) -> Tensor:
-        """Return int64 [parameters] on the device of `clock`, without waiting for it."""
-        which = (clock.device, seed, indices)
+    def on(self, device: torch.device, seed: int, indices: tuple[int, ...]) -> Tensor:
+        """Return int64 [parameters] on `device`, without waiting for it."""
+        which = (device, seed, indices)
         if which not in self._bases:
             while len(self._bases) >= self.sets:
                 del self._bases[next(iter(self._bases))]
             bases = torch.tensor([key_base(seed, index) for index in indices], dtype=torch.int64, device="cpu")
-            on_gpu = clock.device.type == "cuda"
-            self._bases[which] = (bases.pin_memory() if on_gpu else bases).to(clock.device, non_blocking=on_gpu)
-        return keys_at(self._bases[which], clock)
+            on_gpu = device.type == "cuda"
+            self._bases[which] = (bases.pin_memory() if on_gpu else bases).to(device, non_blocking=on_gpu)
+        return self._bases[which]

@@ -19,7 +19,7 @@ from lisa_kernels.ops.adamw8 import cpu_kernel as adamw8_kernel
 from lisa_kernels.ops.adamw8 import reference as adamw8_reference
 from lisa_kernels.ops.blockwise8 import cpu_kernel as blockwise8_kernel
 from lisa_kernels.ops.blockwise8 import reference as blockwise8_reference
-from lisa_kernels.ops.dispatch import KERNEL_OPS, kernels_in_use
+from lisa_kernels.ops.dispatch import CPU_OPS, KERNEL_OPS, kernels_in_use
 from lisa_kernels.ops.fold import cpu_kernel as fold_kernel
 from lisa_kernels.ops.fold import reference as fold_reference
 from lisa_kernels.ops.grad_norm import cpu_kernel as grad_norm_kernel
@@ -437,7 +437,7 @@ def test_a_tensor_that_raw_pointers_cannot_describe_is_refused_before_the_kernel
 
 def test_info_names_the_kernel_that_the_dispatcher_really_has() -> None:
     rows = {row.op: row for row in kernels_in_use() if row.device == "cpu"}
-    for op in KERNEL_OPS:
+    for op in (*KERNEL_OPS, *CPU_OPS):
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"lisa_kernels::{op}", "CPU")
         assert rows[op].kernel.startswith("C++") == registered
         assert ("C++" in rows[op].why_not_others) == (not registered)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.ops.random_bits import random_key
+from lisa_kernels.ops.random_bits import keys_at, random_key
 from lisa_kernels.optim import AdamW8bit
-from lisa_kernels.optim.batches import Keys, Kind, gather
+from lisa_kernels.optim.batches import KeyBases, Kind, gather
 
 from .steps import LR, normal, parameters, run, set_gradients
 
@@ -92,16 +92,16 @@ def test_a_gradient_on_another_device_is_refused() -> None:
 
 
 def test_keys_follow_seed_index_and_clock() -> None:
-    keys, clock = Keys(), torch.tensor(9)
+    bases, clock = KeyBases(), torch.tensor(9)
     for seed in (0, 1):
         for indices in [(0, 1, 2), (2,), (5, 1)]:
             wanted = [int(random_key(seed, index, clock)) for index in indices]
-            assert keys.at(clock, seed, indices).tolist() == wanted
-            assert keys.at(clock + 1, seed, indices).tolist() != wanted
+            assert keys_at(bases.on(CPU, seed, indices), clock).tolist() == wanted
+            assert keys_at(bases.on(CPU, seed, indices), clock + 1).tolist() != wanted
 
 
 def test_keys_of_layers_that_left_are_forgotten() -> None:
-    keys, clock = Keys(), torch.tensor(1)
+    bases = KeyBases()
     for index in range(100):
-        keys.at(clock, 0, (index,))
-    assert len(keys._bases) <= 8
+        bases.on(CPU, 0, (index,))
+    assert len(bases._bases) <= 8

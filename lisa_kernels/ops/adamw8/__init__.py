@@ -5,8 +5,8 @@ combination of dtypes on GPUs. Mutated: params and moments. Nothing here waits f
 to step comes as tensors there. Of k parameters of up to 2⁶³ elements each:
 
     params, grads   float32, bfloat16 or float16, of equal shapes; dtypes may differ between and within the lists
-    scalars         float32 [k, 8], rows of `Scalars`, as `step_scalars` makes them
-    keys            int64 [k], the keys of the random numbers (`random_bits.keys_at`)
+    scalars         float32 [k, 8], rows of `Scalars`, as `step_inputs` makes them
+    keys            int64 [k], the keys of the random numbers (`random_bits.keys_at`), as it makes them too
     skip            bool 0-d; true leaves everything untouched
 """
 
@@ -23,7 +23,9 @@ from lisa_kernels.ops.adamw8 import cpu_kernel, reference
 from lisa_kernels.ops.adamw8.reference import Hyper, Scalars, step_scalars
 from lisa_kernels.ops.blockwise8 import block_count, check_block_size
 
-__all__ = ["FLOAT_DTYPES", "Hyper", "Scalars", "adamw8_", "adamw8_op", "adamw32_", "adamw32_op", "step_scalars"]
+__all__ = [
+    "FLOAT_DTYPES", "Hyper", "Scalars", "adamw8_", "adamw8_op", "adamw32_", "adamw32_op", "step_inputs", "step_scalars",
+]  # fmt: skip
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,6 +51,38 @@ library.implement_cpu("adamw8_", cpu_kernel.adamw8_)
 library.implement_cpu("adamw32_", cpu_kernel.adamw32_)
 library.implement_triton("adamw8_", _TRITON)
 library.implement_triton("adamw32_", _TRITON)
+
+
+def _fake_inputs(
+    steps: list[Tensor], grad_scale: Tensor, bases: Tensor, clock: Tensor, hyper: list[float], ends: list[int]
+) -> tuple[Tensor, Tensor]:
+    return grad_scale.new_empty((len(steps), len(Scalars._fields))), bases.new_empty((len(steps),))
+
+
+_step_inputs_op = library.define(
+    "step_inputs(Tensor[] steps, Tensor grad_scale, Tensor bases, Tensor clock, float[] hyper, int[] ends) "
+    "-> (Tensor, Tensor)",
+    reference.step_inputs, _fake_inputs,
+)  # fmt: skip
+library.implement_cpu("step_inputs", cpu_kernel.step_inputs)
+
+
+def step_inputs(
+    steps: list[Tensor], groups: Sequence[tuple[Hyper, int]], grad_scale: Tensor, bases: Tensor, clock: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what the operations below take as `scalars` and `keys`, on the device of the given tensors.
+
+    steps: k counts of updates, int64 0-d each, this one included; groups: hyper-parameters, and how many parameters
+    end with the group; grad_scale: float32 0-d; bases: int64 [k] of `random_bits.key_base`; clock: int64 0-d, the step
+    that keys the random numbers.
+    """
+    hyper = [value for each, _ in groups for value in each]
+    ends = [end for _, end in groups]
+    if any(isinstance(value, Tensor) for value in hyper):
+        # A rate on the device is read where it is, so that a captured CUDA graph sees its new values.
+        return reference.step_inputs(steps, grad_scale, bases, clock, hyper, ends)
+    result: tuple[Tensor, Tensor] = _step_inputs_op(steps, grad_scale, bases, clock, hyper, ends)
+    return result
 
 
 def _check(params: Sequence[Tensor], grads: Sequence[Tensor], scalars: Tensor, keys: Tensor) -> None:

@@ -5,7 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lisa_kernels.native import Library, addresses, counts, float_addresses, pointer, table
+from lisa_kernels.native import Library, addresses, array_of, counts, float_addresses, pointer, table
+from lisa_kernels.ops.adamw8.reference import Scalars
+
+
+def step_inputs(
+    library: Library, steps: list[Tensor], grad_scale: Tensor, bases: Tensor, clock: Tensor, hyper: list[float],
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the scalars and keys of a step; the contract is the package's."""
+    scalars = torch.empty((len(steps), len(Scalars._fields)), dtype=torch.float32)
+    keys = torch.empty(len(steps), dtype=torch.int64)
+    # Held until the call is over.
+    _steps, where = array_of("q", addresses("a count of steps", steps, torch.int64))
+    _hyper, hyper_at = array_of("d", hyper)
+    _ends, ends_at = array_of("q", ends)
+    library.functions["step_inputs"](
+        where, pointer("the list of bases", bases, torch.int64), int(clock.item()), float(grad_scale.item()), hyper_at,
+        ends_at, len(ends), scalars.data_ptr(), keys.data_ptr(),
+    )  # fmt: skip
+    return scalars, keys
 
 
 def _arrays(scalars: Tensor, keys: Tensor) -> tuple[int, int]:
@@ -22,13 +41,13 @@ def adamw8_(
         return
     weights, weight_dtypes = float_addresses("a parameter", params)
     gradients, gradient_dtypes = float_addresses("a gradient", grads)
-    rows = table(
+    _rows, where = table(
         weights, gradients,
         addresses("m_codes", m_codes, torch.uint8), addresses("m_absmax", m_absmax, torch.float32),
         addresses("v_codes", v_codes, torch.uint8), addresses("v_absmax", v_absmax, torch.float32),
         counts(params), weight_dtypes, gradient_dtypes,
     )  # fmt: skip
-    library.call("adamw8", rows.ctypes.data, len(params), *_arrays(scalars, keys), block_size, stochastic)
+    library.call("adamw8", where, len(params), *_arrays(scalars, keys), block_size, stochastic)
 
 
 def adamw32_(
@@ -40,8 +59,8 @@ def adamw32_(
         return
     weights, weight_dtypes = float_addresses("a parameter", params)
     gradients, gradient_dtypes = float_addresses("a gradient", grads)
-    rows = table(
+    _rows, where = table(
         weights, gradients, addresses("m", m, torch.float32), addresses("v", v, torch.float32),
         counts(params), weight_dtypes, gradient_dtypes,
     )  # fmt: skip
-    library.call("adamw32", rows.ctypes.data, len(params), *_arrays(scalars, keys), stochastic)
+    library.call("adamw32", where, len(params), *_arrays(scalars, keys), stochastic)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lisa_kernels.ops.blockwise8.reference import dequantize, quantize
-from lisa_kernels.ops.random_bits import moment_bits, random_words, round_to_bfloat16, weight_bits
+from lisa_kernels.ops.random_bits import keys_at, moment_bits, random_words, round_to_bfloat16, weight_bits
 
 # Elements worked on at a time; a multiple of every block size, so that temporaries stay small and blocks whole.
 CHUNK = 1 << 20
@@ -67,6 +69,18 @@ def step_scalars(steps: Tensor, hyper: Hyper, grad_scale: Tensor) -> Tensor:
         # Numbers are filled in on the device: `torch.tensor` would copy from the host and wait.
         column.copy_(value) if isinstance(value, Tensor) else column.fill_(value)
     return table
+
+
+def step_inputs(
+    steps: list[Tensor], grad_scale: Tensor, bases: Tensor, clock: Tensor, hyper: Sequence[float | Tensor],
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the scalars and keys of a step; see the contract in the package."""
+    rows = [
+        step_scalars(torch.stack(steps[start:end]), Hyper(*hyper[5 * group : 5 * group + 5]), grad_scale)
+        for group, (start, end) in enumerate(pairwise([0, *ends]))
+    ]
+    return torch.cat(rows) if len(rows) > 1 else rows[0], keys_at(bases, clock)
 
 
 def square_root(value: Tensor) -> Tensor:

@@ -15,6 +15,6 @@ def grad_norm(library: Library, grads: list[Tensor], squares: bool) -> Tensor:
     """
     result = torch.empty(2, dtype=torch.float64)
     gradients, dtypes = float_addresses("a gradient", grads)
-    rows = table(gradients, counts(grads), dtypes)
-    library.call("grad_norm", rows.ctypes.data, len(grads), squares, result.data_ptr())
+    _rows, where = table(gradients, counts(grads), dtypes)
+    library.call("grad_norm", where, len(grads), squares, result.data_ptr())
     return result
