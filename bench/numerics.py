@@ -90,7 +90,7 @@ class CodecRun:
         self.t += 1
         row = Scalars(*step_scalars(torch.tensor([self.t]), HYPER, torch.ones(()))[0].unbind())
         m, v = self.codec.m.dequantize(*self.m), self.codec.v.dequantize(*self.v)
-        self.weight, m, v = reference.adamw_update(self.weight, grad, m * row.carry1, v * row.carry2, row)
+        self.weight, m, v = reference.adamw_update(self.weight, grad, m, row.carry1, v * row.carry2, row)
         m, v = m * row.one_minus_beta1, v * row.one_minus_beta2
         # Two numbers per element: with one, the errors of both moments would go together.
         uniform = torch.rand(2, len(grad), generator=self.generator)

@@ -8,7 +8,7 @@ namespace {
 
 // The scalars of a step, one copy in each lane.
 struct Rates {
-  Floats carry1, one_minus_beta1, carry2, one_minus_beta2, eps, decay, step_size, grad_scale;
+  Floats carry1, one_minus_beta1, carry2, one_minus_beta2, eps, decay, minus_step_size, grad_scale;
 
   explicit Rates(const Scalars& s)
       : carry1(broadcast(s.carry1)),
@@ -17,7 +17,7 @@ struct Rates {
         one_minus_beta2(broadcast(s.one_minus_beta2)),
         eps(broadcast(s.eps)),
         decay(broadcast(s.decay)),
-        step_size(broadcast(s.step_size)),
+        minus_step_size(broadcast(-s.step_size)),
         grad_scale(broadcast(s.grad_scale)) {}
 };
 
@@ -45,12 +45,13 @@ LISA_INLINE Largest update_moments(const Block& block, const Scratch scratch, co
                                    Floats v_scale, const CodecConstants& constants) {
   Largest largest;
   for (int pair = 0; pair < block.count; pair += 2 * kLanes) {
-    const Pair old_m = decode_m(load_bytes(block.m_codes + pair), m_scale, constants);
-    const Pair old_v = decode_v(load_bytes(block.v_codes + pair), v_scale, constants);
+    const Pair old_m = decode_m(load_bytes(block.m_codes + pair), constants);
+    const Pair old_v = decode_v(load_bytes(block.v_codes + pair), constants);
     for (int j = 0; j < 2; ++j) {
       const int i = pair + j * kLanes;
       const Floats loaded = Grad::load(block.grad + i), g = scaled ? loaded * rates.grad_scale : loaded;
-      const Floats m = (j == 0 ? old_m.first : old_m.second) + g, v = (j == 0 ? old_v.first : old_v.second) + g * g;
+      const Floats m = multiply_add(j == 0 ? old_m.first : old_m.second, m_scale, g);
+      const Floats v = multiply_add(g, g, (j == 0 ? old_v.first : old_v.second) * v_scale);
       store(scratch.m + i, m);
       store(scratch.v + i, v);
       store(scratch.roots + i, square_root(v));
@@ -62,47 +63,42 @@ LISA_INLINE Largest update_moments(const Block& block, const Scratch scratch, co
 }
 
 LISA_INLINE Floats updated(Floats weight, Floats m, Floats root, const Rates& rates) {
-  return weight * rates.decay - (m / (root + rates.eps)) * rates.step_size;
+  return multiply_add(m / (root + rates.eps), rates.minus_step_size, weight * rates.decay);
 }
 
-// 2: new weights, and the random words that they and the codes are rounded by.
+// 2: new weights, and the hashes of random numbers that they and the codes are rounded by: one vector a unit.
 template <class Weight, bool stochastic>
 LISA_INLINE void update_weights(typename Weight::Storage* __restrict weight, const Scratch scratch, int count,
-                                const Rates& rates, RandomWords random) {
-  for (int pair = 0; pair < count; pair += 2 * kLanes) {
-    Floats value[2];
-    Words words[2] = {};
-    for (int j = 0; j < 2; ++j) {
-      const int i = pair + j * kLanes;
-      value[j] = updated(Weight::load(weight + i), load<Floats>(scratch.m + i), load<Floats>(scratch.roots + i), rates);
-      if (stochastic) {
-        words[j] = random.next();
-        store(scratch.words + i, words[j]);
-      }
-    }
-    store_weights<Weight, stochastic>(weight + pair, value, words);
+                                const Rates& rates, RandomHashes random, const RandomConstants& random_constants) {
+  for (int unit = 0; unit < count; unit += kUnit) {
+    const Words hashes = stochastic ? random.next() : Words{};
+    if (stochastic) store(scratch.hashes + unit / 4, hashes);
+    store_weights<Weight, stochastic>(weight + unit, hashes, random_constants, [&](int place) {
+      const int i = unit + place;
+      return updated(Weight::load(weight + i), load<Floats>(scratch.m + i), load<Floats>(scratch.roots + i), rates);
+    });
   }
 }
 
 template <bool stochastic>
-LISA_INLINE void load_moments(const Scratch scratch, int unit, Unit& m, Unit& v) {
+LISA_INLINE void load_moments(const Scratch scratch, int unit, Words hashes, const RandomConstants& constants, Unit& m,
+                              Unit& v) {
+  const UnitWords each = stochastic ? spread(hashes) : UnitWords{};
   for (int j = 0; j < kVectors; ++j) {
     const int i = unit + j * kLanes;
     m.values[j] = load<Floats>(scratch.m + i), v.values[j] = load<Floats>(scratch.v + i);
-    m.random20[j] = v.random20[j] = broadcast(kHalf);
-    if (stochastic) {
-      const Words words = load<Words>(scratch.words + i);
-      m.random20[j] = m_bits(words), v.random20[j] = v_bits(words);
-    }
+    m.random20[j] = stochastic ? m_bits(each.at[j], constants) : broadcast(kHalf);
+    v.random20[j] = stochastic ? v_bits(each.at[j], constants) : broadcast(kHalf);
   }
 }
 
 // Out of line: rare, and its registers would cost the usual case its own.
 template <bool stochastic>
-__attribute__((noinline)) void encode_small(const Scratch scratch, int unit, float m_scale, float v_scale,
+__attribute__((noinline)) void encode_small(const Scratch scratch, int unit, Words hashes,
+                                            const RandomConstants& constants, float m_scale, float v_scale,
                                             uint8_t* m_codes, uint8_t* v_codes) {
   Unit m{{}, {}, broadcast(m_scale)}, v{{}, {}, broadcast(v_scale)};
-  load_moments<stochastic>(scratch, unit, m, v);
+  load_moments<stochastic>(scratch, unit, hashes, constants, m, v);
   store_bytes(m_codes + unit, encode_m(m));
   store_bytes(v_codes + unit, encode_v(v));
 }
@@ -110,13 +106,15 @@ __attribute__((noinline)) void encode_small(const Scratch scratch, int unit, flo
 // 3: codes.
 template <bool stochastic>
 LISA_INLINE void encode_moments(uint8_t* __restrict m_codes, uint8_t* __restrict v_codes, const Scratch scratch,
-                                int count, float m_scale, float v_scale, const CodecConstants& constants) {
+                                int count, float m_scale, float v_scale, const CodecConstants& constants,
+                                const RandomConstants& random_constants) {
   Unit m{{}, {}, broadcast(m_scale)}, v{{}, {}, broadcast(v_scale)};
   for (int unit = 0; unit < count; unit += kUnit) {
-    load_moments<stochastic>(scratch, unit, m, v);
+    const Words hashes = stochastic ? load<Words>(scratch.hashes + unit / 4) : Words{};
+    load_moments<stochastic>(scratch, unit, hashes, random_constants, m, v);
     Codes codes;
     if (!encode_large(m, v, constants, codes)) {
-      encode_small<stochastic>(scratch, unit, m_scale, v_scale, m_codes, v_codes);
+      encode_small<stochastic>(scratch, unit, hashes, random_constants, m_scale, v_scale, m_codes, v_codes);
       continue;
     }
     store_bytes(m_codes + unit, codes.m);
@@ -134,7 +132,8 @@ inline Value* padded_copy(const Value* from, int count, int padded_count, void* 
 template <class Weight, class Grad, bool stochastic>
 LISA_INLINE void update_block8(const Block8<Weight, Grad>& block, float& m_absmax, float& v_absmax,
                                const Scratch scratch, const AdamW8Task& task, const Rates& rates,
-                               const CodecConstants& constants, const RandomWords random) {
+                               const CodecConstants& constants, const RandomConstants& random_constants,
+                               const RandomHashes random) {
   const Floats m_scale = broadcast(decode_scale(m_absmax, task.scalars.carry1));
   const Floats v_scale = broadcast(decode_scale(v_absmax, task.scalars.carry2));
   // Without clipping or loss scaling the gradient is taken as it is: a product with 1 changes nothing.
@@ -144,9 +143,9 @@ LISA_INLINE void update_block8(const Block8<Weight, Grad>& block, float& m_absma
   const float new_m_absmax = absmax_of(largest.m), new_v_absmax = absmax_of(largest.v);
   const float m_encode_scale = encode_scale(new_m_absmax), v_encode_scale = encode_scale(new_v_absmax);
   m_absmax = new_m_absmax * task.scalars.one_minus_beta1, v_absmax = new_v_absmax * task.scalars.one_minus_beta2;
-  update_weights<Weight, stochastic>(block.weight, scratch, block.count, rates, random);
+  update_weights<Weight, stochastic>(block.weight, scratch, block.count, rates, random, random_constants);
   encode_moments<stochastic>(block.m_codes, block.v_codes, scratch, block.count, m_encode_scale, v_encode_scale,
-                             constants);
+                             constants, random_constants);
 }
 
 template <class Weight, class Grad>
@@ -170,6 +169,7 @@ void adamw8(const AdamW8Task& task, const Scratch& scratch, int64_t begin, int64
   const AdamW8Row& row = task.row;
   const Rates rates(task.scalars);
   const CodecConstants constants;
+  const RandomConstants random_constants;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t start = index * task.block_size;
     const Block8<Weight, Grad> block{static_cast<typename Weight::Storage*>(row.weight) + start,
@@ -179,52 +179,49 @@ void adamw8(const AdamW8Task& task, const Scratch& scratch, int64_t begin, int64
     const bool is_whole = block.count % kUnit == 0;
     const Block8<Weight, Grad> padded = is_whole ? block : padded_copy(block, scratch);
     update_block8<Weight, Grad, stochastic>(padded, row.m_absmax[index], row.v_absmax[index], scratch, task, rates,
-                                            constants, RandomWords(task.key, start));
+                                            constants, random_constants, RandomHashes(task.key, start));
     if (!is_whole) copy_results(padded, block);
   }
 }
 
 template <class Weight, class Grad, bool stochastic>
 LISA_INLINE void update_unit32(typename Weight::Storage* weight, const typename Grad::Storage* grad, float* m, float* v,
-                               const Rates& rates, RandomWords& random) {
-  for (int pair = 0; pair < kUnit; pair += 2 * kLanes) {
-    Floats value[2];
-    Words words[2] = {};
-    for (int j = 0; j < 2; ++j) {
-      const int i = pair + j * kLanes;
-      const Floats g = Grad::load(grad + i) * rates.grad_scale;
-      const Floats new_m = load<Floats>(m + i) * rates.carry1 + g, new_v = load<Floats>(v + i) * rates.carry2 + g * g;
-      store(m + i, new_m * rates.one_minus_beta1);
-      store(v + i, new_v * rates.one_minus_beta2);
-      value[j] = updated(Weight::load(weight + i), new_m, square_root(new_v), rates);
-      if (kStochasticWeight<Weight, stochastic>) words[j] = random.next();
-    }
-    store_weights<Weight, stochastic>(weight + pair, value, words);
-  }
+                               const Rates& rates, RandomHashes& random, const RandomConstants& constants) {
+  const Words hashes = kStochasticWeight<Weight, stochastic> ? random.next() : Words{};
+  store_weights<Weight, stochastic>(weight, hashes, constants, [&](int i) {
+    const Floats g = Grad::load(grad + i) * rates.grad_scale;
+    const Floats new_m = multiply_add(load<Floats>(m + i), rates.carry1, g);
+    const Floats new_v = multiply_add(g, g, load<Floats>(v + i) * rates.carry2);
+    store(m + i, new_m * rates.one_minus_beta1);
+    store(v + i, new_v * rates.one_minus_beta2);
+    return updated(Weight::load(weight + i), new_m, square_root(new_v), rates);
+  });
 }
 
 template <class Weight, class Grad, bool stochastic>
 void adamw32(const AdamW32Task& task, const Scratch&, int64_t begin, int64_t end) {
   const AdamW32Row& row = task.row;
   const Rates rates(task.scalars);
+  const RandomConstants constants;
   auto* weights = static_cast<typename Weight::Storage*>(row.weight);
   const auto* grads = static_cast<const typename Grad::Storage*>(row.grad);
   for (int64_t start = begin * kSpan; start < smaller(end * kSpan, row.count); start += kSpan) {
     const int count = static_cast<int>(smaller(kSpan, row.count - start));
-    RandomWords random(task.key, start);
+    RandomHashes random(task.key, start);
     auto* weight = weights + start;
     const auto* grad = grads + start;
     float *m = row.m + start, *v = row.v + start;
     for_units(count, [&](int unit, int rest) {
       if (rest == 0) {
-        update_unit32<Weight, Grad, stochastic>(weight + unit, grad + unit, m + unit, v + unit, rates, random);
+        update_unit32<Weight, Grad, stochastic>(weight + unit, grad + unit, m + unit, v + unit, rates, random,
+                                                constants);
         return;
       }
       Padded<typename Weight::Storage> last_weight(weight + unit, rest);
       const Padded<typename Grad::Storage> last_grad(grad + unit, rest);
       Padded<float> last_m(m + unit, rest), last_v(v + unit, rest);
       update_unit32<Weight, Grad, stochastic>(last_weight.values, last_grad.values, last_m.values, last_v.values, rates,
-                                              random);
+                                              random, constants);
       std::memcpy(weight + unit, last_weight.values, sizeof(*weight) * rest);
       std::memcpy(m + unit, last_m.values, sizeof(float) * rest);
       std::memcpy(v + unit, last_v.values, sizeof(float) * rest);

@@ -37,7 +37,7 @@ int32_t detect_instruction_set() {
       __builtin_cpu_supports("avx512vl")) {
     return kAvx512;
   }
-  if (__builtin_cpu_supports("avx2") && has_f16c()) return kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return kAvx2;
 #endif
   return kBaseline;
 }

@@ -88,9 +88,9 @@ LISA_EXPORT void lisa_kernels_dequantize_blockwise(const uint8_t* codes, const f
                                                    int64_t count, int64_t block_size, int32_t is_signed,
                                                    int32_t threads, int32_t instruction_set);
 
-// weight <- decay * weight + update, rounded once. `first_element` is the index of weight[0] in the whole tensor.
-// `remainder`: null, or the lower halves of the float32 masters of which a bfloat16 weight holds the upper ones; these
-// are then what is updated, and nothing is rounded at random.
+// weight <- decay * weight + update, rounded once. `first_element`: the index of weight[0] in the whole tensor, a
+// multiple of 4. `remainder`: null, or the lower halves of the float32 masters of which a bfloat16 weight holds the
+// upper ones; these are then what is updated, and nothing is rounded at random.
 LISA_EXPORT void lisa_kernels_fold(void* weight, uint16_t* remainder, const float* update, int64_t count,
                                    int64_t first_element, float decay, uint64_t key, int32_t weight_dtype,
                                    int32_t stochastic, int32_t threads, int32_t instruction_set);

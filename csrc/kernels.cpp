@@ -42,14 +42,14 @@ void grad_norm(const NormTask& task, const Scratch&, int64_t begin, int64_t end)
 }
 
 template <bool is_signed, bool stochastic>
-LISA_INLINE Bytes encode_unit(const float* from, Floats scale, RandomWords& random) {
+LISA_INLINE Bytes encode_unit(const float* from, Floats scale, RandomHashes& random, const RandomConstants& constants) {
   Unit unit{{}, {}, scale};
+  const UnitWords hashes = stochastic ? spread(random.next()) : UnitWords{};
   for (int j = 0; j < kVectors; ++j) {
     unit.values[j] = load<Floats>(from + j * kLanes);
     unit.random20[j] = broadcast(kHalf);
     if (stochastic) {
-      const Words words = random.next();
-      unit.random20[j] = is_signed ? m_bits(words) : v_bits(words);
+      unit.random20[j] = is_signed ? m_bits(hashes.at[j], constants) : v_bits(hashes.at[j], constants);
     }
     if (!is_signed) unit.values[j] = float_of(magnitude(unit.values[j]));  // a −0 is no negative number
   }
@@ -58,6 +58,7 @@ LISA_INLINE Bytes encode_unit(const float* from, Floats scale, RandomWords& rand
 
 template <bool is_signed, bool stochastic>
 void quantize(const QuantizeTask& task, const Scratch&, int64_t begin, int64_t end) {
+  const RandomConstants constants;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * task.block_size;
     const int count = static_cast<int>(smaller(task.block_size, task.count - start));
@@ -71,15 +72,16 @@ void quantize(const QuantizeTask& task, const Scratch&, int64_t begin, int64_t e
     });
     task.absmax[block] = absmax_of(largest);
     const Floats scale = broadcast(encode_scale(task.absmax[block]));
-    RandomWords random(task.key, start);
+    RandomHashes random(task.key, start);
     for_units(count, [&](int unit, int rest) {
       if (rest == 0) {
-        store_bytes(task.codes + start + unit, encode_unit<is_signed, stochastic>(values + unit, scale, random));
+        store_bytes(task.codes + start + unit,
+                    encode_unit<is_signed, stochastic>(values + unit, scale, random, constants));
         return;
       }
       uint8_t codes[kUnit];
       const Padded<float> last(values + unit, rest);
-      store_bytes(codes, encode_unit<is_signed, stochastic>(last.values, scale, random));
+      store_bytes(codes, encode_unit<is_signed, stochastic>(last.values, scale, random, constants));
       std::memcpy(task.codes + start + unit, codes, rest);
     });
   }
@@ -89,9 +91,9 @@ template <bool is_signed>
 LISA_INLINE void decode_unit(const uint8_t* codes, Floats scale, float* values, const CodecConstants& constants) {
   for (int i = 0; i < kUnit; i += 2 * kLanes) {
     const Shorts wide = load_bytes(codes + i);
-    const Pair pair = is_signed ? decode_m(wide, scale, constants) : decode_v(wide, scale, constants);
-    store(values + i, pair.first);
-    store(values + i + kLanes, pair.second);
+    const Pair pair = is_signed ? decode_m(wide, constants) : decode_v(wide, constants);
+    store(values + i, pair.first * scale);
+    store(values + i + kLanes, pair.second * scale);
   }
 }
 
@@ -114,17 +116,12 @@ void dequantize(const DequantizeTask& task, const Scratch&, int64_t begin, int64
 }
 
 template <class Weight, bool stochastic>
-LISA_INLINE void fold_unit(typename Weight::Storage* weight, const float* update, Floats decay, RandomWords& random) {
-  for (int pair = 0; pair < kUnit; pair += 2 * kLanes) {
-    Floats value[2];
-    Words words[2] = {};
-    for (int j = 0; j < 2; ++j) {
-      const int i = pair + j * kLanes;
-      value[j] = Weight::load(weight + i) * decay + load<Floats>(update + i);
-      if (kStochasticWeight<Weight, stochastic>) words[j] = random.next();
-    }
-    store_weights<Weight, stochastic>(weight + pair, value, words);
-  }
+LISA_INLINE void fold_unit(typename Weight::Storage* weight, const float* update, Floats decay, RandomHashes& random,
+                           const RandomConstants& constants) {
+  const Words hashes = kStochasticWeight<Weight, stochastic> ? random.next() : Words{};
+  store_weights<Weight, stochastic>(weight, hashes, constants, [&](int i) {
+    return Weight::load(weight + i) * decay + load<Floats>(update + i);
+  });
 }
 
 // Call body(first element, count) for spans of a band. They are aligned in the whole tensor, not in this band of it, so
@@ -141,14 +138,15 @@ LISA_INLINE void for_spans(const FoldTask& task, int64_t begin, int64_t end, con
 template <class Weight, bool stochastic>
 void fold(const FoldTask& task, const Scratch&, int64_t begin, int64_t end) {
   const Floats decay = broadcast(task.decay);
+  const RandomConstants constants;
   for_spans(task, begin, end, [&](int64_t start, int count) {
-    RandomWords random(task.key, task.first_element + start);
+    RandomHashes random(task.key, task.first_element + start);
     auto* weight = static_cast<typename Weight::Storage*>(task.weight) + start;
     const float* update = task.update + start;
     for_units(count, [&](int unit, int rest) {
-      if (rest == 0) return fold_unit<Weight, stochastic>(weight + unit, update + unit, decay, random);
+      if (rest == 0) return fold_unit<Weight, stochastic>(weight + unit, update + unit, decay, random, constants);
       Padded<typename Weight::Storage> last(weight + unit, rest);
-      fold_unit<Weight, stochastic>(last.values, Padded<float>(update + unit, rest).values, decay, random);
+      fold_unit<Weight, stochastic>(last.values, Padded<float>(update + unit, rest).values, decay, random, constants);
       std::memcpy(weight + unit, last.values, sizeof(*weight) * rest);
     });
   });

@@ -91,21 +91,41 @@ struct Pair {
   Floats first, second;
 };
 
-// Make floats of the upper halves of their bits, times the block's scale.
-LISA_INLINE Pair scaled(Shorts upper_halves, Floats scale) {
-  return {float_of(first_words(upper_halves)) * scale, float_of(second_words(upper_halves)) * scale};
+LISA_INLINE Pair floats_of(Shorts upper_halves) {
+  return {float_of(first_words(upper_halves)), float_of(second_words(upper_halves))};
 }
 
-// The codes of two vectors, each code in the upper half of 16 bits; the scale is finite.
-LISA_INLINE Pair decode_m(Shorts codes, Floats scale, const CodecConstants& constants) {
+// What the codes of two vectors stand for before their block's scale; each code in the upper half of 16 bits.
+LISA_INLINE Pair decode_m(Shorts codes, const CodecConstants& constants) {
   const Shorts shifted = codes >> 4, offset = where_nonzero(shifted & constants.magnitude, constants.m_offset);
-  return scaled((shifted & constants.sign_and_magnitude) + offset, scale);
+  return floats_of((shifted & constants.sign_and_magnitude) + offset);
 }
 
-LISA_INLINE Pair decode_v(Shorts codes, Floats scale, const CodecConstants& constants) {
+LISA_INLINE Pair decode_v(Shorts codes, const CodecConstants& constants) {
   const Shorts magnitude = codes_of(unsigned_of(codes));
-  return scaled(magnitude + where_nonzero(magnitude, constants.v_offset), scale);
+  return floats_of(magnitude + where_nonzero(magnitude, constants.v_offset));
 }
+
+// The powers of a factor by which the hash of four elements becomes the word of each of them, and a number for its
+// weight. In memory for the same reason.
+struct RandomConstants {
+  Words word = powers_from(0), weight = powers_from(4);
+
+  RandomConstants() { asm("" : "+m"(*this)); }
+
+ private:
+  static constexpr uint32_t kFactor = 0xd9cece9fu;
+  static constexpr uint32_t power(int exponent) {
+    uint32_t value = 1;
+    for (int i = 0; i < exponent; ++i) value *= kFactor;
+    return value;
+  }
+  static Words powers_from(int exponent) {
+    Words powers{};
+    for (int lane = 0; lane < kLanes; ++lane) powers[lane] = power(exponent + lane % 4);
+    return powers;
+  }
+};
 
 // A unit of moments, their block's scale and the random numbers in [0, 2^20) that round them.
 struct Unit {
@@ -181,35 +201,32 @@ LISA_INLINE bool encode_large(const Unit& m, const Unit& v, const CodecConstants
 // Random words, as lisa_kernels/ops/random_bits.py defines them.
 
 template <class Word>
-inline Word scrambled(Word value) {
+inline Word mix32(Word value) {
   value = (value ^ (value >> 16)) * 0x7feb352du;
-  return (value ^ (value >> 15)) * 0x846ca68bu;
-}
-
-inline uint32_t mix32(uint32_t value) {
-  value = scrambled(value);
+  value = (value ^ (value >> 15)) * 0x846ca68bu;
   return value ^ (value >> 16);
 }
 
-// The words of the elements from `start` on, as far as the next multiple of 2^32, a vector at a time.
-class RandomWords {
+// The hashes of the elements from `start` on, a multiple of 4, as far as the next multiple of 2^32: those of a unit at a
+// time, one for every four elements, to be spread.
+class RandomHashes {
  public:
-  LISA_INLINE RandomWords(uint64_t key, int64_t start)
-      : elements_(count_from(static_cast<uint32_t>(start))),
+  LISA_INLINE RandomHashes(uint64_t key, int64_t start)
+      : fours_(four_apart(static_cast<uint32_t>(start) >> 2)),
         base_(broadcast(mix32(static_cast<uint32_t>(key) + static_cast<uint32_t>(start >> 32) * 0x9e3779b9u) ^
                         static_cast<uint32_t>(key >> 32))) {}
   Words next() {
-    const Words words = scrambled(elements_ ^ base_);
-    elements_ += kLanes;
-    return words;
+    const Words hashes = mix32(fours_ ^ base_);
+    fours_ += kLanes;
+    return hashes;
   }
 
  private:
-  Words elements_, base_;
+  Words fours_, base_;
 };
 
-inline Words m_bits(Words words) { return words >> 12; }
-inline Words v_bits(Words words) { return (words * 0x9e3779b1u) >> 12; }
-inline Words weight_bits(Words words) { return (words * 0x85ebca77u) >> 16; }
+inline Words m_bits(Words hashes, const RandomConstants& constants) { return (hashes * constants.word) >> 12; }
+inline Words v_bits(Words hashes, const RandomConstants& constants) { return (hashes * constants.word) & 0xfffff; }
+inline Words weight_bits(Words hashes, const RandomConstants& constants) { return (hashes * constants.weight) >> 16; }
 
 }  // namespace

@@ -66,6 +66,11 @@ inline Shorts signed_of(UnsignedShorts shorts) { return reinterpret_cast<Shorts>
 inline Words first_words(Shorts halves) { return reinterpret_cast<Words>(halves) << 16; }
 inline Words second_words(Shorts halves) { return reinterpret_cast<Words>(halves) & 0xffff0000; }
 
+// Vectors for a unit of elements.
+struct UnitWords {
+  Words at[kVectors];
+};
+
 #if defined(__AVX512BW__)
 
 inline __m512i raw(Words words) { return reinterpret_cast<__m512i>(words); }
@@ -73,6 +78,8 @@ inline __m512i raw(Shorts shorts) { return reinterpret_cast<__m512i>(shorts); }
 inline __m512i raw(UnsignedShorts shorts) { return reinterpret_cast<__m512i>(shorts); }
 
 inline Floats square_root(Floats values) { return _mm512_sqrt_ps(values); }
+// a * b + c, rounded once.
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline bool any_negative(Shorts shorts) { return _mm512_movepi16_mask(raw(shorts)) != 0; }
 // The values at whose place a magnitude is not 0, and 0 at the others.
 inline Shorts where_nonzero(Shorts magnitudes, Shorts values) { return (magnitudes != 0) & values; }
@@ -91,6 +98,15 @@ inline Shorts joined(Words a, Words b) {
 inline Bytes pack_unsigned(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm512_packus_epi16(raw(a), raw(b))); }
 
 // Bytes for two vectors as the upper halves of 16-bit integers.
+// A word for every four elements of a unit, four times each; `four_apart` has the order.
+LISA_INLINE UnitWords spread(Words words) {
+  const __m512i all = raw(words);
+  return {{reinterpret_cast<Words>(_mm512_shuffle_epi32(all, _MM_PERM_AAAA)),
+           reinterpret_cast<Words>(_mm512_shuffle_epi32(all, _MM_PERM_BBBB)),
+           reinterpret_cast<Words>(_mm512_shuffle_epi32(all, _MM_PERM_CCCC)),
+           reinterpret_cast<Words>(_mm512_shuffle_epi32(all, _MM_PERM_DDDD))}};
+}
+
 inline Shorts load_bytes(const uint8_t* from) {
   const __m128i* halves = reinterpret_cast<const __m128i*>(from);
   const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128(halves));
@@ -133,6 +149,7 @@ inline __m256i raw(Shorts shorts) { return reinterpret_cast<__m256i>(shorts); }
 inline __m256i raw(UnsignedShorts shorts) { return reinterpret_cast<__m256i>(shorts); }
 
 inline Floats square_root(Floats values) { return _mm256_sqrt_ps(values); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline bool any_negative(Shorts shorts) { return (_mm256_movemask_epi8(raw(shorts)) & 0xaaaaaaaa) != 0; }
 inline Shorts where_nonzero(Shorts magnitudes, Shorts values) {
   return reinterpret_cast<Shorts>(_mm256_sign_epi16(raw(values), raw(magnitudes)));
@@ -149,6 +166,14 @@ inline Shorts joined(Words a, Words b) {
   return reinterpret_cast<Shorts>(_mm256_blend_epi16(raw(a >> 16), raw(b), 0xaa));
 }
 inline Bytes pack_unsigned(Shorts a, Shorts b) { return reinterpret_cast<Bytes>(_mm256_packus_epi16(raw(a), raw(b))); }
+
+LISA_INLINE UnitWords spread(Words words) {
+  const __m256i all = raw(words);
+  return {{reinterpret_cast<Words>(_mm256_shuffle_epi32(all, 0x00)),
+           reinterpret_cast<Words>(_mm256_shuffle_epi32(all, 0x55)),
+           reinterpret_cast<Words>(_mm256_shuffle_epi32(all, 0xaa)),
+           reinterpret_cast<Words>(_mm256_shuffle_epi32(all, 0xff))}};
+}
 
 // Sixteen bytes, in both halves of a register.
 inline __m256i load_twice(const void* from) {
@@ -194,6 +219,11 @@ inline Floats square_root(Floats values) {
   for (int lane = 0; lane < kLanes; ++lane) roots[lane] = __builtin_sqrtf(values[lane]);
   return roots;
 }
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  Floats sums{};
+  for (int lane = 0; lane < kLanes; ++lane) sums[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return sums;
+}
 inline bool any_negative(Shorts shorts) {
   int16_t all = 0;
   for (int lane = 0; lane < 2 * kLanes; ++lane) all |= shorts[lane];
@@ -214,6 +244,14 @@ inline Bytes pack_unsigned(Shorts a, Shorts b) {
     packed[2 * kLanes + lane] = static_cast<uint8_t>(b[lane]);
   }
   return packed;
+}
+
+inline UnitWords spread(Words words) {
+  UnitWords all{};
+  for (int j = 0; j < kVectors; ++j) {
+    for (int lane = 0; lane < kLanes; ++lane) all.at[j][lane] = words[lane / 4 * 4 + j];
+  }
+  return all;
 }
 
 inline Shorts load_bytes(const uint8_t* from) {
@@ -262,11 +300,12 @@ inline Doubles second_doubles(Floats values) { return Doubles{values[2], values[
 
 #endif
 
-// The numbers start, start + 1 … for the lanes. The compiler must not know that they grow evenly: it would make each
-// later vector of them anew from a scalar, which costs more than the addition.
-LISA_INLINE Words count_from(uint32_t start) {
+// The numbers start, start + 1 …, one for every four elements of a unit, in the order in which `spread` brings each to
+// its elements. The compiler must not know that they grow evenly: it would make each later vector of them anew from a
+// scalar, which costs more than the addition.
+LISA_INLINE Words four_apart(uint32_t start) {
   Words numbers{};
-  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = static_cast<uint32_t>(lane);
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = static_cast<uint32_t>(lane % 4 * (kLanes / 4) + lane / 4);
   numbers += start;
 #if defined(__SSE2__)
   asm("" : "+x"(numbers));

@@ -40,14 +40,22 @@ constexpr bool kStochasticWeight = false;
 template <bool stochastic>
 constexpr bool kStochasticWeight<BFloat16, stochastic> = stochastic;
 
-// Store two vectors; `words` holds their random words.
-template <class Weight, bool stochastic>
-LISA_INLINE void store_weights(typename Weight::Storage* to, const Floats (&values)[2], const Words (&words)[2]) {
-  if constexpr (kStochasticWeight<Weight, stochastic>) {
-    Weight::store(to, values[0], values[1], weight_bits(words[0]), weight_bits(words[1]));
-  } else {
-    (void)words;
-    Weight::store(to, values[0], values[1]);
+// Store a unit of weights, made vector by vector by value(first element of it); `all_hashes` round them.
+template <class Weight, bool stochastic, class Value>
+LISA_INLINE void store_weights(typename Weight::Storage* to, Words all_hashes, const RandomConstants& constants,
+                               const Value& value) {
+  UnitWords hashes{};
+  if constexpr (kStochasticWeight<Weight, stochastic>) hashes = spread(all_hashes);
+  for (int j = 0; j < kVectors; j += 2) {
+    const int i = j * kLanes;
+    const Floats first = value(i), second = value(i + kLanes);
+    if constexpr (kStochasticWeight<Weight, stochastic>) {
+      Weight::store(to + i, first, second, weight_bits(hashes.at[j], constants),
+                    weight_bits(hashes.at[j + 1], constants));
+    } else {
+      (void)constants;
+      Weight::store(to + i, first, second);
+    }
   }
 }
 

@@ -170,6 +170,7 @@ def no_epsilon(machine: Machine) -> None:
 STEPS, STEPS_BF16, WHOLE_TILES = (
     steps_of(SMALL), steps_of(SMALL_BF16), steps_of(replace(SMALL_BF16, sizes=(2048, 2048)))
 )  # fmt: skip
+MOMENTS_32 = steps_of(replace(SMALL, block_size=None))
 ODD = steps_of(replace(SMALL, sizes=(255, 999)))
 SPREAD = steps_of(replace(SMALL, sizes=(1000, 992), values=(EXTREMES["all scales"], EXTREMES["all scales"][:992])))
 FAR = steps_of(Case((2048, 2048), (BF16,), (BF16,), start=2**32 + 2**31, hypers=(HYPER,)))
@@ -180,13 +181,20 @@ TINY, NANS = norm_of(normal(5000, 1) * 1e-30), norm_of(torch.tensor([1.0, math.n
 DEFECTS: dict[str, tuple[str, str, str, Check]] = {
     "inclusive mask of vectors": ("tiles", "mask = offsets + SHIFT < left", "mask = offsets + SHIFT <= left", STEPS),
     "inclusive mask of elements": ("tiles", "[None, None, :]) < left", "[None, None, :]) <= left", ODD),
-    "half of the key": ("tiles", "start.to(tl.uint32) ^ mix32(low) ^ (key >> 32).to(tl.uint32)",
-                        "start.to(tl.uint32) ^ mix32(low)", STEPS),
+    "half of the key": (
+        "tiles", "(start.to(tl.uint32) >> 2) ^ mix32(low) ^ (key >> 32).to(tl.uint32)",
+        "(start.to(tl.uint32) >> 2) ^ mix32(low)", STEPS,
+    ),
+    "one word for four elements": ("tiles", "return hashes * (once * twice)", "return hashes", STEPS),
+    "a hash for eight elements": ("tiles", "state ^ (index >> 2)", "state ^ (index >> 3)", STEPS),
+    "weights rounded by the first moment's number": (
+        "tiles", "return (words * WEIGHT_FACTOR) >> 16", "return words >> 16", STEPS_BF16
+    ),
     "words without the element's high half": ("tiles", "(start >> 32).to", "(start >> 63).to", FAR),
     "starts in 32 bits": (
         "adamw8", "start = tile * ELEMENTS", "start = (tile.to(tl.int32) * ELEMENTS).to(tl.int64)", FAR
     ),
-    "one number for both moments": ("tiles", "return (words * 0x9E3779B1) >> 12", "return words >> 12", STEPS),
+    "one number for both moments": ("tiles", "return words & 0xFFFFF", "return words >> 12", STEPS),
     "weights rounded half a place up": ("tiles", "+ bits16) >> 16", "+ bits16 + 0x8000) >> 16", STEPS_BF16),
     "weights truncated": ("tiles", "+ bits16) >> 16", ") >> 16", STEPS_BF16),
     "16-bit halves exchanged": ("tiles", "tl.join(low, high)", "tl.join(high, low)", WHOLE_TILES),
@@ -209,12 +217,16 @@ DEFECTS: dict[str, tuple[str, str, str, Check]] = {
     "reciprocal one place low": ("blockwise8", "above, r)", "r, r)", reciprocals),
     "reciprocal that overflows": ("blockwise8", "tl.minimum(x, LARGEST)", "x", reciprocals),
     "bytes of m exchanged": ("blockwise8", "tl.join(even, odd)", "tl.join(odd, even)", WHOLE_TILES),
-    "no gradient scale": ("adamw8", " * grad_scale\n    m = load_m", "\n    m = load_m", STEPS),
+    "no gradient scale": ("adamw8", " * grad_scale\n    m = tl.fma(load_m", "\n    m = tl.fma(load_m", STEPS),
+    "m rounded twice": (
+        "adamw8", "m = tl.fma(load_floats(m_pointer, offsets, SHIFT, mask, VECTOR, ACCESS), carry1, g)",
+        "m = load_floats(m_pointer, offsets, SHIFT, mask, VECTOR, ACCESS) * carry1 + g", MOMENTS_32,
+    ),
     "ε inside the root": ("adamw8", "tl.sqrt(v) + eps", "tl.sqrt(v + eps)", STEPS),
     "no ε": ("adamw8", "tl.sqrt(v) + eps", "tl.sqrt(v)", no_epsilon),
     "decay after the update": (
-        "adamw8", "weight * decay - ((m * root) * root) * step_size",
-        "(weight - ((m * root) * root) * step_size) * decay", STEPS,
+        "adamw8", "tl.fma(-((m * root) * root), step_size, weight * decay)",
+        "tl.fma(-((m * root) * root), step_size, weight) * decay", STEPS,
     ),
     "a root too coarse": ("adamw8", "root = tl.rsqrt", "root = 1.000001 * tl.rsqrt", STEPS),
     "scalars of another tensor": ("adamw8", "tile, scalars + 8 * row, keys", "tile, scalars, keys", STEPS),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lisa_kernels.ops.blockwise8.reference import dequantize, quantize
+from lisa_kernels.ops.blockwise8.reference import decode, quantize, scales
 from lisa_kernels.ops.random_bits import keys_at, moment_bits, random_words, round_to_bfloat16, weight_bits
 
 # Elements worked on at a time; a multiple of every block size, so that temporaries stay small and blocks whole.
@@ -92,18 +92,33 @@ def square_root(value: Tensor) -> Tensor:
     return value.to(torch.float64).sqrt().to(torch.float32) if value.device.type == "cpu" else value.sqrt()
 
 
-def adamw_update(
-    weight: Tensor, grad: Tensor, carried_m: Tensor, carried_v: Tensor, scalars: Scalars
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the new float32 (weight, m / (1 − β₁), v / (1 − β₂)) from the moments already times their carry.
+def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a · b + c of float32 tensors, rounded once, as IEEE's fused operation has it.
 
-    Decay comes first, as in `torch.optim.AdamW`.
+    A product of two float32 is exact in float64, and the sum's error there is known exactly. An inexact sum is made
+    odd in its last bit, away from the middle of two float32, so that the second rounding cannot go astray.
+    """
+    product, addend = a.to(torch.float64) * b.to(torch.float64), c.to(torch.float64)
+    total = product + addend
+    back = total - product
+    rest = (product - (total - back)) + (addend - back)
+    bits = total.view(torch.int64)
+    towards_odd = torch.where((rest > 0) == (total > 0), 1, -1) * ((rest != 0) & (bits & 1 == 0))
+    return (bits + towards_odd).view(torch.float64).to(torch.float32)
+
+
+def adamw_update(
+    weight: Tensor, grad: Tensor, m: Tensor, m_scale: Tensor, carried_v: Tensor, scalars: Scalars
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the new float32 (weight, m / (1 − β₁), v / (1 − β₂)) from m · m_scale and v times their carries.
+
+    Decay comes first, as in `torch.optim.AdamW`. Each product that is added to something is rounded with the sum.
     """
     grad = grad * scalars.grad_scale
-    m = carried_m + grad
-    v = carried_v + grad * grad
-    update = (m / (square_root(v) + scalars.eps)) * scalars.step_size
-    return weight * scalars.decay - update, m, v
+    m = multiply_add(m, m_scale, grad)
+    v = multiply_add(grad, grad, carried_v)
+    ratio = m / (square_root(v) + scalars.eps)
+    return multiply_add(-ratio, scalars.step_size, weight * scalars.decay), m, v
 
 
 def _write_weight(param: Tensor, new: Tensor, skip: Tensor, words: Tensor | None) -> None:
@@ -135,10 +150,12 @@ def _update8(
     m_codes, m_absmax, v_codes, v_absmax = state
     for span in _spans(param.numel()):
         blocks = slice(span.start // block_size, -(-span.stop // block_size))
-        words = random_words(key, span.start, span.stop - span.start) if stochastic else None
-        m = dequantize(m_codes[span], m_absmax[blocks], True, block_size, scalars.carry1)
-        v = dequantize(v_codes[span], v_absmax[blocks], False, block_size, scalars.carry2)
-        weight, m, v = adamw_update(param[span].to(torch.float32), grad[span].to(torch.float32), m, v, scalars)
+        count = span.stop - span.start
+        words = random_words(key, span.start, count) if stochastic else None
+        m, m_scale = decode(m_codes[span], True), scales(m_absmax[blocks], block_size, count, scalars.carry1)
+        v = decode(v_codes[span], False) * scales(v_absmax[blocks], block_size, count, scalars.carry2)
+        given = param[span].to(torch.float32), grad[span].to(torch.float32)
+        weight, m, v = adamw_update(*given, m, m_scale, v, scalars)
         _write_weight(param[span], weight, skip, words)
         for moment, codes, absmax, signed, rest in (
             (m, m_codes, m_absmax, True, scalars.one_minus_beta1),
@@ -168,9 +185,8 @@ def _update32(
         words = None
         if stochastic and param.dtype == torch.bfloat16:
             words = random_words(key, span.start, span.stop - span.start)
-        carried_m, carried_v = m[span] * scalars.carry1, v[span] * scalars.carry2
         given = param[span].to(torch.float32), grad[span].to(torch.float32)
-        weight, new_m, new_v = adamw_update(*given, carried_m, carried_v, scalars)
+        weight, new_m, new_v = adamw_update(*given, m[span], scalars.carry1, v[span] * scalars.carry2, scalars)
         _write_weight(param[span], weight, skip, words)
         m[span].copy_(torch.where(skip, m[span], new_m * scalars.one_minus_beta1))
         v[span].copy_(torch.where(skip, v[span], new_v * scalars.one_minus_beta2))

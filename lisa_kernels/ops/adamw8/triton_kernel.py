@@ -74,8 +74,8 @@ def new_moments(
     """The new moments of one step of a tile, divided by 1 − β; zeros where it ends."""
     mask = tile_mask(offsets, SHIFT, left, VECTOR, ACCESS)
     g = load_floats(grad, offsets, SHIFT, mask, VECTOR, ACCESS) * grad_scale
-    m = load_m(m_codes, offsets, SHIFT, mask, m_scale, VECTOR, ACCESS) + g
-    v = load_v(v_codes, offsets, SHIFT, mask, v_scale, VECTOR, ACCESS) + g * g
+    m = tl.fma(load_m(m_codes, offsets, SHIFT, mask, VECTOR, ACCESS), tl.broadcast_to(m_scale, g.shape), g)
+    v = tl.fma(g, g, load_v(v_codes, offsets, SHIFT, mask, v_scale, VECTOR, ACCESS))
     return m, v
 
 
@@ -84,7 +84,7 @@ def new_weight(weight, m, v, eps, decay, step_size):
     """The new float32 weight: decay first; m / (√v + ε') as m times the squared reciprocal root of the divisor."""
     # The approximate root of a subnormal v is 0, and ε' never.
     root = tl.rsqrt(tl.sqrt(v) + eps)
-    return weight * decay - ((m * root) * root) * step_size
+    return tl.fma(-((m * root) * root), step_size, weight * decay)
 
 
 @triton.jit
@@ -261,8 +261,8 @@ def update_step32(
     carry2, one_minus_beta2 = tl.load(scalars + 2), tl.load(scalars + 3)
     eps, decay, step_size = tl.load(scalars + 4), tl.load(scalars + 5), tl.load(scalars + 6)
     g = load_floats(grad, offsets, SHIFT, mask, VECTOR, ACCESS) * grad_scale
-    m = load_floats(m_pointer, offsets, SHIFT, mask, VECTOR, ACCESS) * carry1 + g
-    v = load_floats(v_pointer, offsets, SHIFT, mask, VECTOR, ACCESS) * carry2 + g * g
+    m = tl.fma(load_floats(m_pointer, offsets, SHIFT, mask, VECTOR, ACCESS), carry1, g)
+    v = tl.fma(g, g, load_floats(v_pointer, offsets, SHIFT, mask, VECTOR, ACCESS) * carry2)
     weight = load_floats(param, offsets, SHIFT, mask, VECTOR, ACCESS)
     weight = new_weight(weight, m, v, eps, decay, step_size)
     words = random_words(state, element_offsets(offsets, SHIFT, VECTOR))

@@ -56,11 +56,20 @@ def quantize(values: Tensor, signed: bool, block_size: int, bits20: Tensor | Non
     return torch.maximum(code, (values > 0).to(torch.int32)).to(torch.uint8), absmax
 
 
-def dequantize(codes: Tensor, absmax: Tensor, signed: bool, block_size: int, factor: float | Tensor = 1.0) -> Tensor:
-    """Return `factor` times the values, float32 [n], of uint8 `codes` [n] and float32 `absmax` [blocks]."""
+def decode(codes: Tensor, signed: bool) -> Tensor:
+    """Return what uint8 `codes` [n] stand for before their block's scale, float32 [n]."""
     code = codes.to(torch.int32)
     magnitude = code & 127 if signed else code
     value = ((magnitude << _DROPPED_BITS) + _OFFSET[signed]).view(torch.float32)
-    scale = absmax * INVERSE_TOP * factor
-    value = torch.where(magnitude == 0, 0.0, value * _per_element(scale, block_size, codes.numel()))
+    value = torch.where(magnitude == 0, 0.0, value)
     return torch.where(code > 127, -value, value) if signed else value
+
+
+def scales(absmax: Tensor, block_size: int, count: int, factor: float | Tensor = 1.0) -> Tensor:
+    """Return `factor` times the scale of each of `count` values, float32 [count], of float32 `absmax` [blocks]."""
+    return _per_element(absmax * INVERSE_TOP * factor, block_size, count)
+
+
+def dequantize(codes: Tensor, absmax: Tensor, signed: bool, block_size: int) -> Tensor:
+    """Return the values, float32 [n], of uint8 `codes` [n] and float32 `absmax` [blocks]."""
+    return decode(codes, signed) * scales(absmax, block_size, codes.numel())

@@ -66,16 +66,15 @@ def reciprocal(x):
 
 
 @triton.jit
-def decode_m(word, scale, BYTE: tl.constexpr):
-    """The first moment in one byte of 32-bit words: its magnitude's bits are a float32's exponent and mantissa."""
+def decode_m(word, BYTE: tl.constexpr):
+    """The first moment in one byte of 32-bit words, before its scale: a float32's sign, exponent and mantissa."""
     magnitude = word & (127 << (8 * BYTE))
     if BYTE == 3:
         bits = magnitude >> 4
     else:
         bits = magnitude << (20 - 8 * BYTE)
-    value = tl.where(magnitude == 0, 0.0, (bits + M_OFFSET).to(tl.float32, bitcast=True)) * scale
     sign = (word << (24 - 8 * BYTE)) & 0x80000000
-    return (value.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return (tl.where(magnitude == 0, 0, bits + M_OFFSET) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -132,16 +131,16 @@ def store_absmax(
 
 
 @triton.jit
-def load_m(pointer, offsets, SHIFT: tl.constexpr, mask, scale, VECTOR: tl.constexpr, ACCESS: tl.constexpr):
-    """Load and decode a step of first moments."""
+def load_m(pointer, offsets, SHIFT: tl.constexpr, mask, VECTOR: tl.constexpr, ACCESS: tl.constexpr):
+    """Load and decode a step of first moments, before their scale."""
     if ACCESS == WHOLE_TILE:
         word = tl.load(word_pointers(pointer, offsets, SHIFT, VECTOR, 4))
-        even = tl.join(decode_m(word, scale, 0), decode_m(word, scale, 2))
-        odd = tl.join(decode_m(word, scale, 1), decode_m(word, scale, 3))
+        even = tl.join(decode_m(word, 0), decode_m(word, 2))
+        odd = tl.join(decode_m(word, 1), decode_m(word, 3))
         moment = tl.reshape(tl.join(even, odd), (offsets.shape[0], offsets.shape[1], VECTOR))
     else:
         code = load(element_pointers(pointer, offsets, SHIFT, VECTOR), mask, ACCESS)
-        moment = decode_m(code.to(tl.uint32), scale, 0)
+        moment = decode_m(code.to(tl.uint32), 0)
     return moment
 
 
@@ -175,7 +174,7 @@ def decode_step(
     """Decode and store one step of a tile."""
     mask = tile_mask(offsets, SHIFT, left, VECTOR, ACCESS)
     if SIGNED:
-        x = load_m(codes, offsets, SHIFT, mask, scale, VECTOR, ACCESS)
+        x = load_m(codes, offsets, SHIFT, mask, VECTOR, ACCESS) * scale
     else:
         x = load_v(codes, offsets, SHIFT, mask, scale, VECTOR, ACCESS)
     store(element_pointers(values, offsets, SHIFT, VECTOR), x, mask, ACCESS)

@@ -14,7 +14,6 @@ from torch import Tensor
 from lisa_kernels import native
 from lisa_kernels.native import DTYPE_CODES, Library, pointer
 from lisa_kernels.ops.fold import reference
-from lisa_kernels.ops.fold.reference import BAND_ELEMENTS
 from lisa_kernels.ops.random_bits import random_key
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def fold_(
         reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter, remainder)
         return
     rows, columns = weight.shape
-    band = max(1, BAND_ELEMENTS // max(columns, 1))
+    band = reference.band_rows(columns)
     key, scale, right = int(random_key(seed, parameter, clock).item()), float(decay.item()), right.to(torch.float32)
     for start in range(0, rows, band):
         targets = [tensor[start : start + band] for tensor in (weight, remainder) if tensor is not None]

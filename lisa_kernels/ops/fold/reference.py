@@ -11,6 +11,11 @@ from lisa_kernels.ops.random_bits import random_key, random_words, round_to_bflo
 BAND_ELEMENTS = 1 << 20
 
 
+def band_rows(columns: int) -> int:
+    """Return how many rows of the weight are a band: whole fours, as a hash of random numbers serves four elements."""
+    return max(4, BAND_ELEMENTS // max(columns, 1) // 4 * 4)
+
+
 def join(weight: Tensor, remainder: Tensor) -> Tensor:
     """Return the float32 masters of bfloat16 weights and int16 remainders."""
     return (weight.to(torch.float32).view(torch.int32) + remainder).view(torch.float32)
@@ -28,7 +33,7 @@ def fold_(
 ) -> None:  # fmt: skip
     """Add leftᵀ · right to `decay` · weight in place; see the contract in the package."""
     rows, columns = weight.shape
-    band = max(1, BAND_ELEMENTS // max(columns, 1))
+    band = band_rows(columns)
     key, right = random_key(seed, parameter, clock), right.to(torch.float32)
     for start in range(0, rows, band):
         target = weight[start : start + band]

@@ -118,33 +118,47 @@ def store_floats(pointers, values, bits16, mask, STOCHASTIC: tl.constexpr, ACCES
         store(pointers, values.to(pointers.dtype.element_ty), mask, ACCESS)
 
 
+# What makes four elements' hash a word for each of them, and its square.
+FACTOR = tl.constexpr(0xD9CECE9F)
+FACTOR_SQUARED = tl.constexpr(0xD9CECE9F**2 & 0xFFFFFFFF)
+WEIGHT_FACTOR = tl.constexpr(0xD9CECE9F**4 & 0xFFFFFFFF)
+
+
 @triton.jit
-def scramble32(x):
-    """Hash 32 bits to 32 bits, of which the lowest are the weakest."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    return (x ^ (x >> 15)) * 0x846CA68B
+def mix32_after_first_shift(x):
+    """The rest of mix32, given its input xor that shifted by 16."""
+    x = x * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
 
 
 @triton.jit
 def mix32(x):
     """Hash 32 bits to 32 bits."""
-    x = scramble32(x)
-    return x ^ (x >> 16)
+    return mix32_after_first_shift(x ^ (x >> 16))
+
+
+@triton.jit
+def words_of(hashes, element):
+    """The random words of elements from the hashes of their fours; where places are constants, so are the powers."""
+    once = tl.where((element & 1) != 0, FACTOR, 1).to(tl.uint32)
+    twice = tl.where((element & 2) != 0, FACTOR_SQUARED, 1).to(tl.uint32)
+    return hashes * (once * twice)
 
 
 @triton.jit
 def random_state(key, start):
     """What the words of up to 2**16 elements from `start` (int64, a multiple of their number) have in common."""
     low = key.to(tl.uint32) + (start >> 32).to(tl.uint32) * 0x9E3779B9
-    x = start.to(tl.uint32) ^ mix32(low) ^ (key >> 32).to(tl.uint32)
+    x = (start.to(tl.uint32) >> 2) ^ mix32(low) ^ (key >> 32).to(tl.uint32)
     return x ^ (x >> 16)
 
 
 @triton.jit
 def random_words(state, index):
     """The random words of the elements `index` (below 2**16) after the state's start."""
-    x = (state ^ index.to(tl.uint32)) * 0x7FEB352D
-    return (x ^ (x >> 15)) * 0x846CA68B
+    index = index.to(tl.uint32)
+    return words_of(mix32_after_first_shift(state ^ (index >> 2)), index)
 
 
 @triton.jit
@@ -153,7 +167,8 @@ def random_words_at(key, start, offsets, FAR: tl.constexpr):
     low = key.to(tl.uint32)
     if FAR:
         low += ((start + offsets) >> 32).to(tl.uint32) * 0x9E3779B9
-    return scramble32((start.to(tl.uint32) + offsets.to(tl.uint32)) ^ mix32(low) ^ (key >> 32).to(tl.uint32))
+    element = start.to(tl.uint32) + offsets.to(tl.uint32)
+    return words_of(mix32((element >> 2) ^ mix32(low) ^ (key >> 32).to(tl.uint32)), element)
 
 
 @triton.jit
@@ -165,13 +180,13 @@ def m_bits(words):
 @triton.jit
 def v_bits(words):
     """The 20 bits of random words that round second moments."""
-    return (words * 0x9E3779B1) >> 12
+    return words & 0xFFFFF
 
 
 @triton.jit
 def weight_bits(words):
     """The 16 bits of random words that round bfloat16 weights."""
-    return (words * 0x85EBCA77) >> 16
+    return (words * WEIGHT_FACTOR) >> 16
 
 
 @triton.jit
