@@ -66,13 +66,13 @@ LISA_INLINE Floats updated(Floats weight, Floats m, Floats root, const Rates& ra
   return multiply_add(m / (root + rates.eps), rates.minus_step_size, weight * rates.decay);
 }
 
-// 2: new weights, and the hashes of random numbers that they and the codes are rounded by: one vector a unit.
+// 2: new weights, and the hashes of the random numbers that they and the codes are rounded by, one vector a unit.
 template <class Weight, bool stochastic>
 LISA_INLINE void update_weights(typename Weight::Storage* __restrict weight, const Scratch scratch, int count,
                                 const Rates& rates, RandomHashes random, const RandomConstants& random_constants) {
   for (int unit = 0; unit < count; unit += kUnit) {
     const Words hashes = stochastic ? random.next() : Words{};
-    if (stochastic) store(scratch.hashes + unit / 4, hashes);
+    if (stochastic) store(scratch.hashes + unit, hashes);
     store_weights<Weight, stochastic>(weight + unit, hashes, random_constants, [&](int place) {
       const int i = unit + place;
       return updated(Weight::load(weight + i), load<Floats>(scratch.m + i), load<Floats>(scratch.roots + i), rates);
@@ -110,7 +110,7 @@ LISA_INLINE void encode_moments(uint8_t* __restrict m_codes, uint8_t* __restrict
                                 const RandomConstants& random_constants) {
   Unit m{{}, {}, broadcast(m_scale)}, v{{}, {}, broadcast(v_scale)};
   for (int unit = 0; unit < count; unit += kUnit) {
-    const Words hashes = stochastic ? load<Words>(scratch.hashes + unit / 4) : Words{};
+    const Words hashes = stochastic ? load<Words>(scratch.hashes + unit) : Words{};
     load_moments<stochastic>(scratch, unit, hashes, random_constants, m, v);
     Codes codes;
     if (!encode_large(m, v, constants, codes)) {

@@ -13,8 +13,8 @@ namespace lisa {
 constexpr int64_t kSpan = 1024;
 constexpr int64_t kNormSpan = 1 << 16;
 
-// Room for one block, each array rounded up to kScratchRounding elements: fresh moments, roots, a hash for every four
-// elements, and a copy of a block that ends within a vector.
+// Room for one block, each array rounded up to kScratchRounding elements: fresh moments, roots, hashes of random
+// numbers, and a copy of a block that ends within a vector.
 struct Scratch {
   float *m, *v, *roots;
   uint32_t* hashes;
