@@ -347,7 +347,7 @@ def test_a_single_nan_or_infinity_is_seen_wherever_it_is(
 @needs_library
 @ROUNDINGS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (257, 33), (300, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (257, 33), (300, 5001)], ids=str)
 def test_fold_equals_the_reference_within_a_band_and_across_bands(
     library: native.Library, shape: tuple[int, int], dtype: torch.dtype, stochastic: bool
 ) -> None:
@@ -362,7 +362,7 @@ def test_fold_equals_the_reference_within_a_band_and_across_bands(
 
 
 @needs_library
-@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (257, 33), (300, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (257, 33), (300, 5001)], ids=str)
 def test_fold_keeps_masters_as_the_reference_does(library: native.Library, shape: tuple[int, int]) -> None:
     """Weights and remainders of all signs and carries, folded twice."""
     generator = torch.Generator().manual_seed(0)

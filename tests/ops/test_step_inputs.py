@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -49,14 +50,15 @@ def test_the_operation_equals_its_definition_at_every_count(hyper: Hyper) -> Non
 
 
 def test_each_group_has_its_own_rates_and_each_parameter_its_own_count() -> None:
-    steps, groups = [4, 4, 9, 4, 1, 1, 2**40], [(USUAL, 3), (OTHERS[1], 4), (OTHERS[2], 7)]
+    # Groups begin with the count that the one before ended with: its scalars must not be taken over.
+    steps, groups = [4, 9, 4, 4, 4, 1, 2**40], [(USUAL, 3), (OTHERS[1], 4), (OTHERS[2], 7)]
     scalars, keys = inputs(steps, groups, 0.5, clock=11)
     owner = [0, 0, 0, 1, 2, 2, 2]
     for row, (step, group) in enumerate(zip(steps, owner)):
         alone = step_scalars(torch.tensor([step]), groups[group][0], torch.tensor(0.5))
         assert torch.equal(scalars[row], alone[0])
     assert torch.equal(keys, keys_at(key_bases(7), count(11)))
-    assert not torch.equal(scalars[0], scalars[2])
+    assert not torch.equal(scalars[0], scalars[1])
     assert not torch.equal(scalars[0], scalars[3])
     assert not torch.equal(keys, inputs(steps, groups, clock=12)[1])
 
@@ -73,6 +75,13 @@ def test_a_rate_in_a_tensor_gives_what_its_number_gives() -> None:
     rate = torch.tensor(1e-3, dtype=torch.float64)
     of_tensor = inputs([1, 5], [(USUAL._replace(lr=rate), 2)])
     for ours, wanted in zip(of_tensor, inputs([1, 5], [(USUAL, 2)]), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("rate", [1, np.float32(0.5), np.float64(0.1)], ids=["int", "numpy-32", "numpy-64"])
+def test_numbers_of_any_kind_are_taken(rate: float) -> None:
+    groups = [[(USUAL._replace(lr=given), 1)] for given in (rate, float(rate))]
+    for ours, wanted in zip(*(inputs([3], each) for each in groups), strict=True):
         assert torch.equal(ours, wanted)
 
 
