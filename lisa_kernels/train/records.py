@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-import io
 import json
 import re
-import sysconfig
-import tokenize
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.errors import InputError
+from lisa_kernels.train.sources.stdlib import stdlib_objects
 
 ACCEPTED = "a .jsonl, .txt or .parquet file, a Hugging Face data set id, or stdlib, stdlib:code, stdlib:docstrings"
 FIELDS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
@@ -22,8 +18,6 @@ WANTED_FIELDS = "'text', or 'prompt' and 'completion', or 'messages'"
 DATA_SUFFIXES = {".jsonl", ".txt", ".parquet"}
 OTHER_DATA_SUFFIXES = {".json", ".csv", ".tsv", ".arrow", ".md", ".py", ".gz", ".zst", ".zip", ".tar", ".xz", ".npy"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-MIN_DOCSTRING_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,8 @@ def load_records(spec: str, *, max_bytes: int | None = None) -> Records:
     """
     if max_bytes is not None and max_bytes < 1:
         raise InputError(f"max_bytes is {max_bytes}: give at least 1, or nothing for all of the data.")
-    head, _, part = spec.partition(":")
-    if head == "stdlib":
-        return _stdlib_records(spec, part, max_bytes)
+    if spec.partition(":")[0] == "stdlib":
+        return _gather(spec, stdlib_objects(spec), max_bytes)
     path = Path(spec).expanduser()
     try:
         if path.is_dir():
@@ -219,66 +212,3 @@ CHECKS: dict[str, Callable[[dict[str, Any], str], tuple[Any, int]]] = {
     "prompt": _check_prompt,
     "messages": _check_messages,
 }
-
-
-def _stdlib_records(spec: str, part: str, max_bytes: int | None) -> Records:
-    """Read the running Python's own library, one document per file that has any text of the part."""
-    parts: dict[str, Callable[[str], str]] = {"code": strip_comments, "docstrings": join_docstrings}
-    if spec != "stdlib" and part not in parts:
-        raise unknown_name("part of stdlib", part, parts)
-    objects = ((str(path), {"text": text}) for path, text in _stdlib_texts(parts.get(part, str)))
-    return _gather(spec, objects, max_bytes)
-
-
-def _stdlib_texts(extract: Callable[[str], str]) -> Iterator[tuple[Path, str]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    relatives = (path.relative_to(root) for path in root.rglob("*.py"))
-    for relative in sorted(path for path in relatives if not STDLIB_LEFT_OUT & set(path.parts)):
-        try:
-            with tokenize.open(root / relative) as file:
-                text = extract(file.read())
-        except (SyntaxError, UnicodeDecodeError, OSError):
-            continue  # distributions ship a few files that are templates, or unreadable
-        yield relative, text
-
-
-def _documented(source: str) -> list[tuple[ast.AST, ast.Expr]]:
-    """Return each module, class and function that has a docstring, with its docstring's statement, in source order."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old modules hold invalid escapes, which ast.parse reports
-        tree = ast.parse(source)
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [
-        (node, node.body[0])
-        for node in ast.walk(tree)
-        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None
-    ]
-    return sorted(((n, s) for n, s in found if isinstance(s, ast.Expr)), key=lambda pair: pair[1].lineno)
-
-
-def join_docstrings(source: str) -> str:
-    """Return the docstrings of at least 80 characters in a Python source, cleaned and joined by blank lines."""
-    texts = (ast.get_docstring(node, clean=True) or "" for node, _ in _documented(source))  # type: ignore[arg-type]
-    return "\n\n".join(text for text in texts if len(text) >= MIN_DOCSTRING_CHARACTERS)
-
-
-def strip_comments(source: str) -> str:
-    """Return a Python source without its docstrings and comments, otherwise in its own layout."""
-    lines = io.StringIO(source).readlines()
-    docstrings = {(s.lineno, s.col_offset): len(getattr(node, "body", [])) == 1 for node, s in _documented(source)}
-    cuts: list[tuple[tokenize.TokenInfo, str]] = []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        row, column = token.start
-        # ast counts columns in bytes, tokenize in characters
-        place = (row, len(lines[row - 1][:column].encode())) if token.type == tokenize.STRING else (0, 0)
-        if token.type == tokenize.COMMENT:
-            cuts.append((token, ""))
-        elif place in docstrings:
-            followed = lines[token.end[0] - 1][token.end[1] :].lstrip().startswith(";")
-            needed = followed or (docstrings[place] and row > 1)
-            cuts.append((token, "pass" if needed else ""))
-    for token, replacement in reversed(cuts):
-        (first, start), (last, end) = token.start, token.end
-        merged = (lines[first - 1][:start] + replacement + lines[last - 1][end:]).rstrip()
-        lines[first - 1 : last] = [merged + "\n"] if merged else []
-    return "".join(lines).strip("\n") + "\n" if lines else ""
