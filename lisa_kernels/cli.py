@@ -15,8 +15,8 @@ from rich.console import Console
 from lisa_kernels.errors import InputError
 
 _MODEL_HELP = (
-    "directory, hub id, or preset:NAME (random weights): tiny, small, tinyllama-1.1b, llama-2-7b, llama-3.1-8b, "
-    "qwen2.5-7b, mistral-7b"
+    "directory, hub id, preset:NAME (random weights): tiny, small, tinyllama-1.1b, llama-2-7b, llama-3.1-8b, "
+    "qwen2.5-7b, mistral-7b, or sample:smollm2-135m (a small pretrained one, of the extra sample)"
 )
 _DATA_HELP = (
     ".jsonl (text, or prompt/completion, or messages), .txt, .parquet, hub id, or the text of Python's own standard "

@@ -11,6 +11,7 @@ import torch
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.train.presets import PRESETS, preset_config
 from lisa_kernels.train.records import HUB_ID
+from lisa_kernels.train.sample import SAMPLE_PREFIX, sample_folder
 
 PRESET_PREFIX = "preset:"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,8 +35,9 @@ def parse_dtype(name: str) -> torch.dtype:
 def load_model(spec: str, dtype: torch.dtype, seed: int) -> Any:
     """Return the model that `spec` names, on the CPU, with every weight in `dtype`.
 
-    spec: `preset:NAME` (random weights, a function of `seed`), a directory with config.json and safetensors weights,
-    or a hub id. The global random state is left as it was. Raises InputError for a model that cannot be trained.
+    spec: `preset:NAME` (random weights, a function of `seed`), `sample:NAME` (a pretrained model from a package), a
+    directory with config.json and safetensors weights, or a hub id. The global random state is left as it was.
+    Raises InputError for a model that cannot be trained.
     """
     from transformers import AutoModelForCausalLM
 
@@ -191,8 +193,10 @@ def check_no_meta(model: Any) -> None:
 
 def _locate(spec: str) -> Path | None:
     """Return the directory that `spec` names, or None when it can only be a hub id."""
+    if spec.startswith(SAMPLE_PREFIX):
+        return sample_folder(spec.removeprefix(SAMPLE_PREFIX))
     path = Path(spec).expanduser()
-    wanted = "give preset:NAME, a directory with config.json and safetensors weights, or a Hugging Face model id"
+    wanted = "give preset:NAME, sample:NAME, a directory with config.json and weights, or a Hugging Face model id"
     if path.is_dir():
         return path
     if spec in PRESETS:
