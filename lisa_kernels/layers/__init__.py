@@ -3,8 +3,9 @@
 from lisa_kernels.layers.blocks import ModelParts, find_blocks, split_model
 from lisa_kernels.layers.embedding import LowRankEmbedding, TappedEmbedding, lookup_factor, tap_embedding
 from lisa_kernels.layers.freezing import FreezeGuard, check_attachable
+from lisa_kernels.layers.linears import check_untied, find_linears, is_linear, linear_shape
 from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
-from lisa_kernels.layers.lowrank import LowRankLinear, check_untied, find_linears, is_linear, linear_shape, swap_linears
+from lisa_kernels.layers.lowrank import LowRankLinear, swap_linears
 from lisa_kernels.layers.offload import offload_checkpoints
 from lisa_kernels.layers.plain_linears import PlainLinears
 from lisa_kernels.layers.slot import SlotModule

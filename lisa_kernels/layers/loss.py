@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lisa_kernels.layers.linears import is_linear, linear_shape
+from lisa_kernels.layers.logits_on_demand import can_form_on_demand, form_logits_on_demand
 from lisa_kernels.layers.loss_probe import IGNORED, MISFITS, PROBED_TOKENS, Probe, is_plain_loss
-from lisa_kernels.layers.lowrank import LowRankLinear, is_linear, linear_shape
+from lisa_kernels.layers.lowrank import LowRankLinear
 from lisa_kernels.ops.autocast import autocast_dtype
 from lisa_kernels.ops.linear_cross_entropy import Curve, Head, linear_cross_entropy
 
@@ -92,7 +93,9 @@ class LossWithoutLogits:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = {**dict(zip(self._names, args)), **kwargs}
         keep = given.get("logits_to_keep", 0)
-        wanted = given.get("labels") is not None and given.get("return_dict") is not False
+        as_asked = given.get("return_dict")
+        by_name = getattr(model.config, "return_dict", True) if as_asked is None else as_asked
+        wanted = given.get("labels") is not None and by_name
         whole = isinstance(keep, int) and keep == 0
         training = model.training and torch.is_grad_enabled()
         self._armed = wanted and whole and (training or self.in_evaluation or self._probe is not None)
@@ -126,10 +129,12 @@ class LossWithoutLogits:
         # There is no output where the forward raised.
         if output is None or hidden is None or self._probe is not None:
             return None
-        return with_logits_on_demand(output, self._logits, hidden, self._autocast)
+        return form_logits_on_demand(output, partial(self._logits, hidden, self._autocast))
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.layer(hidden)
+    def _logits(self, hidden: Tensor, autocast: torch.dtype | None) -> Tensor:
+        """Return the logits as the forward would have formed them: in its graph, under its autocast."""
+        with torch.autocast(hidden.device.type, dtype=autocast) if autocast else nullcontext():
+            logits: Tensor = self.layer(hidden)
         if self.curve.cap is not None:
             return self.curve.cap * torch.tanh(logits * (self.curve.scale / self.curve.cap))
         return logits if self.curve.scale == 1.0 else logits * self.curve.scale
@@ -151,7 +156,7 @@ class LossWithoutLogits:
             labels = ids if weight.is_meta else ids.to(weight.device)
             output = self.model(input_ids=ids.to(weight.device), labels=labels)
             found = self._probe.curves
-            if not isinstance(output, Mapping) or len(found) != 1 or found[0] is None:
+            if not can_form_on_demand(output) or len(found) != 1 or found[0] is None:
                 return False
             self.curve = found[0]
             return True
@@ -174,7 +179,7 @@ def leave_out_logits(model: nn.Module) -> LossWithoutLogits | None:
     get_output = getattr(model, "get_output_embeddings", None)
     layer = get_output() if callable(get_output) else None
     has_loss = isinstance(getattr(type(model), "loss_function", None), property)
-    if not has_loss or not isinstance(layer, nn.Module) or not is_linear(layer):
+    if not has_loss or not isinstance(layer, nn.Module) or not (isinstance(layer, LowRankLinear) or is_linear(layer)):
         return None
     if is_plain_loss(model.loss_function, linear_shape(layer)[0]):  # type: ignore[arg-type]
         without = LossWithoutLogits(model, layer)
@@ -187,34 +192,3 @@ def leave_out_logits(model: nn.Module) -> LossWithoutLogits | None:
         stacklevel=4,
     )
     return None
-
-
-def with_logits_on_demand(
-    output: Any, logits_of: Callable[[Tensor], Tensor], hidden: Tensor, autocast: torch.dtype | None
-) -> Any:
-    """Return the model's output with its logits formed, in its graph and under its autocast, when they are read."""
-    values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    result = _on_demand(type(output))(**{**values, "logits": None})  # type: ignore[arg-type]
-
-    def form() -> Tensor:
-        with torch.autocast(hidden.device.type, dtype=autocast) if autocast else nullcontext():
-            return logits_of(hidden)
-
-    result.form_logits = form
-    return result
-
-
-@cache
-def _on_demand(cls: type) -> type:
-    """Return a subclass of a model's output whose `logits` are formed by `form_logits` when they are read."""
-
-    def read(self: Any) -> Tensor | None:
-        formed: Tensor | None = self.__dict__.get("logits")
-        if formed is None and "form_logits" in self.__dict__:
-            formed = self.__dict__["logits"] = self.form_logits()
-        return formed
-
-    def write(self: Any, value: Tensor | None) -> None:
-        self.__dict__["logits"] = value
-
-    return type(cls.__name__, (cls,), {"logits": property(read, write), "__module__": __name__})

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker
-from lisa_kernels.errors import InputError
+from lisa_kernels.layers.linears import Place, is_conv1d, linear_shape
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.lowrank_linear import capture_linear, linear, lowrank_linear
 
-# Below this a matrix is a gate or a small classifier: it is trained in full, its gradient costs nothing.
-MIN_SIDE = 8
 HOOK_TABLES = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether the module is transformers' Conv1D: a linear layer whose weight is stored [in, out]."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether the module is a linear layer that can carry a slot."""
-    return isinstance(module, (nn.Linear, LowRankLinear)) or is_conv1d(module)
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Return (m, n) = (outputs, inputs) of a linear layer."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    first, second = weight.shape
-    stored_transposed = module.transposed if isinstance(module, LowRankLinear) else is_conv1d(module)
-    return (int(second), int(first)) if stored_transposed else (int(first), int(second))
 
 
 class LowRankLinear(SlotModule):
@@ -96,53 +74,6 @@ class Swap:
         self.original._is_full_backward_hook = self.layer._is_full_backward_hook
         setattr(self.parent, self.name, self.original)
         self.original.train(self.layer.training)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a linear layer sits: `parent.name`, known from the model as `path`, under one of the roots searched."""
-
-    path: str
-    root: str
-    parent: nn.Module
-    name: str
-    layer: nn.Module
-
-
-def find_linears(
-    roots: Mapping[str, nn.Module], rank: int, wanted: Callable[[str, nn.Module], bool] = lambda path, layer: True
-) -> list[Place]:
-    """Return the wanted linear layers under `roots` (by their paths) that can carry a slot of `rank`.
-
-    Layers with a side below 8 are left out (they are trained in full). Raises InputError when `rank` is more than one
-    of the matrices allows.
-    """
-    found = []
-    for root, module in roots.items():
-        for prefix, parent in module.named_modules():
-            for name, child in parent.named_children():
-                path = ".".join(part for part in (root, prefix, name) if part)
-                if is_linear(child) and min(linear_shape(child)) >= MIN_SIDE and wanted(path, child):
-                    found.append(Place(path, root, parent, name, child))
-    for place in found:
-        m, n = linear_shape(place.layer)
-        if rank > min(m, n):
-            raise InputError(
-                f"rank {rank} is more than {place.path} [{m}, {n}] allows; use a rank of at most {min(m, n)}."
-            )
-    return found
-
-
-def check_untied(model: nn.Module, places: Iterable[Place], consequence: str) -> None:
-    """Raise InputError, with the `consequence` and what to do, for a weight at `places` that another module reads."""
-    readers: dict[int, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        for param in module.parameters(recurse=False):
-            readers.setdefault(id(param), []).append((path, module))
-    for place in places:
-        tied = [path for path, module in readers[id(place.layer.weight)] if module is not place.layer]
-        if tied:
-            raise InputError(f"the weight of {place.path} is tied to that of {tied[0]}, {consequence}.")
 
 
 def swap_linears(places: Iterable[Place], make: Callable[[nn.Module, str], LowRankLinear]) -> list[Swap]:

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.layers.lowrank import LowRankLinear, is_conv1d, is_linear
-from lisa_kernels.ops.lowrank_linear import linear
+from lisa_kernels.layers.linears import is_linear, plain_forward
 from lisa_kernels.ops.lowrank_linear.products import HALVES, has_matrix_units
-
-
-def _forward(layer: nn.Module, transposed: bool, x: Tensor) -> Tensor:
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
-    return linear(x, weight.t() if transposed else weight, bias)  # type: ignore[arg-type]
 
 
 class PlainLinears:
@@ -30,10 +21,10 @@ class PlainLinears:
         if all(map(has_matrix_units, HALVES)):
             return
         for layer in model.modules():
-            if not is_linear(layer) or isinstance(layer, LowRankLinear) or "forward" in vars(layer):
+            if not is_linear(layer) or "forward" in vars(layer):
                 continue
             if isinstance(layer.weight, Tensor) and layer.weight.device == torch.device("cpu"):
-                layer.forward = partial(_forward, layer, is_conv1d(layer))
+                layer.forward = plain_forward(layer)
                 self._layers.append(layer)
 
     def remove(self) -> None:

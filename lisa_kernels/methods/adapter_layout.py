@@ -9,7 +9,7 @@ from torch import nn
 from lisa_kernels.basis import random_basis, stream_generator
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.layers import LowRankLinear, check_untied, find_linears, swap_linears
-from lisa_kernels.layers.lowrank import Place
+from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.definitions import LoRAFA
 from lisa_kernels.methods.units import Layout, Unit, distinct, swapped
 

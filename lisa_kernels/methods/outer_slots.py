@@ -21,7 +21,8 @@ from lisa_kernels.layers import (
     swap_linears,
     tap_embedding,
 )
-from lisa_kernels.layers.lowrank import Place, Swap
+from lisa_kernels.layers.linears import Place
+from lisa_kernels.layers.lowrank import Swap
 
 ADVICE = 'use embeddings="always", "frozen" or "sampled".'
 

@@ -19,7 +19,8 @@ from lisa_kernels.layers import (
     split_model,
     swap_linears,
 )
-from lisa_kernels.layers.lowrank import Place, Swap
+from lisa_kernels.layers.linears import Place
+from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.outer_slots import add_outer_slots, find_outer
 

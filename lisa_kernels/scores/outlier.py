@@ -18,15 +18,19 @@ class _InputEnergies:
     """Sum the squares of each linear's input features over tokens, as forward pre-hooks see them.
 
     Costs 8 bytes of host memory per input feature. An input that does not keep the mask's [batch, tokens] shape, as
-    that of a routed expert, is counted whole.
+    that of a routed expert, is counted whole; one that is not of a matrix's input features, as a layer with a forward
+    of its own may take, not at all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, linears: Mapping[nn.Module, Tensor]) -> None:
         self.mask: Tensor | None = None
+        self._widths = {module: weight.shape[1] for module, weight in linears.items()}
         self._sums: dict[nn.Module, Tensor] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        features = args[0] if args else next(iter(kwargs.values()))
+        features = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(features, Tensor) or features.shape[-1:] != (self._widths[module],):
+            return
         features = features.detach()
         leading = features.shape[:-1]
         tokens = features.reshape(-1, features.shape[-1])
@@ -63,7 +67,7 @@ def outlier_ratios(
     for index, found in enumerate(linears):
         if not found:
             raise InputError(f"block {index} ({type(blocks[index]).__name__}) has no linear layer to score.")
-    energies = _InputEnergies()
+    energies = _InputEnergies({module: weight for found in linears for module, weight in found.items()})
     modules = {module for found in linears for module in found}
     hooks = [module.register_forward_pre_hook(energies, with_kwargs=True) for module in modules]
     try:

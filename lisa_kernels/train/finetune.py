@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from lisa_kernels.layers import find_blocks, is_linear, linear_shape, offload_checkpoints
-from lisa_kernels.layers.lowrank import MIN_SIDE
+from lisa_kernels.layers.linears import MIN_SIDE
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
 from lisa_kernels.train.memory import MemoryMeter, planned_peak

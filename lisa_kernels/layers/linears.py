@@ -1,0 +1,112 @@
+"""Which modules of a model are linear layers that may be worked on, and where they sit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.ops.lowrank_linear import linear
+
+# Below this a matrix is a gate or a small classifier: it is trained in full, its gradient costs nothing.
+MIN_SIDE = 8
+
+
+class PlainForward(partial[Tensor]):
+    """The forward of a linear layer with products of our own, put on the layer itself: the layer computes the same."""
+
+
+def plain_forward(layer: nn.Module) -> PlainForward:
+    """Return a forward for a linear layer that is its own but for the products."""
+    return PlainForward(_forward, layer, is_conv1d(layer))
+
+
+def _forward(layer: nn.Module, transposed: bool, x: Tensor) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    return linear(x, weight.t() if transposed else weight, bias)  # type: ignore[arg-type]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether the module's forward is that of transformers' Conv1D: a linear layer with its weight [in, out]."""
+    # Without the module there is none of its layers.
+    home = sys.modules.get("transformers.pytorch_utils")
+    return home is not None and type(module).forward is home.Conv1D.forward
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether the module is a linear layer, and nothing else, that can carry a slot.
+
+    Its forward is `nn.Linear`'s or Conv1D's own; subclasses with another (routers, quantised layers), a forward put on
+    the module by someone else, and weights that are made anew by a hook or a parametrization are not understood.
+    """
+    forward = vars(module).get("forward")
+    if forward is not None and not isinstance(forward, PlainForward):
+        return False
+    if type(module).forward is not nn.Linear.forward and not is_conv1d(module):
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and "bias" in module._parameters
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Return (m, n) = (outputs, inputs) of a linear layer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    first, second = weight.shape
+    stored_transposed = getattr(module, "transposed", False) or is_conv1d(module)
+    return (int(second), int(first)) if stored_transposed else (int(first), int(second))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a linear layer sits: `parent.name`, known from the model as `path`, under one of the roots searched."""
+
+    path: str
+    root: str
+    parent: nn.Module
+    name: str
+    layer: nn.Module
+
+
+def find_linears(
+    roots: Mapping[str, nn.Module], rank: int, wanted: Callable[[str, nn.Module], bool] = lambda path, layer: True
+) -> list[Place]:
+    """Return the wanted linear layers under `roots` (by their paths) that can carry a slot of `rank`.
+
+    Layers with a side below 8 are left out (they are trained in full). Raises InputError when `rank` is more than one
+    of the matrices allows.
+    """
+    found = []
+    for root, module in roots.items():
+        for prefix, parent in module.named_modules():
+            # It multiplies by its projection's weight and never calls it.
+            if isinstance(parent, nn.MultiheadAttention):
+                continue
+            for name, child in parent.named_children():
+                path = ".".join(part for part in (root, prefix, name) if part)
+                if is_linear(child) and min(linear_shape(child)) >= MIN_SIDE and wanted(path, child):
+                    found.append(Place(path, root, parent, name, child))
+    for place in found:
+        m, n = linear_shape(place.layer)
+        if rank > min(m, n):
+            raise InputError(
+                f"rank {rank} is more than {place.path} [{m}, {n}] allows; use a rank of at most {min(m, n)}."
+            )
+    return found
+
+
+def check_untied(model: nn.Module, places: Iterable[Place], consequence: str) -> None:
+    """Raise InputError, with the `consequence` and what to do, for a weight at `places` that another module reads."""
+    readers: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for param in module.parameters(recurse=False):
+            readers.setdefault(id(param), []).append((path, module))
+    for place in places:
+        tied = [path for path, module in readers[id(place.layer.weight)] if module is not place.layer]
+        if tied:
+            raise InputError(f"the weight of {place.path} is tied to that of {tied[0]}, {consequence}.")
