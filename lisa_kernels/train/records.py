@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ class Records:
     def __len__(self) -> int:
         return len(self.items)
 
+    def digest(self) -> str:
+        """Return a checksum of the items and their order: SHA-256 as 64 hexadecimal digits."""
+        checksum = hashlib.sha256(self.kind.encode())
+        for item in self.items:
+            checksum.update(json.dumps(item, sort_keys=True, default=str).encode() + b"\n")
+        return checksum.hexdigest()
+
     def texts(self) -> list[str]:
         """Return the text of each item, for training a tokenizer."""
         if self.kind == "text":
@@ -44,14 +52,30 @@ class Records:
         return ["\n".join(message["content"] for message in item) for item in self.items]
 
 
-def load_records(spec: str, *, max_bytes: int | None = None) -> Records:
-    """Load the records that `spec` names, in their own order.
+def load_records(specs: str | Sequence[str], *, max_bytes: int | None = None) -> Records:
+    """Load the records that one or several `specs` name, in their own order.
 
     max_bytes: stop after this many bytes of UTF-8 text; the last text is cut, other examples are kept or left whole.
-    Raises InputError for anything that cannot be read as records.
+    Raises InputError for anything that cannot be read as records, and for sources of different kinds.
     """
     if max_bytes is not None and max_bytes < 1:
         raise InputError(f"max_bytes is {max_bytes}: give at least 1, or nothing for all of the data.")
+    loaded = list[Records]()
+    for spec in [specs] if isinstance(specs, str) else specs:
+        used_bytes = sum(len(text.encode()) for records in loaded for text in records.texts()) if max_bytes else 0
+        if max_bytes is not None and loaded and used_bytes >= max_bytes:
+            break
+        loaded.append(_load_one(spec, None if max_bytes is None else max_bytes - used_bytes))
+        if loaded[-1].kind != loaded[0].kind:
+            raise InputError(
+                f"data {loaded[0].source!r} holds {loaded[0].kind} but {spec!r} holds {loaded[-1].kind}:"
+                " use data of one kind in a run."
+            )
+    items = [item for records in loaded for item in records.items]
+    return Records(loaded[0].kind, items, ", ".join(records.source for records in loaded))
+
+
+def _load_one(spec: str, max_bytes: int | None) -> Records:
     if spec.partition(":")[0] == "stdlib":
         return _gather(spec, stdlib_objects(spec), max_bytes)
     path = Path(spec).expanduser()

@@ -163,3 +163,21 @@ def test_max_bytes_cuts_the_last_text_at_a_character_and_keeps_other_examples_wh
     assert len(load_records(prompts, max_bytes=1)) == 1
     with pytest.raises(InputError, match="max_bytes is 0"):
         load_records(texts, max_bytes=0)
+
+
+def test_several_sources_are_one_in_their_order_and_share_the_cap(tmp_path: Path) -> None:
+    first, second = (write_jsonl(tmp_path / f"{n}.jsonl", {"text": n * 4}) for n in "ab")
+    assert load_records([first, second]).items == ["aaaa", "bbbb"]
+    assert load_records([second, first], max_bytes=6).items == ["bbbb", "aa"]
+    assert load_records([first, second], max_bytes=4).items == ["aaaa"]
+    with pytest.raises(InputError, match="one kind"):
+        load_records([first, write_jsonl(tmp_path / "p.jsonl", {"prompt": "a", "completion": "b"})])
+
+
+def test_a_digest_tells_of_any_change_of_items_or_order(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    digest = load_records(write_jsonl(path, *rows)).digest()
+    assert digest == load_records(write_jsonl(path, *rows)).digest()
+    others = [rows[::-1], rows[:1], [rows[0], {**rows[1], "completion": "e"}]]
+    assert digest not in {load_records(write_jsonl(path, *other)).digest() for other in others}
