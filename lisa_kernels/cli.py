@@ -20,7 +20,7 @@ _MODEL_HELP = (
 )
 _DATA_HELP = (
     ".jsonl (text, or prompt/completion, or messages), .txt, .parquet, hub id, or the text of Python's own standard "
-    "library: stdlib, stdlib:code, stdlib:docstrings"
+    "library: stdlib, stdlib:code, stdlib:docstrings, stdlib:questions"
 )
 _LR_HELP = (
     "peak learning rate (default: lisa and ows 5e-5, owlore 3e-4, badam and full 1e-5, galore 1e-4, lora-fa 4e-4)"

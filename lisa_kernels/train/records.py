@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.train.sources.stdlib import stdlib_objects
+from lisa_kernels.train.sources.stdlib import QUESTIONS, stdlib_objects
 
-ACCEPTED = "a .jsonl, .txt or .parquet file, a Hugging Face data set id, or stdlib, stdlib:code, stdlib:docstrings"
+ACCEPTED = (
+    "a .jsonl, .txt or .parquet file, a Hugging Face data set id, or stdlib, stdlib:code, stdlib:docstrings,"
+    " stdlib:questions"
+)
 FIELDS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
 WANTED_FIELDS = "'text', or 'prompt' and 'completion', or 'messages'"
 DATA_SUFFIXES = {".jsonl", ".txt", ".parquet"}
@@ -27,11 +31,13 @@ class Records:
 
     kind: "text" (items: str), "prompt" (items: dict with str prompt and completion) or
     "messages" (items: list of dict with str role and content, at least one from the assistant).
+    turns: prompts and completions are a user's and an assistant's turns, where a tokenizer has a template for such.
     """
 
     kind: str
     items: list[Any]
     source: str
+    turns: bool = False
 
     def __len__(self) -> int:
         return len(self.items)
@@ -42,6 +48,19 @@ class Records:
         for item in self.items:
             checksum.update(json.dumps(item, sort_keys=True, default=str).encode() + b"\n")
         return checksum.hexdigest()
+
+    def for_template(self, template: str | None) -> Records:
+        """Return the records as this chat template writes them: turns become conversations where there is one."""
+        if not self.turns or not template:
+            return self
+        items = [
+            [
+                {"role": "user", "content": item["prompt"].strip()},
+                {"role": "assistant", "content": item["completion"].strip()},
+            ]
+            for item in self.items
+        ]
+        return Records("messages", items, self.source)
 
     def texts(self) -> list[str]:
         """Return the text of each item, for training a tokenizer."""
@@ -72,12 +91,13 @@ def load_records(specs: str | Sequence[str], *, max_bytes: int | None = None) ->
                 " use data of one kind in a run."
             )
     items = [item for records in loaded for item in records.items]
-    return Records(loaded[0].kind, items, ", ".join(records.source for records in loaded))
+    source = ", ".join(records.source for records in loaded)
+    return Records(loaded[0].kind, items, source, all(records.turns for records in loaded))
 
 
 def _load_one(spec: str, max_bytes: int | None) -> Records:
     if spec.partition(":")[0] == "stdlib":
-        return _gather(spec, stdlib_objects(spec), max_bytes)
+        return dataclasses.replace(_gather(spec, stdlib_objects(spec), max_bytes), turns=spec == QUESTIONS)
     path = Path(spec).expanduser()
     try:
         if path.is_dir():

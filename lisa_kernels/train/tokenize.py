@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,7 +60,7 @@ def split_records(records: Records, eval_fraction: float, seed: int) -> tuple[Re
         raise InputError(f"eval fraction {eval_fraction} is outside 0 to 0.5: give the share of the data to hold out.")
     count = len(records)
     if eval_fraction == 0:
-        return records, Records(records.kind, [], records.source)
+        return records, dataclasses.replace(records, items=[])
     if records.kind == "text" and count * eval_fraction < 1:
         trained, held = _split_text(records, eval_fraction)
     elif count < 2:
@@ -70,7 +71,7 @@ def split_records(records: Records, eval_fraction: float, seed: int) -> tuple[Re
         chosen = set(order[: max(1, round(count * eval_fraction))])
         trained = [item for index, item in enumerate(records.items) if index not in chosen]
         held = [records.items[index] for index in sorted(chosen)]
-    return Records(records.kind, trained, records.source), Records(records.kind, held, records.source)
+    return dataclasses.replace(records, items=trained), dataclasses.replace(records, items=held)
 
 
 def _split_text(records: Records, eval_fraction: float) -> tuple[list[str], list[str]]:
@@ -104,6 +105,7 @@ def tokenize_records(records: Records, tokenizer: Any, seq_len: int, packing: bo
         raise InputError(f"sequence length {seq_len} is too short: a row needs 2 tokens or more to predict one.")
     if not len(records):
         return TokenizedData()
+    records = records.for_template(getattr(tokenizer, "chat_template", None))
     if records.kind == "text":
         return _tokenize_texts(records, tokenizer, seq_len)
     notes: list[str] = []

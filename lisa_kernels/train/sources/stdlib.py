@@ -1,9 +1,10 @@
-"""The running Python's own standard library as data: its sources, its code, its docstrings."""
+"""The running Python's own standard library as data: its sources, its code, its docstrings, questions about it."""
 
 from __future__ import annotations
 
 import ast
 import io
+import re
 import sysconfig
 import tokenize
 import warnings
@@ -14,14 +15,25 @@ from lisa_kernels.errors import unknown_name
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 MIN_DOCSTRING_CHARACTERS = 80
+QUESTIONS = "stdlib:questions"
+# What reads as an English sentence: a capital letter, more than one word, a full stop.
+ANSWER = re.compile(r"[A-Z][a-z]+ [ -~]*\.")
+ANSWER_CHARACTERS = range(30, 201)
+OWN_ARGUMENT = re.compile(r"^(self|cls)\b(, /)?(, )?")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 
 
 def stdlib_objects(spec: str) -> Iterator[tuple[str, object]]:
-    """Yield (path, object) for each file that has any text of the part that `spec` (stdlib or stdlib:PART) names."""
+    """Yield (path, object) for each file that has any text of the part that `spec` (stdlib or stdlib:PART) names.
+
+    Of `stdlib:questions` each object is one question and its answer, as prompt and completion; none comes twice.
+    """
     parts: dict[str, Callable[[str], str]] = {"code": strip_comments, "docstrings": join_docstrings}
     part = spec.partition(":")[2]
+    if spec == QUESTIONS:
+        return _questions()
     if spec != "stdlib" and part not in parts:
-        raise unknown_name("part of stdlib", part, parts)
+        raise unknown_name("part of stdlib", part, [*parts, QUESTIONS.partition(":")[2]])
     return ((str(path), {"text": text}) for path, text in _texts(parts.get(part, str)))
 
 
@@ -37,11 +49,54 @@ def _texts(extract: Callable[[str], str]) -> Iterator[tuple[Path, str]]:
         yield relative, text
 
 
-def _documented(source: str) -> list[tuple[ast.AST, ast.Expr]]:
-    """Return each module, class and function that has a docstring, with its docstring's statement, in source order."""
+def _questions() -> Iterator[tuple[str, object]]:
+    known = set[str]()
+    for path, source in _texts(str):
+        module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        if any(part.startswith("_") for part in module.split(".")):
+            continue
+        for question, answer in questions(source, module):
+            if not known & {question, answer}:
+                known |= {question, answer}
+                yield str(path), {"prompt": f"{question}\n", "completion": answer}
+
+
+def questions(source: str, module: str) -> Iterator[tuple[str, str]]:
+    """Yield what each public function of a Python source does: the question, and its docstring's first sentence."""
+    try:
+        tree = _parsed(source)
+    except SyntaxError:
+        return  # as of the files that are templates
+    for name, node in _public_functions(tree.body):
+        docstring = ast.get_docstring(node) or ""
+        answer = SENTENCE_END.split(" ".join(docstring.partition("\n\n")[0].split()))[0]
+        if ANSWER.fullmatch(answer) and len(answer) in ANSWER_CHARACTERS:
+            kind, arguments = "function", ast.unparse(node.args)
+            if "." in name:
+                kind, arguments = "method", OWN_ARGUMENT.sub("", arguments)
+            yield f"What does the Python {kind} {module}.{name}({arguments}) do?", answer
+
+
+def _public_functions(
+    body: list[ast.stmt], scope: str = ""
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            if isinstance(node, ast.ClassDef):
+                yield from _public_functions(node.body, f"{scope}{node.name}.")
+            else:
+                yield f"{scope}{node.name}", node
+
+
+def _parsed(source: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old modules hold invalid escapes, which ast.parse reports
-        tree = ast.parse(source)
+        return ast.parse(source)
+
+
+def _documented(source: str) -> list[tuple[ast.AST, ast.Expr]]:
+    """Return each module, class and function that has a docstring, with its docstring's statement, in source order."""
+    tree = _parsed(source)
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [
         (node, node.body[0])

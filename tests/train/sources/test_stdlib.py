@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import io
+import textwrap
 import tokenize
 
 import pytest
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.train.records import load_records
-from lisa_kernels.train.sources.stdlib import join_docstrings, strip_comments
+from lisa_kernels.train.records import Records, load_records
+from lisa_kernels.train.sources.stdlib import join_docstrings, questions, strip_comments
 
 
 def test_the_standard_library_is_capped_sorted_python_without_tests() -> None:
@@ -32,6 +34,61 @@ def test_stdlib_docstrings_are_prose_of_some_length() -> None:
     records = load_records("stdlib:docstrings", max_bytes=20_000)
     assert all(len(item) >= 80 for item in records.items[:-1])
     assert not any("def __init__(self" in item for item in records.items[:3])
+
+
+def test_stdlib_questions_are_about_functions_and_no_answer_comes_twice() -> None:
+    records = load_records("stdlib:questions", max_bytes=40_000)
+    assert records.kind == "prompt"
+    assert len(records) > 200
+    assert len({item["prompt"] for item in records.items}) == len(records)
+    assert len({item["completion"] for item in records.items}) == len(records)
+    assert records.items == load_records("stdlib:questions", max_bytes=40_000).items
+
+
+def test_a_question_about_the_library_as_it_is() -> None:
+    asked = dict(questions(inspect.getsource(textwrap), "textwrap"))
+    wrap = "What does the Python function textwrap.wrap(text, width=70, **kwargs) do?"
+    assert asked[wrap] == "Wrap a single paragraph of text, returning a list of wrapped lines."
+
+
+def test_a_question_has_the_signature_without_self_and_its_answer_is_the_first_sentence() -> None:
+    """Private names, docstrings that are no sentence, and very short ones are left out."""
+    body = '''
+async def fetch(url, *, again=3):
+    """Fetch what the address names, again\nwhere that fails. It is slow.
+
+    More.
+    """
+def _own(): "Do something that is long enough to be read."
+def scale(x): "scale(x) -> the same, twice as large, no sentence"
+def short(): "Be short."
+def register(cls, name): "Remember a class under the name that was given."
+class Pile:
+    """A class is not asked about, whatever it says."""
+    def push(self, item): "Put an item on top of all the others there are."
+    class _Inner:
+        def f(self): "Do something that is long enough to be read."
+'''
+    assert list(questions(body, "piles")) == [
+        ("What does the Python function piles.fetch(url, *, again=3) do?",
+         "Fetch what the address names, again where that fails."),
+        ("What does the Python function piles.register(cls, name) do?",
+         "Remember a class under the name that was given."),
+        ("What does the Python method piles.Pile.push(item) do?",
+         "Put an item on top of all the others there are."),
+    ]  # fmt: skip
+
+
+def test_questions_are_turns_where_the_tokenizer_has_a_template() -> None:
+    records = Records("prompt", [{"prompt": "Why?\n", "completion": "So."}], "stdlib:questions", turns=True)
+    assert records.for_template(None) is records
+    assert records.for_template("{{ messages }}") == Records(
+        "messages",
+        [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]],
+        "stdlib:questions",
+    )
+    pairs = Records("prompt", records.items, "pairs.jsonl")
+    assert pairs.for_template("{{ messages }}") is pairs
 
 
 def test_an_unknown_part_of_stdlib_names_the_nearest() -> None:
