@@ -1,1 +1,1 @@
-"""Benchmarks: each claim of the README is a row in `bench/results/`, written by one of these modules."""
+"""Benchmarks: each figure of README.md here is a row in `bench/results/`, written by one of these modules."""

@@ -5,7 +5,7 @@ docstrings (English). The learning rate of each method is the best on seed 0 of 
 while its best stands at an edge; two more seeds follow at that rate. Each run is a row; rows that exist are not run
 again.
 
-    python -m bench.quality            # runs what is missing, then prints the table and writes it into README.md
+    python -m bench.quality            # runs what is missing, then prints the table and writes it into bench/README.md
     python -m bench.quality --only LISA --only BAdam   # some of them; several processes may share the rows
     python -m bench.quality --report   # only the table
 """

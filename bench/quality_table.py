@@ -1,4 +1,4 @@
-"""The table of `bench/results/quality.jsonl`, printed and written into README.md."""
+"""The table of `bench/results/quality.jsonl`, printed and written into bench/README.md."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def table(rows: list[dict[str, Any]], names: Sequence[str], seeds: Sequence[int]
 
 
 def report(names: Sequence[str], seeds: Sequence[int]) -> None:
-    """Print the table and put it between the markers of README.md, if they are there."""
+    """Print the table and put it between the markers of bench/README.md, if they are there."""
     text = table(read_rows("quality"), names, seeds)
     print(text)
     put("quality", text)

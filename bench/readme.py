@@ -1,4 +1,4 @@
-"""The tables of README.md that come from recorded rows: `python -m bench.readme` writes them all anew."""
+"""The tables of bench/README.md that come from recorded rows: `python -m bench.readme` writes them all anew."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from bench.optimizer_table import size_name
 from bench.rows import read_rows
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).with_name("README.md")
 SIZES = (1 << 20, 1 << 24, 1 << 26)
 SMALL = (10_000 * 1_024, 10_000)
 

@@ -1,11 +1,25 @@
-"""Tables of the README come from recorded rows, the newest of each kind."""
+"""Tables of bench/README.md come from recorded rows, the newest of each kind."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from bench.readme import lowrank_table, markdown, memory_table, optimizer_table, put, step_table, update_table
+import pytest
+
+from bench.readme import (
+    README,
+    ROWS,
+    TABLES,
+    lowrank_table,
+    markdown,
+    memory_table,
+    optimizer_table,
+    put,
+    step_table,
+    update_table,
+)
+from bench.rows import read_rows
 
 
 def row(**changed: Any) -> dict[str, Any]:
@@ -34,6 +48,15 @@ def test_a_table_goes_between_its_markers_and_nowhere_else(tmp_path: Path) -> No
     assert put("x", markdown(["h"], [["1"]]), readme)
     assert readme.read_text() == page.replace("old", "| h |\n| --- |\n| 1 |")
     assert not put("y", "text", readme)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_shows_the_recorded_rows(name: str, tmp_path: Path) -> None:
+    """Writing a table anew changes nothing: no figure was typed, and none is older than its row."""
+    page = tmp_path / "README.md"
+    page.write_text(README.read_text())
+    assert put(name, TABLES[name](read_rows(ROWS.get(name, name))), page)
+    assert page.read_text() == README.read_text()
 
 
 def step_row(**changed: Any) -> dict[str, Any]:
