@@ -143,7 +143,17 @@ def _add_finetune(commands: Any) -> None:
     add("--max-checkpoints", type=int, default=2, help="checkpoints kept")
     add("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
     add("--overwrite", action="store_true", help="replace the run in --output")
-    add("--report-to", default="none", help="none or tensorboard (into OUTPUT/tensorboard)")
+    add(
+        "--report-to",
+        default="none",
+        help="where figures go meanwhile: none, tensorboard (into OUTPUT/tensorboard), wandb, or both with a comma",
+    )
+    add(
+        "--samples",
+        type=int,
+        help="held-out prompts that the model answers before and after, shown in OUTPUT/report.html (default: 3; on a "
+        "CPU none above 1e9 parameters)",
+    )
     parser.set_defaults(run=_run_finetune)
 
 
@@ -280,6 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_scores(commands)
     _add_bench(commands)
+    _add_report(commands)
     _add_info(commands)
     return parser
 
@@ -289,13 +300,39 @@ def _run_finetune(arguments: argparse.Namespace, console: Console) -> int:
 
     values = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "debug")}
     options = FineTuneOptions(**values)
-    from lisa_kernels.plan.command import planned_bytes
+    from lisa_kernels.plan.command import plan_run
     from lisa_kernels.train.finetune import finetune
 
-    code, summary = finetune(options, console, planned_bytes)
+    code, summary = finetune(options, console, plan_run)
     if arguments.json:
         print(json.dumps(summary))
     return code
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report", formatter_class=_Formatter, help="show a run, or several side by side, as one page",
+        description="Write a page that any browser shows without a network: losses, rate, gradient norm and speed over "
+        "the steps, which layers trained when, memory planned and measured, answers before and after, and settings "
+        "that differ. A run that is not finished is shown as far as it came.",
+    )  # fmt: skip
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="output folder of a finetune run")
+    parser.add_argument(
+        "--output", type=Path, help="file for the page (default: report.html in the run's folder, of several runs here)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(arguments: argparse.Namespace, console: Console) -> int:
+    from lisa_kernels.report.command import report
+
+    result = report(arguments.runs, arguments.output)
+    console.print(f"page in {result['page']}", highlight=False, soft_wrap=True)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
 
 
 def _run_plan(arguments: argparse.Namespace, console: Console) -> int:

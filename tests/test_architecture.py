@@ -34,16 +34,19 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"errors", "files", "ops", "paging", *MIDDLE, "methods"},
     # A plan rehearses what a run would do, with its models and options.
     "plan": {*BOTTOM, "ops", "paging", *MIDDLE, "methods", "train", "plan"},
-    "train": {*BOTTOM, "files", "ops", "paging", *MIDDLE, "methods", "train"},
+    # Reads what runs wrote; knows none of what wrote it.
+    "report": {"errors", "report"},
+    # A run leaves its page, and a history in the page's format.
+    "train": {*BOTTOM, "files", "report", "ops", "paging", *MIDDLE, "methods", "train"},
     "info": {*BOTTOM, "ops"},
-    "cli": {*BOTTOM, "ops", "paging", *MIDDLE, "methods", "plan", "train", "info"},
+    "cli": {*BOTTOM, "ops", "paging", *MIDDLE, "methods", "plan", "train", "report", "info"},
     # The package's own names.
     "__init__": {"errors", "optim", "methods", "plan"},
 }
 # Of these only the standard library may be imported.
-PURE = {"samplers", "errors", "files"}
+PURE = {"samplers", "errors", "files", "report"}
 # Modules of `train/` that subclass transformers' classes and are imported only where training starts.
-TRAINERS = {"train/trainer.py", "train/progress.py"}
+TRAINERS = {"train/trainer.py", "train/progress.py", "train/history.py"}
 
 
 class Import(NamedTuple):

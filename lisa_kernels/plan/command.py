@@ -13,12 +13,19 @@ from rich.console import Console
 from lisa_kernels.plan.cards import gb, parse_size
 from lisa_kernels.plan.fit import Fit, fit
 from lisa_kernels.plan.options import finetune_command, workload_of
-from lisa_kernels.plan.plot import plot_timeline
+from lisa_kernels.plan.plot import plot_timeline, stacked
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.report import print_fit, print_plan
 from lisa_kernels.plan.result import Plan
+from lisa_kernels.plan.trace import CATEGORIES, Trace
 from lisa_kernels.scores.report import new_figure
+from lisa_kernels.train.memory import PlannedMemory
 from lisa_kernels.train.options import FineTuneOptions
+
+# Moments of a rehearsal that a run's page shows.
+PAGE_POINTS = 240
+# What model and optimizer hold between backward and step.
+HELD = ("weights", "gradients", "optimizer state", "bases")
 
 
 def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -46,9 +53,26 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     return result
 
 
-def planned_bytes(options: FineTuneOptions) -> int:
-    """Return the peak that a run with `options` has by plan."""
-    return rehearse(workload_of(options)).peak_bytes
+def plan_run(options: FineTuneOptions) -> PlannedMemory:
+    """Return what a run with `options` takes by plan, and what is alive over its steps."""
+    trace = rehearse(workload_of(options))
+    numbers, rows = stacked(trace, PAGE_POINTS)
+    names = [trace.events[number].phase for number in numbers]
+    starts = [at for at, name in enumerate(names) if at == 0 or name != names[at - 1]]
+    return PlannedMemory(
+        trace.peak_bytes, trace.live_at(trace.peak_index), held_before_steps(trace), dict(zip(CATEGORIES, rows)),
+        [(at, names[at]) for at in starts],
+    )  # fmt: skip
+
+
+def held_before_steps(trace: Trace) -> dict[str, int]:
+    """Return by category the most bytes alive where a backward has ended, and its gradients wait for the step."""
+    alive, most = dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0)
+    for event, following in zip(trace.events, [*trace.events[1:], None]):
+        alive[event.category] += event.bytes
+        if event.phase.endswith("backward") and (following is None or following.phase != event.phase):
+            most = {name: max(size, alive[name]) for name, size in most.items()}
+    return {name: most[name] for name in HELD}
 
 
 def _options(arguments: argparse.Namespace) -> FineTuneOptions:

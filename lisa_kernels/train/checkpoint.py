@@ -70,6 +70,12 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def checkpoint_step(checkpoint: Path | None) -> int:
+    """Return the step that a checkpoint was written after; 0 where there is none."""
+    found = None if checkpoint is None else _NAME.match(checkpoint.name)
+    return int(found[1]) if found else 0
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what an interrupted write left behind."""
     for path in [*folder.glob(f".checkpoint-*{PARTIAL}"), *folder.glob(".checkpoint-*.old")]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -14,11 +16,16 @@ from rich.console import Console
 from lisa_kernels.layers import find_blocks, is_linear, linear_shape, offload_checkpoints
 from lisa_kernels.layers.linears import MIN_SIDE
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
+from lisa_kernels.report import PAGE_FILE, read_run, write_page
+from lisa_kernels.train.answers import Question, answers, held_out_questions, samples_for
 from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
-from lisa_kernels.train.memory import MemoryMeter, planned_peak
+from lisa_kernels.train.checkpoint import checkpoint_step
+from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, planned_memory
 from lisa_kernels.train.models import check_token_ids, enable_checkpointing, load_model, load_tokenizer, parse_dtype
-from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions
+from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions, default_options
+from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.records import load_records
+from lisa_kernels.train.reporters import check_reporters, reporters
 from lisa_kernels.train.run_folder import (
     ADAPTER_FOLDER,
     SUMMARY_FILE,
@@ -36,6 +43,9 @@ from lisa_kernels.train.tokenize import (
     split_records,
     tokenize_records,
 )
+
+if TYPE_CHECKING:
+    from lisa_kernels.train.history import RunHistory
 
 INTERRUPTED = 130
 # Above this many parameters activations outweigh what recomputing them costs.
@@ -135,13 +145,6 @@ def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool)
     return arguments
 
 
-def _tensorboard(options: FineTuneOptions) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(log_dir=str(options.output / "tensorboard")))
-
-
 def wants_checkpointing(options: FineTuneOptions, model: Any) -> bool:
     """Tell whether the run recomputes activations: as it was told, else by the size of the model."""
     if options.gradient_checkpointing is not None:
@@ -151,20 +154,23 @@ def wants_checkpointing(options: FineTuneOptions, model: Any) -> bool:
 
 
 def finetune(
-    options: FineTuneOptions, console: Console, plan: Callable[[FineTuneOptions], int] | None = None
+    options: FineTuneOptions, console: Console, plan: Callable[[FineTuneOptions], PlannedMemory] | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Run `options`; returns (exit code, summary): 0 when done, 130 when stopped by ctrl-C with a checkpoint.
 
-    plan: tells the peak memory of a run before it starts, in bytes; the summary has it beside the measured one.
+    plan: tells the memory of a run before it starts; summary and page have it beside the measured one.
     """
     from transformers.utils import logging as transformers_logging
 
+    from lisa_kernels.train.history import RunHistory
     from lisa_kernels.train.progress import LiveProgress
     from lisa_kernels.train.trainer import SamplingState, StopOnInterrupt, held_out_loss
 
     transformers_logging.disable_progress_bar()
+    check_reporters(options)
     facts, checkpoint = open_run(options)
-    planned = None if plan is None else planned_peak(options, plan, console)
+    plan_of_run = None if plan is None else planned_memory(options, plan, console)
+    planned = None if plan_of_run is None else plan_of_run.peak_bytes
     meter = MemoryMeter.start()
     model, train, held_out, tokenizer = prepare_data(options, console)
     method = build_method(options, model)
@@ -181,17 +187,23 @@ def finetune(
         model, method, lr=options.learning_rate, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
     )  # fmt: skip
-    progress = LiveProgress(console, optimizer, options.batch_size * options.accumulate * train.tokens / len(train))
+    tokens_per_step = options.batch_size * options.accumulate * train.tokens / len(train)
+    progress = LiveProgress(console, optimizer, tokens_per_step)
+    history = RunHistory(options.output, optimizer, meter, tokens_per_step, console)
     interrupt = StopOnInterrupt()
-    callbacks = [SamplingState(optimizer), interrupt, progress]
+    callbacks = [SamplingState(optimizer), interrupt, progress, history]
     trainer = _trainer(model, arguments, train, held_out, tokenizer, optimizer, callbacks)
     _describe(method, optimizer, arguments, console)
     loader = trainer.get_eval_dataloader() if len(held_out) else []
     if "eval_loss_before" not in facts:
         facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer)), "scores": scores}
         start_run(options, facts)
-    if options.report_to == "tensorboard":
-        trainer.add_callback(_tensorboard(options))
+    for reporter in reporters(options):
+        trainer.add_callback(reporter)
+    history.begin(_begin_facts(options, optimizer, arguments, plan_of_run), checkpoint_step(checkpoint))
+    questions = held_out_questions(held_out, samples_for(model, options.samples))
+    if not history.has("answers"):
+        _ask(model, tokenizer, questions, history, 0, console)
     if len(held_out):
         console.print(f"held-out loss before: {facts['eval_loss_before']:.4f}", highlight=False)
     with interrupt:
@@ -212,7 +224,36 @@ def finetune(
     if (warning := meter.warning(planned)) is not None:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     _finish(options, trainer, optimizer, summary, console)
+    _ask(model, tokenizer, questions, history, steps, console)
+    ornament("the page of the run", lambda: _write_page(options.output, console), console)
     return 0, summary
+
+
+def _ask(
+    model: Any, tokenizer: Any, questions: list[Question], history: RunHistory, step: int, console: Console
+) -> None:  # fmt: skip
+    """Note in the history what the model says to held-out prompts now."""
+    said = ornament("what the model says", lambda: answers(model, tokenizer, questions), console)
+    if said:
+        history.add("answers", step, answers=said)
+
+
+def _write_page(folder: Path, console: Console) -> None:
+    write_page([read_run(folder)], folder / PAGE_FILE)
+    console.print(f"page of the run: {folder / PAGE_FILE}", highlight=False, soft_wrap=True)
+
+
+def _begin_facts(
+    options: FineTuneOptions, optimizer: SampledAdamW, arguments: Any, planned: PlannedMemory | None
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the history of a run begins with."""
+    model = optimizer.model
+    return {
+        "max_steps": arguments.max_steps, "device": next(model.parameters()).device.type,
+        "parameters": sum(param.numel() for param in model.parameters()), "layers": optimizer.layer_names,
+        "method": optimizer.method.settings(), "defaults": default_options(),
+        "plan": None if planned is None else dataclasses.asdict(planned),
+    }  # fmt: skip
 
 
 def _trainer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -65,6 +65,21 @@ class MemoryMeter:
         return f"the run took {(peak - planned) / 1e9:.2f} GB more than was planned ({why})"
 
 
+@dataclass(frozen=True)
+class PlannedMemory:
+    """What a plan says of a run: its peak, and for a picture what is alive when, by category.
+
+    split_bytes: alive at the peak. held_bytes: alive just before an optimizer step, the most over the rehearsed steps.
+    curve: alive at moments of the rehearsal, phases: (number of the first moment, name) of its parts.
+    """
+
+    peak_bytes: int
+    split_bytes: dict[str, int] = field(default_factory=dict)
+    held_bytes: dict[str, int] = field(default_factory=dict)
+    curve: dict[str, list[int]] = field(default_factory=dict)
+    phases: list[tuple[int, str]] = field(default_factory=list)
+
+
 def _resident_bytes() -> int:
     return int(_PAGES.read_text().split()[1]) * PAGESIZE
 
@@ -89,12 +104,14 @@ def _reset_peak() -> bool:
     return True
 
 
-def planned_peak(options: FineTuneOptions, plan: Callable[[FineTuneOptions], int], console: Console) -> int | None:
-    """Return the peak that `plan` tells of the run; None, the reason printed, where it cannot be rehearsed."""
+def planned_memory(
+    options: FineTuneOptions, plan: Callable[[FineTuneOptions], PlannedMemory], console: Console
+) -> PlannedMemory | None:
+    """Return what `plan` tells of the run; None, the reason printed, where it cannot be rehearsed."""
     try:
         planned = plan(options)
     except InputError as error:
         console.print(f"note: the memory of this run is not planned: {error}", highlight=False)
         return None
-    console.print(f"planned peak memory: {planned / 1e9:.2f} GB", highlight=False)
+    console.print(f"planned peak memory: {planned.peak_bytes / 1e9:.2f} GB", highlight=False)
     return planned

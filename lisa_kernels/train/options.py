@@ -18,12 +18,19 @@ DEFAULT_LR = {
 }  # fmt: skip
 # Ours to transformers' names; its "constant" would ignore --warmup-steps.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-REPORTERS = ("none", "tensorboard")
+# Names of --report-to, and the packages that they need.
+REPORTERS = {"none": None, "tensorboard": "tensorboard", "wandb": "wandb"}
 # What may differ between a run and its resumption.
 _FREE = (
     "output", "resume", "overwrite", "save_every", "report_to", "eval_every", "json", "max_checkpoints", "paging",
-    "offload_activations",
+    "offload_activations", "samples",
 )  # fmt: skip
+
+
+def default_options() -> dict[str, Any]:
+    """Return the options that need not be given, as they are then."""
+    fields = dataclasses.fields(FineTuneOptions)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class FineTuneOptions:
     resume: bool = False
     overwrite: bool = False
     report_to: str = "none"
+    samples: int | None = None
     json: bool = False
 
     def __post_init__(self) -> None:
@@ -97,9 +105,13 @@ class FineTuneOptions:
             raise InputError(f"--eval-fraction is {self.eval_fraction}; a share from 0 to 0.5 is wanted.")
         if self.max_grad_norm < 0:
             raise InputError(f"--max-grad-norm is {self.max_grad_norm}; at least 0 is wanted (0: no clipping).")
-        for name, known in (("lr_schedule", SCHEDULES), ("report_to", REPORTERS)):
-            if getattr(self, name) not in known:
-                raise unknown_name(f"--{name.replace('_', '-')}", getattr(self, name), known)
+        if self.samples is not None and self.samples < 0:
+            raise InputError(f"--samples is {self.samples}; at least 0 is wanted.")
+        if self.lr_schedule not in SCHEDULES:
+            raise unknown_name("--lr-schedule", self.lr_schedule, SCHEDULES)
+        for name in self.report_to.split(","):
+            if name not in REPORTERS:
+                raise unknown_name("--report-to", name, REPORTERS)
         check_paging(self.paging)
         self.build_method()
 
@@ -118,6 +130,11 @@ class FineTuneOptions:
         if active is not None and self.active_layers is None and layers is not None:
             settings["active_layers"] = min(active, layers)
         return method_by_name(self.method, **settings)
+
+    @property
+    def reporters(self) -> list[str]:
+        """Where figures go while the run goes on."""
+        return [name for name in dict.fromkeys(self.report_to.split(",")) if name != "none"]
 
     @property
     def learning_rate(self) -> float:

@@ -14,7 +14,7 @@ import lisa_kernels
 from lisa_kernels import LISA
 from lisa_kernels.cli import main
 from lisa_kernels.plan.cards import CARDS_GB, CONTEXT_BYTES
-from lisa_kernels.plan.command import planned_bytes
+from lisa_kernels.plan.command import plan_run
 from lisa_kernels.train.options import FineTuneOptions
 
 from .small_config import write_config
@@ -60,13 +60,13 @@ def test_json_says_everything_and_the_python_call_the_same(config: str, capsys: 
 
 def test_the_same_options_give_finetune_its_bytes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = FineTuneOptions(config, "stdlib", Path(), method="lisa", batch_size=4, seq_len=32, dtype="bf16")
-    assert planned_bytes(options) == values(capsys, "--model", config, *RUN)["peak_bytes"]
+    assert plan_run(options).peak_bytes == values(capsys, "--model", config, *RUN)["peak_bytes"]
 
 
 def test_planning_leaves_the_random_state_of_the_run_alone(config: str) -> None:
     """A run is the same with and without its plan."""
     before = torch.get_rng_state()
-    planned_bytes(FineTuneOptions(config, "stdlib", Path(), batch_size=1, seq_len=16))
+    plan_run(FineTuneOptions(config, "stdlib", Path(), batch_size=1, seq_len=16))
     assert torch.equal(torch.get_rng_state(), before)
 
 

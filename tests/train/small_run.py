@@ -26,7 +26,20 @@ def write_text(folder: Path) -> Path:
 def arguments(data: Path, output: Path, *more: str, method: str = "lisa") -> list[str]:
     """Return the arguments of a small fine-tuning run; later flags win."""
     flags = ["--model", "preset:tiny", "--data", str(data), "--output", str(output), "--method", method, "--lr", "3e-3"]
-    flags += ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32", "--eval-fraction", "0.1"]
+    flags += [
+        "--steps",
+        "6",
+        "--batch-size",
+        "2",
+        "--seq-len",
+        "32",
+        "--dtype",
+        "fp32",
+        "--eval-fraction",
+        "0.1",
+        "--samples",
+        "0",
+    ]
     if method not in ("full", "galore", "lora-fa"):
         flags += ["--period", "2"]
     if method in ("owlore", "galore", "lora-fa"):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.train import memory
-from lisa_kernels.train.memory import PROCESS_BYTES, MemoryMeter, planned_peak
+from lisa_kernels.train.memory import PROCESS_BYTES, MemoryMeter, PlannedMemory, planned_memory
 from lisa_kernels.train.options import FineTuneOptions
 
 MB = 10**6
@@ -63,19 +63,19 @@ def test_the_description_has_both_and_the_difference() -> None:
     assert Measured(gpu=False, before=0).describe(None) == "peak memory 2.00 GB (growth of the process)"
 
 
-def planned(plan: Any) -> tuple[int | None, str]:
+def planned(plan: Any) -> tuple[PlannedMemory | None, str]:
     out = io.StringIO()
     options = FineTuneOptions("preset:tiny", "stdlib", Path())
-    return planned_peak(options, plan, Console(file=out, width=200)), out.getvalue()
+    return planned_memory(options, plan, Console(file=out, width=200)), out.getvalue()
 
 
 def test_a_plan_is_asked_with_the_options_of_the_run() -> None:
-    found, text = planned(lambda options: 1000 * MB * (options.model == "preset:tiny"))
-    assert (found, text) == (1000 * MB, "planned peak memory: 1.00 GB\n")
+    found, text = planned(lambda options: PlannedMemory(1000 * MB * (options.model == "preset:tiny")))
+    assert (found, text) == (PlannedMemory(1000 * MB), "planned peak memory: 1.00 GB\n")
 
 
 def test_a_run_that_cannot_be_rehearsed_goes_on_and_says_why() -> None:
-    def fails(options: FineTuneOptions) -> int:
+    def fails(options: FineTuneOptions) -> PlannedMemory:
         raise InputError("no such thing.")
 
     assert planned(fails) == (None, "note: the memory of this run is not planned: no such thing.\n")
