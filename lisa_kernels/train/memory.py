@@ -16,8 +16,6 @@ from lisa_kernels.train.options import FineTuneOptions
 
 # Above this a plan did not keep its promise.
 TOLERANCE = 0.05
-# By so much a process grows that trains on a CPU, whatever the model: libraries loaded on the way, the data.
-PROCESS_BYTES = 100_000_000
 _PAGES, _STATUS = Path("/proc/self/statm"), Path("/proc/self/status")
 _CLEAR_REFS, _RESET_PEAK = Path("/proc/self/clear_refs"), "5"
 
@@ -46,23 +44,31 @@ class MemoryMeter:
         return max(0, peak - self.before)
 
     def describe(self, planned: int | None) -> str:
-        """Return the peak as text, beside the planned one if there is one."""
+        """Return the peak as text, beside the planned one if there is one, and what each of them counts."""
         peak = self.peak_bytes()
-        text = f"peak memory {peak / 1e9:.2f} GB" + ("" if self.gpu else " (growth of the process)")
-        return text if planned is None else f"{text}, {planned / 1e9:.2f} GB planned ({peak / planned - 1:+.1%})"
+        if self.gpu:
+            text = f"peak memory {peak / 1e9:.2f} GB"
+            return text if planned is None else f"{text}, {planned / 1e9:.2f} GB planned ({peak / planned - 1:+.1%})"
+        text = f"peak memory: the process grew by {peak / 1e9:.2f} GB"
+        if planned is None:
+            return text
+        return (
+            f"{text}, libraries, data and freed memory that is kept included; the plan's {planned / 1e9:.2f} GB count "
+            "tensors alone"
+        )
 
     def warning(self, planned: int | None) -> str | None:
-        """Return what to say where the run took more than 5 % above what was planned; None where it did not."""
+        """Return what to say where a GPU's tensors took more than 5 % above what was planned, else None.
+
+        A plan counts tensors. What a process grows by on a CPU is another number, which no plan speaks of.
+        """
         peak = self.peak_bytes()
-        if planned is None or peak <= planned * (1 + TOLERANCE) + (0 if self.gpu else PROCESS_BYTES):
+        if not self.gpu or planned is None or peak <= planned * (1 + TOLERANCE):
             return None
-        why = (
-            "a plan knows nothing of evaluation, of buffers inside of kernels, and of other programs' tensors"
-            if self.gpu
-            else "on a CPU the C library keeps memory that was freed; with MALLOC_MMAP_THRESHOLD_=65536 in the "
-            "environment glibc gives it back, and the run is slower"
+        return (
+            f"the run took {(peak - planned) / 1e9:.2f} GB more than was planned (a plan knows nothing of evaluation, "
+            "of buffers inside of kernels, and of other programs' tensors)"
         )
-        return f"the run took {(peak - planned) / 1e9:.2f} GB more than was planned ({why})"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.train import memory
-from lisa_kernels.train.memory import PROCESS_BYTES, MemoryMeter, PlannedMemory, planned_memory
+from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, planned_memory
 from lisa_kernels.train.options import FineTuneOptions
 
 MB = 10**6
@@ -51,16 +51,17 @@ def test_a_gpu_run_warns_above_five_percent(planned: int | None, warns: bool) ->
     assert warning is None or "GB more than was planned" in warning
 
 
-def test_a_cpu_run_is_allowed_what_every_process_takes() -> None:
-    meter = Measured(gpu=False, before=0)
-    limit = int((2000 * MB - PROCESS_BYTES) / 1.05)
-    assert meter.warning(limit + MB) is None
-    assert "C library" in str(meter.warning(limit - MB))
+def test_a_cpu_run_never_warns() -> None:
+    """The process's growth is more than tensors: it says nothing of whether the plan was kept."""
+    assert Measured(gpu=False, before=0).warning(MB) is None
 
 
-def test_the_description_has_both_and_the_difference() -> None:
+def test_the_description_says_what_each_figure_counts() -> None:
     assert Measured(gpu=True, before=0).describe(1600 * MB) == "peak memory 2.00 GB, 1.60 GB planned (+25.0%)"
-    assert Measured(gpu=False, before=0).describe(None) == "peak memory 2.00 GB (growth of the process)"
+    assert Measured(gpu=False, before=0).describe(None) == "peak memory: the process grew by 2.00 GB"
+    text = Measured(gpu=False, before=0).describe(1600 * MB)
+    assert text.startswith("peak memory: the process grew by 2.00 GB, libraries")
+    assert text.endswith("the plan's 1.60 GB count tensors alone")
 
 
 def planned(plan: Any) -> tuple[PlannedMemory | None, str]:
