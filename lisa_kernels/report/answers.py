@@ -37,6 +37,7 @@ def _card(prompt: str, runs: Sequence[Run], number: int) -> str:
 
 
 def _prompt(prompt: str) -> str:
+    prompt = prompt.strip()
     if len(prompt) <= MOST_PROMPT:
         return f'<blockquote class="prompt">{escape(prompt)}</blockquote>'
     return (
@@ -46,6 +47,9 @@ def _prompt(prompt: str) -> str:
 
 
 def _box(title: str, text: str | None, kind: str, key: str = "") -> str:
-    said = "not asked" if text is None else text or "(nothing)"
-    empty = "" if text else " none"
-    return f'<div class="box {kind}"><h4>{key}{escape(title)}</h4><p class="said{empty}">{escape(said)}</p></div>'
+    said = (text or "").strip()
+    empty = "" if said else " none"
+    if not said:
+        said = "not asked" if text is None else "(only blanks)" if text else "(nothing)"
+    words = f'<p class="said{empty}">{escape(said)}</p>'
+    return f'<div class="box {kind}"><h4>{key}{escape(title)}</h4>{words}</div>'

@@ -64,7 +64,7 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
         return {
             name: [defaults.get(name), run.options[name]]
             for name in run.options
-            if name not in _SILENT and defaults and run.options[name] != defaults.get(name)
+            if name not in _SILENT and name in defaults and run.options[name] != defaults[name]
         }
     found = {name: [run.settings.get(name) for run in runs] for name in names if name not in _SILENT}
     return {name: values for name, values in found.items() if any(value != values[0] for value in values)}

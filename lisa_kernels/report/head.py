@@ -33,10 +33,11 @@ def _verdict(values: dict[str, Any]) -> str:
     name, before, after = _losses(values)
     if before is None or after is None:
         return "No loss is recorded yet" if not values["finished"] else "The loss is no number: the run diverged"
+    name = name.lower()
     if abs(after - before) <= _NOTHING * before:
-        return f"{name} stayed at {loss(after)}"
-    word = "fell" if after < before else "rose"
-    return f"{name} {word} from {loss(before)} to {loss(after)}"
+        return f"It did not learn: {name} stayed at {loss(after)}"
+    change = percent(after, before)[1:]
+    return f"It learnt: {name} fell by {change}" if after < before else f"It did not learn: {name} rose by {change}"
 
 
 def headline(runs: Sequence[Run]) -> str:

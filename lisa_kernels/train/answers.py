@@ -110,4 +110,4 @@ def _ends(model: Any, tokenizer: Any) -> list[int] | None:
 
 def _text(tokenizer: Any, ids: Tensor) -> str:
     text: str = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-    return text.strip()
+    return text

@@ -62,7 +62,7 @@ def test_it_says_first_whether_the_run_learnt_and_what_it_took(folder: Path) -> 
     text = of(folder)
     elements = Elements(text)
     assert not elements.open
-    assert "<h1>Held-out loss fell from 3.000 to 2.100</h1>" in text
+    assert "<h1>It learnt: held-out loss fell by 30 %</h1>" in text
     for figure in ("−30 %", "31 MB", "20 MB of tensors planned", "16 s", "104 tokens/s"):
         assert figure in text
     headings = [attributes["id"] for attributes in elements.named("section")]
@@ -126,15 +126,15 @@ def test_several_runs_have_a_colour_a_name_and_the_settings_that_differ(folder: 
 def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
     text = of(write_run(tmp_path / "run", history(steps=6), finished=False))
     assert "This run is not finished: step 6 of 8" in text
-    assert "<h1>Training loss fell from 2.900 to 2.400</h1>" in text
+    assert "<h1>It learnt: training loss fell by 17 %</h1>" in text
     bare = of(write_run(tmp_path / "bare", [], finished=False))
     assert "only its settings are known" in bare
     assert "<h1>No loss is recorded yet</h1>" in bare
 
 
 def test_a_loss_that_rose_is_no_success(tmp_path: Path) -> None:
-    assert "<h1>Held-out loss rose from 3.000 to 3.500</h1>" in of(write_run(tmp_path / "run", after=3.5))
-    assert "<h1>Held-out loss stayed at 3.000</h1>" in of(write_run(tmp_path / "same", after=3.0001))
+    assert "<h1>It did not learn: held-out loss rose by 17 %</h1>" in of(write_run(tmp_path / "run", after=3.5))
+    assert "<h1>It did not learn: held-out loss stayed at 3.000</h1>" in of(write_run(tmp_path / "same", after=3.0001))
 
 
 def test_a_page_that_cannot_be_written_is_told(folder: Path, tmp_path: Path) -> None:

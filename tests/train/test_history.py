@@ -74,7 +74,7 @@ def test_what_was_planned_to_be_held_is_what_was_held(finished: Path) -> None:
 
 def test_the_page_is_in_the_folder_and_says_what_the_command_says(finished: Path, tmp_path: Path) -> None:
     written = (finished / "report.html").read_bytes()
-    assert b"Held-out loss fell from" in written
+    assert b"It learnt: held-out loss fell by" in written
     assert main(["report", str(finished), "--output", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_bytes() == written
 
