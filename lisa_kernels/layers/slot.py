@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker, Gradient
+from lisa_kernels.errors import InputError
+from lisa_kernels.ops.fold import fold_
 
 
 class SlotModule(nn.Module):
@@ -15,7 +17,8 @@ class SlotModule(nn.Module):
 
     The slot is a parameter (float32) and the basis a buffer (the weight's dtype); both are empty while the layer is
     inactive and neither is ever in `state_dict()`. With a tracker the basis comes from gradients and the slot is
-    folded into the weight after each step; without one (LoRA-FA) the basis is fixed and the slot stays.
+    folded into the weight after each step; without one (LoRA-FA) the basis is fixed and the slot stays: the weight that
+    `state_dict()` then holds is W + scale · Bᵀ P, so that what anyone saves is what was trained.
 
     With `exact_master` a bfloat16 weight has a remainder beside it while it is active, which makes it a float32 master
     weight: updates far below a bfloat16's step then add up without rounding noise.
@@ -35,6 +38,8 @@ class SlotModule(nn.Module):
         self.transposed = False
         self.capturing = False
         self.exact_master = False
+        # Whether weights were loaded in the place of an adapter that had been trained.
+        self.restarted = False
         self.slot = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("basis", torch.empty(0), persistent=False)
         self.register_buffer("remainder", torch.empty(0, dtype=torch.int16), persistent=False)
@@ -80,21 +85,66 @@ class SlotModule(nn.Module):
             self.basis = torch.empty(0, device=self.slot.device)
             self.remainder = torch.empty(0, dtype=torch.int16, device=self.slot.device)
 
+    def lifting_factors(self) -> tuple[Tensor, Tensor]:
+        """Return (left, right) with leftᵀ · right = scale · Bᵀ P in the weight's own order."""
+        slot = self.slot.data if self.scale == 1.0 else self.slot.data * self.scale
+        return (self.basis, slot) if self.transposed else (slot, self.basis)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the slot stays beside the weight and is a part of the layer's function now."""
+        return self.active and self.tracker is None
+
+    @torch.no_grad()
+    def add_slot_(self, weight: Tensor) -> Tensor:
+        """Add scale · Bᵀ P to a weight, the layer's own or a copy of it, in place; returns it."""
+        # To nearest, which errs least where a weight is rounded once; steps round often, and so stochastically.
+        decay, clock = self.slot.new_ones(()), self.slot.new_zeros((), dtype=torch.int64)
+        fold_(weight, *self.lifting_factors(), decay=decay, clock=clock, stochastic=False)
+        return weight
+
     def refresh_basis(self, gradient: Gradient) -> Tensor:
         """Make the basis that is due, from the weight's gradient [m, n], and return the one in use."""
         assert self.tracker is not None
         return self.tracker.update(gradient, self.basis)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save the layer's function as a plain weight; an adapter's is made here, one layer at a time, in host memory.
+
+        Such a tensor is a copy: what is written into it does not reach the layer.
+        """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}slot"]
+        if self.is_adapter:
+            destination[f"{prefix}weight"] = self._merged().cpu()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load the layer's function as a plain weight; an adapter begins anew at zero, being in the weight.
+
+        A weight equal to what is here changes nothing. Raises InputError while adapters are merged.
+        """
+        if self.tracker is None and not self.active:
+            raise InputError("the adapters are merged into the weights; call unmerge() before weights are loaded.")
+        slot, key = f"{prefix}slot", f"{prefix}weight"
+        given = state_dict.get(key)
+        changes = isinstance(given, Tensor) and given.shape == self.weight.shape and not self._holds(given)
+        if given is not None and not changes:
+            state_dict[key] = self.weight if given.shape == self.weight.shape else given
         # The slot is never saved: hand over what is here, so that strict loading misses nothing.
-        key = f"{prefix}slot"
-        state_dict[key] = self.slot
+        state_dict[slot] = self.slot
         super()._load_from_state_dict(state_dict, prefix, *args)
-        del state_dict[key]
+        del state_dict[slot]
+        if changes:
+            self.remainder.zero_()
+        if changes and self.is_adapter:
+            self.restarted = self.restarted or bool(self.slot.any())
+            self.slot.data.zero_()
+
+    def _merged(self) -> Tensor:
+        return self.add_slot_(self.weight.detach().clone()) if self.is_adapter else self.weight.detach()
+
+    def _holds(self, weight: Tensor) -> bool:
+        return torch.equal(weight.to(self.weight.device, self.weight.dtype), self._merged())
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` does."""

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from lisa_kernels.layers import SlotModule
 from lisa_kernels.methods.adapter_layout import new_head
 from lisa_kernels.methods.definitions import LoRAFA
-from lisa_kernels.methods.slots import lifting_factors
-from lisa_kernels.ops.fold import fold_
 
 
 @dataclass
@@ -68,6 +66,4 @@ class Adapters:
 
     def _add_to_weights(self) -> None:
         for layer in self.layers.values():
-            # To nearest, which errs least where a weight is rounded once; steps round often, and so stochastically.
-            decay, clock = layer.slot.new_ones(()), layer.slot.new_zeros((), dtype=torch.int64)
-            fold_(layer.weight.data, *lifting_factors(layer), decay=decay, clock=clock, stochastic=False)
+            layer.add_slot_(layer.weight.data)

@@ -279,7 +279,10 @@ class SampledAdamW(AdamW8bit):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state together with sampler, active layers, bases and adapters."""
+        """Return the optimizer's state together with sampler, active layers, bases and adapters.
+
+        Adapters come with the weights beneath them, those of the model and no copies; what is saved is larger by them.
+        """
         self._check_unmerged()
         packed = super().state_dict()
         packed["attachment"] = {
@@ -356,10 +359,16 @@ class SampledAdamW(AdamW8bit):
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Write the adapters, and a new head if there is one, as a folder that peft loads; whole or not at all.
 
-        A folder that holds an adapter and nothing else is replaced. Raises InputError for one that holds more, and for
-        methods other than LoRAFA.
+        A folder that holds an adapter and nothing else is replaced. Raises InputError for one that holds more, for
+        methods other than LoRAFA, and where weights were loaded that hold the adapters already.
         """
-        write_adapter(self._attached_adapters(), Path(folder))
+        adapters = self._attached_adapters()
+        if any(layer.restarted for layer in adapters.layers.values()):
+            raise InputError(
+                "weights were loaded into this model that hold its adapters, so that the adapters alone are no longer "
+                "known: save the whole model, or load the optimizer's state as well."
+            )
+        write_adapter(adapters, Path(folder))
 
     @torch.no_grad()
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:

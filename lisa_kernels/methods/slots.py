@@ -64,12 +64,6 @@ def _transport(optimizer: AdamW8bit, layer: SlotModule, rotation: Tensor) -> Non
         tensor.copy_(torch.where(turned, tensor, before[name]))
 
 
-def lifting_factors(layer: SlotModule) -> tuple[Tensor, Tensor]:
-    """Return (left, right) with leftᵀ · right = scale · Bᵀ P in the weight's own order."""
-    slot = layer.slot.data if layer.scale == 1.0 else layer.slot.data * layer.scale
-    return (layer.basis, slot) if layer.transposed else (slot, layer.basis)
-
-
 def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
     """W ← (1 − lr·wd) W + scale · Bᵀ P and B ← 0, for slots that fold after each step.
 
@@ -82,7 +76,7 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
         group = _group_of(optimizer, layer)
         decay = torch.where(optimizer.last_skip(layer.slot.device), 1.0, 1.0 - group["lr"] * group["weight_decay"])
         fold_(
-            layer.weight.data, *lifting_factors(layer), decay=decay, clock=clock,
+            layer.weight.data, *layer.lifting_factors(), decay=decay, clock=clock,
             stochastic=optimizer.rounding == "stochastic", seed=optimizer.seed,
             parameter=optimizer.index_of(layer.slot), remainder=layer.remainder if layer.remainder.numel() else None,
         )  # fmt: skip
@@ -98,7 +92,10 @@ def kept_buffers(layer: SlotModule) -> dict[str, Tensor]:
 def slots_state(
     layers: Mapping[str, SlotModule], paged: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Any]]:
-    """Return basis, remainder, tracker and (for adapters) slot of every layer that has a basis.
+    """Return basis, remainder, tracker and (for adapters) slot and weight of every layer that has a basis.
+
+    An adapter's weight is the one beneath it, not a copy: a model's own state holds the two as one, from which neither
+    could be found again.
 
     paged: bases and remainders of resting layers that are kept elsewhere, by path.
     """
@@ -107,7 +104,7 @@ def slots_state(
         entry: dict[str, Any] = dict(paged.get(path) or kept_buffers(layer))
         if "basis" in entry:
             if layer.tracker is None:
-                entry["slot"] = layer.slot.detach()
+                entry["slot"], entry["weight"] = layer.slot.detach(), layer.weight.detach()
             else:
                 entry["tracker"] = layer.tracker.state_dict()
             state[path] = entry
@@ -122,7 +119,7 @@ def check_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mapp
         layer = layers[path]
         wanted: dict[str, tuple[int, ...]] = {"basis": (layer.rank, layer.in_features)}
         if layer.tracker is None:
-            wanted["slot"] = (layer.rank, layer.out_features)
+            wanted["slot"], wanted["weight"] = (layer.rank, layer.out_features), tuple(layer.weight.shape)
         if "remainder" in entry:
             wanted["remainder"] = tuple(layer.weight.shape)
         for name, shape in wanted.items():
@@ -142,6 +139,8 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
         layer.basis = entry["basis"].to(layer.weight.device, layer.weight.dtype, copy=True)  # type: ignore[union-attr,arg-type]
         if layer.tracker is None:
             layer.slot.data.copy_(entry["slot"])
+            layer.weight.data.copy_(entry["weight"])
+            layer.restarted = False
         else:
             layer.tracker.load_state_dict(entry["tracker"])
         if "remainder" in entry and layer.exact_master and layer.weight.dtype == torch.bfloat16:

@@ -20,20 +20,14 @@ from lisa_kernels.report import PAGE_FILE, read_run, write_page
 from lisa_kernels.train.answers import Question, answers, held_out_questions, samples_for
 from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
 from lisa_kernels.train.checkpoint import checkpoint_step
+from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, planned_memory
 from lisa_kernels.train.models import check_token_ids, enable_checkpointing, load_model, load_tokenizer, parse_dtype
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.records import load_records
 from lisa_kernels.train.reporters import check_reporters, reporters
-from lisa_kernels.train.run_folder import (
-    ADAPTER_FOLDER,
-    SUMMARY_FILE,
-    open_run,
-    save_final_model,
-    start_run,
-    write_json,
-)
+from lisa_kernels.train.run_folder import open_run, start_run
 from lisa_kernels.train.tokenize import (
     TokenizedData,
     collate,
@@ -215,18 +209,28 @@ def finetune(
             f"stopped at step {steps}; continue with the same command and --resume ({where})", highlight=False
         )
         return INTERRUPTED, {"checkpoint": str(where), "steps": steps}
-    losses = facts["eval_loss_before"], _finite(held_out_loss(model, loader, optimizer))
+    peak, memory, excess = meter.peak_bytes(), meter.describe(planned), meter.warning(planned)
+    # What was trained is safe before anything that may fail is tried.
+    save_weights(trainer, options.output)
+    loss_after = ornament(
+        "the held-out loss after training", lambda: _finite(held_out_loss(model, loader, optimizer)), console
+    )
+    losses = facts["eval_loss_before"], loss_after
     summary = {
         **_summary(options, trainer, optimizer, losses, progress.tokens_per_second),
-        "peak_bytes_measured": meter.peak_bytes(), "peak_bytes_planned": planned,
+        "peak_bytes_measured": peak, "peak_bytes_planned": planned,
     }  # fmt: skip
-    console.print(meter.describe(planned), highlight=False)
-    if (warning := meter.warning(planned)) is not None:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
-    _finish(options, trainer, optimizer, summary, console)
+    ornament("the memory that was taken", lambda: _tell_memory(memory, excess, console), console)
+    finish_run(options, optimizer, summary, console)
     _ask(model, tokenizer, questions, history, steps, console)
     ornament("the page of the run", lambda: _write_page(options.output, console), console)
     return 0, summary
+
+
+def _tell_memory(memory: str, excess: str | None, console: Console) -> None:
+    console.print(memory, highlight=False)
+    if excess is not None:
+        console.print(f"warning: {excess}", style="yellow", highlight=False)
 
 
 def _ask(
@@ -298,34 +302,5 @@ def _describe(method: Method, optimizer: SampledAdamW, arguments: Any, console: 
     settings = ", ".join(f"{key}={value}" for key, value in method.settings().items() if key != "method")
     console.print(
         f"method {method.name} ({settings}), lr {arguments.learning_rate:g}, {arguments.max_steps} steps",
-        highlight=False,
-    )
-
-
-def _finish(
-    options: FineTuneOptions, trainer: Any, optimizer: SampledAdamW, summary: dict[str, Any], console: Console
-) -> None:
-    from lisa_kernels.train.progress import plot_layer_history, print_layer_history
-
-    history, names, period = optimizer.history, optimizer.layer_names, optimizer.period
-    if optimizer.method.form == "adapter":
-        optimizer.save_adapter(options.output / ADAPTER_FOLDER)
-    model = optimizer.detach()
-    model.config.use_cache = True  # type: ignore[union-attr]
-    save_final_model(model, trainer.processing_class, options.output)
-    if period is not None:
-        # The last draw belongs to a period that never began when the run ends on a switch.
-        shown = history[: math.ceil(summary["steps"] / period)]
-        print_layer_history(shown, names, period, console)
-        plot_layer_history(shown, names, period, options.output / "layers.png")
-    write_json(options.output / SUMMARY_FILE, summary)
-    if summary["eval_loss_before"] is not None and summary["eval_loss_after"] is not None:
-        console.print(
-            f"held-out loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after "
-            f"{summary['steps']} steps",
-            style="bold", highlight=False,
-        )  # fmt: skip
-    console.print(
-        f"{summary['tokens_per_second']:,.0f} tokens/s; model and summary in {options.output}",
         highlight=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from rich.console import Console
@@ -16,5 +17,7 @@ def ornament(what: str, make: Callable[[], Made], console: Console) -> Made | No
         return make()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        console.print(f"note: {what} is left out ({reason}).", style="yellow", highlight=False, markup=False)
+        # Where the terminal itself is gone there is nobody to tell.
+        with suppress(OSError, ValueError):
+            console.print(f"note: {what} is left out ({reason}).", style="yellow", highlight=False, markup=False)
         return None
