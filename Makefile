@@ -30,8 +30,8 @@ demo: $(STAMP)  ## train a small base model, fine-tune it with OwLore, show the 
 		--method owlore --active-layers 4 --period 10 --rank 32 --lr 4e-3 --steps 200 --batch-size 8 --seq-len 128 \
 		--output $(RUNS)/tuned --overwrite
 
-test: $(STAMP)  ## run the tests (SLOW=1: the long ones too)
-	$(BIN)/python -m pytest $(MARKS)
+test: $(STAMP)  ## run the tests, one process a core (SLOW=1: the long ones too)
+	$(BIN)/python -m pytest $(MARKS) --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP)  ## check format, lint rules and types
 	$(BIN)/ruff format --check .
