@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from lisa_kernels.train.chat import IGNORED
@@ -15,6 +19,8 @@ DEFAULT_SAMPLES = 3
 ANSWER_TOKENS = 48
 # Of a text that is supervised from its start, this many tokens are the prompt.
 TEXT_PROMPT_TOKENS = 32
+# Of a longer prompt or answer a terminal shows this many characters, of a prompt the last.
+SHOWN_CHARACTERS = 240
 # On a CPU a larger model takes longer to answer than a page is worth.
 MOST_CPU_PARAMETERS = 1_000_000_000
 
@@ -111,3 +117,21 @@ def _ends(model: Any, tokenizer: Any) -> list[int] | None:
 def _text(tokenizer: Any, ids: Tensor) -> str:
     text: str = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
     return text
+
+
+def print_answers(found: Sequence[Mapping[str, str | None]], console: Console) -> None:
+    """Print prompts with the answers before and after side by side; found: prompt, before and after of each."""
+    if not found:
+        return
+    table = Table(title="the same held-out prompts, before and after", show_lines=True, expand=True)
+    for name in ("prompt", "before", "after"):
+        table.add_column(name, ratio=1)
+    for answer in found:
+        prompt, before, after = (" ".join((answer[name] or "").split()) for name in ("prompt", "before", "after"))
+        cut = prompt if len(prompt) <= SHOWN_CHARACTERS else f"… {prompt[-SHOWN_CHARACTERS:]}"
+        table.add_row(Text(cut, style="dim"), Text(_beginning(before)), Text(_beginning(after), style="bold"))
+    console.print(table)
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"

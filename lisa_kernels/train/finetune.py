@@ -17,7 +17,7 @@ from lisa_kernels.layers import find_blocks, is_linear, linear_shape, offload_ch
 from lisa_kernels.layers.linears import MIN_SIDE
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
-from lisa_kernels.train.answers import Question, answers, held_out_questions, samples_for
+from lisa_kernels.train.answers import Question, answers, held_out_questions, print_answers, samples_for
 from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
 from lisa_kernels.train.checkpoint import checkpoint_step
 from lisa_kernels.train.finish import finish_run, save_weights
@@ -243,7 +243,9 @@ def _ask(
 
 
 def _write_page(folder: Path, console: Console) -> None:
-    write_page([read_run(folder)], folder / PAGE_FILE)
+    run = read_run(folder)
+    print_answers(run.answers, console)
+    write_page([run], folder / PAGE_FILE)
     console.print(f"page of the run: {folder / PAGE_FILE}", highlight=False, soft_wrap=True)
 
 

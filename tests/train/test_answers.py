@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
-from lisa_kernels.train.answers import ANSWER_TOKENS, TEXT_PROMPT_TOKENS, held_out_questions, samples_for
+from lisa_kernels.train.answers import (
+    ANSWER_TOKENS,
+    SHOWN_CHARACTERS,
+    TEXT_PROMPT_TOKENS,
+    held_out_questions,
+    print_answers,
+    samples_for,
+)
 from lisa_kernels.train.chat import IGNORED
 from lisa_kernels.train.tokenize import TokenizedData
 
@@ -65,3 +74,23 @@ class Sized(nn.Module):
 )  # fmt: skip
 def test_a_large_model_on_a_cpu_answers_when_asked_to(model: nn.Module, given: int | None, samples: int) -> None:
     assert samples_for(model, given) == samples
+
+
+def test_answers_stand_side_by_side() -> None:
+    """A prompt keeps its end, where the question is, an answer its beginning; brackets are text and no style."""
+    out = io.StringIO()
+    long = {"prompt": "system " * SHOWN_CHARACTERS + "Why?", "before": "[bold]old", "after": "new " + "x" * 999}
+    print_answers([long, {"prompt": "How?", "before": None, "after": "So."}], Console(file=out, width=3000))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
+    assert [row[1] for row in lines] == ["[bold]old", ""]
+    assert lines[0][0].startswith("… ")
+    assert lines[0][0].endswith("system Why?")
+    assert lines[0][2].startswith("new xxx")
+    assert lines[0][2].endswith("x …")
+    assert lines[1][::2] == ["How?", "So."]
+
+
+def test_without_answers_nothing_is_printed() -> None:
+    out = io.StringIO()
+    print_answers([], Console(file=out))
+    assert out.getvalue() == ""
