@@ -16,6 +16,8 @@ from lisa_kernels.uncompiled import uncompiled
 
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+COPY_ADVICE = "copy the model after detach(), or load its state_dict() into a model that was never attached."
+
 
 class FreezeGuard:
     """A forward pre-hook that restores `requires_grad` before each graph is built.
@@ -37,6 +39,10 @@ class FreezeGuard:
         check_checkpointing(model)
         drop_input_gradients(model)
         self.enforce(model)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Leave a `CopyNotice` in copies and pickles of the model, whose flags are their owner's."""
+        return CopyNotice, ()
 
     def set_trainable(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
         """Make exactly these parameters require gradients; the others lose theirs."""
@@ -72,6 +78,24 @@ class FreezeGuard:
             param.requires_grad_(self.before.get(name, True))
 
 
+class CopyNotice:
+    """The forward pre-hook of a copy of an attached model: it computes and is saved as any model is, and cannot train.
+
+    Its slots have no optimizer that would fold them. Says so once, when a training forward builds a graph.
+    """
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    @uncompiled
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Look at the model, as a forward pre-hook is called."""
+        trains = model.training and torch.is_grad_enabled() and any(param.requires_grad for param in model.parameters())
+        if trains and not self._warned:
+            self._warned = True
+            warnings.warn(f"this model is a copy of an attached one, which cannot train; {COPY_ADVICE}", stacklevel=2)
+
+
 def is_attached(model: nn.Module) -> bool:
     """Return whether a guard is on the model or on a part of it."""
     return any(isinstance(hook, FreezeGuard) for part in model.modules() for hook in part._forward_pre_hooks.values())
@@ -81,6 +105,8 @@ def check_attachable(model: nn.Module) -> None:
     """Refuse models that cannot be attached, each with the reason and what works instead."""
     if is_attached(model):
         raise InputError("this model is already attached; call detach() on its optimizer first.")
+    if any(isinstance(hook, CopyNotice) for part in model.modules() for hook in part._forward_pre_hooks.values()):
+        raise InputError(f"this model is a copy of an attached one; {COPY_ADVICE}")
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         raise InputError(
             f"the model is wrapped in {type(model).__name__}, which fixes the set of gradients once and fails after "

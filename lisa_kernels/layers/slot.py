@@ -127,15 +127,14 @@ class SlotModule(nn.Module):
             raise InputError("the adapters are merged into the weights; call unmerge() before weights are loaded.")
         slot, key = f"{prefix}slot", f"{prefix}weight"
         given = state_dict.get(key)
-        changes = isinstance(given, Tensor) and given.shape == self.weight.shape and not self._holds(given)
-        if given is not None and not changes:
-            state_dict[key] = self.weight if given.shape == self.weight.shape else given
+        fits = isinstance(given, Tensor) and given.shape == self.weight.shape
+        changes = fits and not self._holds(given)
+        if fits and not changes:
+            state_dict[key] = self.weight
         # The slot is never saved: hand over what is here, so that strict loading misses nothing.
         state_dict[slot] = self.slot
         super()._load_from_state_dict(state_dict, prefix, *args)
         del state_dict[slot]
-        if changes:
-            self.remainder.zero_()
         if changes and self.is_adapter:
             self.restarted = self.restarted or bool(self.slot.any())
             self.slot.data.zero_()
