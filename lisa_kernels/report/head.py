@@ -31,8 +31,9 @@ def _losses(values: dict[str, Any]) -> tuple[str, float | None, float | None]:
 
 def _verdict(values: dict[str, Any]) -> str:
     name, before, after = _losses(values)
-    if before is None or after is None:
-        return "No loss is recorded yet" if not values["finished"] else "The loss is no number: the run diverged"
+    diverged = values["finished"] and values["eval_loss_before"] is not None and values["eval_loss_after"] is None
+    if diverged or before is None or after is None:
+        return "The run diverged: its loss is no number" if values["finished"] else "No loss is recorded yet"
     name = name.lower()
     if abs(after - before) <= _NOTHING * before:
         return f"It did not learn: {name} stayed at {loss(after)}"

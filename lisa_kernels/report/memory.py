@@ -54,9 +54,8 @@ def section(run: Run) -> str:
         said += (
             " On a CPU the process grows by more than tensors: libraries, the data, and memory that is kept for reuse."
         )
-    return (
-        f'<p class="note">{escape(said)}</p>{_table(run, plan)}<div class="panels">{_held(run)}{_rehearsal(plan)}</div>'
-    )
+    charts = _held(run) + _peak(run) + _rehearsal(plan)
+    return f'<p class="note">{escape(said)}</p>{_table(run, plan)}<div class="panels">{charts}</div>'
 
 
 def most_held(run: Run) -> dict[str, int]:
@@ -102,6 +101,14 @@ def _held(run: Run) -> str:
             "Measured", "bytes of tensors held before a step", series, bytes_text, bytes_text, stacked=True, limit=limit
         )
     )
+
+
+def _peak(run: Run) -> str:
+    """Draw the measured peak so far; the plan's is beside it where both count the same."""
+    limit = peaks(run)[0] if run.begin.get("device", "cpu") != "cpu" else None
+    series = [Series("measured", run.curve("peak_bytes"), 7)]
+    drawn = ("planned", float(limit)) if limit is not None else None
+    return draw(Chart("Peak so far", counted(run), series, bytes_text, bytes_text, from_zero=True, limit=drawn))
 
 
 def _rehearsal(plan: dict[str, Any]) -> str:

@@ -159,7 +159,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        # What is no number, as of a run that diverged, is none.
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); it is a run's own file: run finetune again.") from error
     if not isinstance(value, dict):

@@ -208,6 +208,7 @@ def finetune(
         console.print(
             f"stopped at step {steps}; continue with the same command and --resume ({where})", highlight=False
         )
+        ornament("the page of the run", lambda: _write_page(options.output, console), console)
         return INTERRUPTED, {"checkpoint": str(where), "steps": steps}
     peak, memory, excess = meter.peak_bytes(), meter.describe(planned), meter.warning(planned)
     # What was trained is safe before anything that may fail is tried.

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lisa_kernels.errors import InputError
 from lisa_kernels.layers import SlotModule
 from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.report import HISTORY_FILE, read_lines
@@ -47,7 +48,7 @@ class RunHistory(TrainerCallback):  # type: ignore[misc]
 
     def begin(self, facts: dict[str, Any], steps: int) -> None:
         """Open the history of a run that has taken `steps`: lines past them go, those of an earlier start stay."""
-        lines = read_lines(self.path) if steps and self.path.exists() else []
+        lines = self._earlier() if steps else []
         # What the model says at the end is asked again at the end.
         self.lines = [
             line for line in lines if line["step"] <= steps and (line["kind"], line["step"]) != ("answers", steps)
@@ -59,6 +60,13 @@ class RunHistory(TrainerCallback):  # type: ignore[misc]
         if not self.has("begin"):
             self.lines.insert(0, {"kind": "begin", "step": 0, **_plain(facts)})
         self._write("w", self.lines)
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        try:
+            return read_lines(self.path) if self.path.exists() else []
+        except (InputError, OSError) as error:
+            self.console.print(f"note: the history of this run begins anew ({error})", highlight=False, markup=False)
+            return []
 
     def has(self, kind: str) -> bool:
         """Tell whether there is a line of that kind."""

@@ -137,6 +137,16 @@ def test_a_loss_that_rose_is_no_success(tmp_path: Path) -> None:
     assert "<h1>It did not learn: held-out loss stayed at 3.000</h1>" in of(write_run(tmp_path / "same", after=3.0001))
 
 
+def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
+    """NaN, as Python writes it, is no number."""
+    lines = [{**line, "loss": None} if line["kind"] == "log" else line for line in history()]
+    folder = write_run(tmp_path / "run", lines, after=float("nan"))
+    assert "NaN" in (folder / "summary.json").read_text()
+    text = of(folder)
+    assert "<h1>The run diverged: its loss is no number</h1>" in text
+    assert not re.search(r"\bnan\b", text, flags=re.I)
+
+
 def test_a_page_that_cannot_be_written_is_told(folder: Path, tmp_path: Path) -> None:
     for path, told in ((tmp_path, "is a folder"), (tmp_path / "missing" / "page.html", "cannot be written")):
         with pytest.raises(InputError, match=told):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from small_run import arguments, summary, write_text
 
 from lisa_kernels.cli import main
 from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.report import read_lines, read_run
+from lisa_kernels.train.history import RunHistory
 
 TIMED = ("seconds", "tokens_per_second", "peak_bytes")
 
@@ -103,6 +106,7 @@ def test_a_resumed_run_has_the_history_of_one_that_never_stopped(
         patch.setattr(SampledAdamW, "step", step)
         assert main(_arguments(text, output)) == 130
     assert read_run(output).steps == 3
+    assert "not finished: step 3 of 6" in (output / "report.html").read_text()
     with (output / "history.jsonl").open("a") as file:
         file.write('{"kind": "log", "step": 4, "loss": 0.0}\n{"kind": "log", "st')
     assert main(_arguments(text, output, "--resume")) == 0
@@ -110,6 +114,16 @@ def test_a_resumed_run_has_the_history_of_one_that_never_stopped(
     assert _untimed(resumed) == _untimed(whole)
     seconds = [line["seconds"] for line in resumed if line["kind"] == "log"]
     assert seconds == sorted(seconds), "the time of the first part is counted on"
+
+
+def test_a_broken_history_does_not_stop_a_resumed_run(tmp_path: Path) -> None:
+    """It begins anew, and says so."""
+    out = io.StringIO()
+    (tmp_path / "history.jsonl").write_text("no line\nof a history\n")
+    history = RunHistory(tmp_path, cast(Any, None), cast(Any, None), 1.0, Console(file=out, width=300))
+    history.begin({"layers": ["a"]}, steps=4)
+    assert "line 1, is no line of a run's history" in out.getvalue()
+    assert read_lines(tmp_path / "history.jsonl") == [{"kind": "begin", "step": 0, "layers": ["a"]}]
 
 
 def test_a_page_that_fails_costs_the_run_nothing(
