@@ -27,7 +27,7 @@ from bench.optimizer import parse_dtypes
 from bench.rows import append_row
 from bench.step_contestants import reason_of
 from bench.timing import interleave
-from lisa_kernels.cli import add_bench_lowrank_options
+from lisa_kernels.commands.bench import add_bench_lowrank_options
 
 Named = TypeVar("Named", lowrank_layers.Contestant, lowrank_updates.Contestant)
 Running = TypeVar("Running", RunningLayer, RunningUpdate)

@@ -26,7 +26,7 @@ from bench.optimizer_table import print_rows
 from bench.peers import CONTESTANTS, DTYPES, YARDSTICK, parse_peers
 from bench.rows import append_row
 from bench.timing import COPY_BYTES, copy_clock, interleave, spread
-from lisa_kernels.cli import add_bench_optimizer_options
+from lisa_kernels.commands.bench import add_bench_optimizer_options
 from lisa_kernels.errors import InputError, unknown_name
 
 SMALL_TENSORS, SMALL_ELEMENTS = 10_000, 1_024

@@ -32,7 +32,7 @@ from bench.step_contestants import Contestant, Trainee, parse_methods, reason_of
 from bench.step_runs import Row, Running, identity, with_ratios
 from bench.step_table import print_rows
 from bench.timing import interleave
-from lisa_kernels.cli import add_bench_step_options
+from lisa_kernels.commands.bench import add_bench_step_options
 from lisa_kernels.errors import InputError, unknown_name
 
 # What autograd keeps of one layer, in its widths: norms, projections, rotations, attention, gate, up and product.

@@ -1,0 +1,83 @@
+"""Options that several commands share, and how their help shows defaults."""
+
+from __future__ import annotations
+
+import argparse
+
+_MODEL_HELP = (
+    "directory, hub id, preset:NAME (random weights): tiny, small, tinyllama-1.1b, llama-2-7b, llama-3.1-8b, "
+    "qwen2.5-7b, mistral-7b, or sample:smollm2-135m (a small pretrained one, of the extra sample)"
+)
+_DATA_HELP = (
+    ".jsonl (text, or prompt/completion, or messages), .txt, .parquet, hub id, or the text of Python's own standard "
+    "library: stdlib, stdlib:code, stdlib:docstrings, stdlib:questions"
+)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except where there is none to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing_to_show = action.default is None or isinstance(action.default, bool)
+        if nothing_to_show or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Declare the model, the shape of its batches and what every command has."""
+    parser.add_argument("--model", required=True, help=_MODEL_HELP)
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per row")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows per forward pass")
+    parser.add_argument(
+        "--dtype", default="auto", help="weights: fp32, bf16, or auto (bf16 on GPUs that have it, else fp32)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of data order, sampler, rounding and random weights")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Declare the data."""
+    parser.add_argument("--data", required=required, help=_DATA_HELP)
+    parser.add_argument("--max-data-bytes", type=int, help="read at most this many bytes of text (default: all)")
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """Declare what decides the memory of a run besides model, batch and dtype."""
+    add = parser.add_argument
+    add("--method", default="owlore", help="lisa, ows, owlore, badam, galore, lora-fa or full")
+    add(
+        "--active-layers",
+        type=int,
+        help="layers trained at a time (default: 2 for lisa and ows, 5 for owlore, 1 for badam)",
+    )
+    add("--period", type=int, help="steps between switches (default: 20 for lisa, else 50)")
+    add("--rank", type=int, help="of low-rank layers (default: 128, lora-fa 16; less on small models)")
+    add("--alpha", type=float, help="scale of lora-fa's adapters, divided by the rank (default: 32)")
+    add(
+        "--targets",
+        help="layers with lora-fa's adapters: all-linear, or names such as q_proj,v_proj (default: all-linear)",
+    )
+    add("--master", help="of 16-bit low-rank matrices while they train: remainder keeps 16 more bits (default: none)")
+    add(
+        "--embeddings",
+        help="embedding and head: always, low-rank, frozen or sampled (default: always; owlore low-rank, badam frozen)",
+    )
+    add(
+        "--scores",
+        help="what owlore and ows draw by: outlier, hill, weight-norm, gradient-norm or uniform (default: outlier)",
+    )
+    add("--retired-state", help="moments of layers that leave: drop, keep (on the device) or page (default: drop)")
+    add(
+        "--paging",
+        help="where moments are between steps: resident, host, managed (unified memory) or file:DIR (default: on the "
+        "device); where paged ones of layers that left are, too (default: host)",
+    )
+    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")
+    add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
+    add("--keep-logits", action="store_true", help="form the logits of all tokens for the training loss")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
+        help="recompute activations (default: from 0.5e9 parameters)")  # fmt: skip
+    add("--offload-activations", action="store_true", help="recompute activations, and keep what that starts from in "
+        "host memory until it is needed")  # fmt: skip

@@ -1,0 +1,76 @@
+"""`lisa-kernels finetune`: train a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lisa_kernels.commands.arguments import Formatter, add_data, add_method, add_model
+
+_LR_HELP = (
+    "peak learning rate (default: lisa and ows 5e-5, owlore 3e-4, badam and full 1e-5, galore 1e-4, lora-fa 4e-4)"
+)
+
+
+def add_command(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("finetune", formatter_class=Formatter, help="fine-tune a model by layer sampling")
+    add_model(parser)
+    add_data(parser)
+    add_method(parser)
+    add = parser.add_argument
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder for the model, checkpoints, summary.json and, of lora-fa, adapter/ as peft reads it",
+    )
+    add(
+        "--calibration-rows",
+        type=int,
+        default=128,
+        help="rows of the training data that outlier scores are measured on",
+    )
+    add("--lr", type=float, help=_LR_HELP)
+    add("--lr-schedule", default="linear", help="linear, cosine or constant")
+    add("--warmup-steps", type=int, default=0, help="steps over which the rate rises from 0")
+    add("--weight-decay", type=float, default=0.01, help="decoupled, per unit of learning rate; vectors have none")
+    add("--steps", type=int, help="optimizer steps (default: 200)")
+    add("--epochs", type=float, help="passes over the data, in place of --steps")
+    add("--no-packing", dest="packing", action="store_false", help="one example per row")
+    add("--eval-fraction", type=float, default=0.05, help="share of the data held out")
+    add("--eval-every", type=int, default=0, help="steps between evaluations; 0 for before and after only")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for none")
+    add("--max-checkpoints", type=int, default=2, help="checkpoints kept")
+    add("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
+    add("--overwrite", action="store_true", help="replace the run in --output")
+    add(
+        "--report-to",
+        default="none",
+        help="where figures go meanwhile: none, tensorboard (into OUTPUT/tensorboard), wandb, or both with a comma",
+    )
+    add(
+        "--samples",
+        type=int,
+        help="held-out prompts that the model answers before and after, shown in OUTPUT/report.html (default: 3; on a "
+        "CPU none above 1e9 parameters)",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    from lisa_kernels.train.options import FineTuneOptions
+
+    values = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "debug")}
+    options = FineTuneOptions(**values)
+    from lisa_kernels.plan.command import plan_run
+    from lisa_kernels.train.finetune import finetune
+
+    code, summary = finetune(options, console, plan_run)
+    if arguments.json:
+        print(json.dumps(summary))
+    return code

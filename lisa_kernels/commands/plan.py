@@ -1,0 +1,44 @@
+"""`lisa-kernels plan`: tell a run's memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lisa_kernels.commands.arguments import Formatter, add_method, add_model
+
+_FIT_HELP = (
+    "find the settings that fit this size, such as 16GB (1e9 bytes each) or 16GiB, all that the run takes on the card, "
+    "and print their finetune command. Tried in this order: what is given; fewer rows at a time and as many more "
+    "accumulated; gradient checkpointing; --offload-activations; state paged to host memory (galore, full); then fewer "
+    "active layers, down to 2; half the rank, down to 32; embedding and head low-rank; one active layer; embedding and "
+    "head frozen"
+)
+
+
+def add_command(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "plan", formatter_class=Formatter, help="tell the peak memory of a fine-tuning run without running it",
+        description="Rehearse a fine-tuning run on tensors without storage and tell its peak memory, where it goes and "
+        "which cards hold it. Options are named as in finetune. No weights are read, no GPU is needed.",
+    )  # fmt: skip
+    add_model(parser)
+    add_method(parser)
+    add = parser.add_argument
+    add("--fit", metavar="SIZE", help=_FIT_HELP)
+    add("--plot", type=Path, help="draw the memory over the run into this file (.png, .svg, .pdf)")
+    parser.set_defaults(run=_run, dtype="bf16")
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    from lisa_kernels.plan.command import plan_command
+
+    result = plan_command(arguments, console)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
