@@ -46,15 +46,15 @@ def test_the_fifteen_lines_train_a_model(tmp_path: Path, monkeypatch: pytest.Mon
     assert tuned.keys() == model.state_dict().keys()
 
 
-COMMANDS = [
-    line.removeprefix("$ ") for line in TEXT.splitlines() if line.removeprefix("$ ").startswith("lisa-kernels ")
-]
+MAKEFILE = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+COMMANDS = re.findall(r"^(?:\$ |\t\$\(BIN\)/)?(lisa-kernels [a-z].*)$", f"{TEXT}\n{MAKEFILE}", re.MULTILINE)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_has_the_options_that_are_shown(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the first page and in the Makefile."""
     with pytest.raises(SystemExit):
-        main([line.split()[1], "--help"])
+        main([*line.partition("--")[0].split()[1:], "--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     assert set(re.findall(r"--[a-z][a-z-]*", line)) <= known
 
