@@ -110,33 +110,24 @@ def _perplexity(value: float) -> str:
 
 def _table(runs: Sequence[Run]) -> str:
     heads = [
-        "run",
-        "method",
-        "steps",
-        "held-out loss",
-        "change",
-        "training loss",
-        "time",
-        "speed",
-        "peak memory",
-        "planned",
-    ]
+        "run", "held-out loss", "change", "training loss", "peak memory", "planned", "time", "speed", "steps", "method",
+    ]  # fmt: skip
     rows = []
     for index, run in enumerate(runs):
         values = figures(run)
         before, after = values["eval_loss_before"], values["eval_loss_after"]
         cells = [
-            str(values["method"] or NONE), f"{values['steps']:,}" + ("" if run.finished else " (not finished)"),
             f"{loss(before)} → {loss(after)}", percent(after, before) if before and after is not None else NONE,
-            f"{loss(values['train_loss_first'])} → {loss(values['train_loss_last'])}", duration(values["seconds"]),
-            speed(values["tokens_per_second"]), bytes_text(values["peak_bytes_measured"]),
-            bytes_text(values["peak_bytes_planned"]),
+            f"{loss(values['train_loss_first'])} → {loss(values['train_loss_last'])}",
+            bytes_text(values["peak_bytes_measured"]), bytes_text(values["peak_bytes_planned"]),
+            duration(values["seconds"]), speed(values["tokens_per_second"]),
+            f"{values['steps']:,}" + ("" if run.finished else " (not finished)"), str(values["method"] or NONE),
         ]  # fmt: skip
         row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         style = f"line {Series(run.name, [], index, index).style}"
         rows.append(f'<tr><th scope="row">{key(style)}{escape(run.name)}</th>{row}</tr>')
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     return (
-        f'<div class="scroll" tabindex="0"><table class="figures runs"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll overview" tabindex="0"><table class="figures runs"><thead><tr>{head}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{_TABLE_NOTE}</p>'
     )

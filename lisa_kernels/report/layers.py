@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 
 from lisa_kernels.report.numbers import number
@@ -83,4 +84,6 @@ def _bar(score: float | None, top: float, colour: int) -> str:
     if score is None:
         return ""
     width = 100 * score / top if top > 0 else 0.0
-    return f'<span class="bar c{colour}" style="width:{width:.1f}%"></span><span>{number(score)}</span>'
+    # The largest has three digits, all others as many decimals.
+    decimals = min(6, max(0, 2 - math.floor(math.log10(top)))) if top > 0 else 0
+    return f'<span class="bar c{colour}" style="width:{width:.1f}%"></span><span>{score:.{decimals}f}</span>'
