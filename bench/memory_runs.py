@@ -18,7 +18,8 @@ from lisa_kernels.plan.rehearsal import Workload, empty_batch, micro_batch, prep
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
-from lisa_kernels.train.models import enable_checkpointing, load_config, parse_dtype
+from lisa_kernels.train.configs import load_config
+from lisa_kernels.train.models import enable_checkpointing, parse_dtype
 
 # A peer's state is there from its first step on; its second has everything at once.
 STEPS = 2

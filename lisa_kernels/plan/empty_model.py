@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.train.models import load_config, parse_dtype
+from lisa_kernels.train.configs import load_config, reason_of, unusable_config_errors
+from lisa_kernels.train.models import parse_dtype
 
 
 def empty_model(model: Any, dtype: str) -> Any:
@@ -24,10 +25,9 @@ def empty_model(model: Any, dtype: str) -> Any:
     with torch.device("meta"):
         try:
             made = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(dtype))
-        except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+        except unusable_config_errors() as error:
             raise InputError(
-                f"no causal language model can be built from this configuration ({reason}); give one that "
+                f"no causal language model can be built from this configuration ({reason_of(error)}); give one that "
                 "AutoModelForCausalLM takes, such as a Llama, Qwen or Mistral."
             ) from error
     made.config.use_cache = False

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lisa_kernels.methods import Method
 from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.train.configs import check_sequence_length
 from lisa_kernels.train.finetune import build_method, wants_checkpointing
 from lisa_kernels.train.models import DTYPES, parse_dtype
 from lisa_kernels.train.options import FineTuneOptions
@@ -25,6 +26,7 @@ def workload_of(options: FineTuneOptions) -> Workload:
 
     dtype = next(name for name, known in DTYPES.items() if known is parse_dtype(options.dtype))
     model = empty_model(options.model, dtype)
+    check_sequence_length(model.config, options.seq_len)
     return Workload(
         options.model, build_method(options, model), batch_size=options.batch_size, seq_len=options.seq_len,
         accumulate=options.accumulate, dtype=dtype, gradient_checkpointing=wants_checkpointing(options, model),

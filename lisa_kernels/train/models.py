@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.train.presets import PRESETS, preset_config
-from lisa_kernels.train.records import HUB_ID
-from lisa_kernels.train.sample import SAMPLE_PREFIX, sample_folder
+from lisa_kernels.train.configs import PRESET_PREFIX, load_config, locate, unloadable, unusable_config_errors
+from lisa_kernels.train.presets import preset_config
 
-PRESET_PREFIX = "preset:"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 END_OF_TEXT = "<|endoftext|>"
 MAX_TRAINED_VOCABULARY = 4096
@@ -46,7 +44,7 @@ def load_model(spec: str, dtype: torch.dtype, seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    where = _locate(spec)
+    where = locate(spec)
     if where is not None:
         _check_model_directory(spec, where)
     model, missing = _from_pretrained(spec, where, dtype)
@@ -57,31 +55,6 @@ def load_model(spec: str, dtype: torch.dtype, seed: int) -> Any:
         )
     check_no_meta(model)
     return model
-
-
-def load_config(spec: str) -> Any:
-    """Return the configuration of the causal language model that `spec` names; its weights need not be there.
-
-    spec: as for `load_model`, or the path of a config.json. Raises InputError.
-    """
-    from transformers import AutoConfig
-
-    if spec.startswith(PRESET_PREFIX):
-        return preset_config(spec.removeprefix(PRESET_PREFIX))
-    path = Path(spec).expanduser()
-    if path.suffix == ".json" and not path.is_file():
-        raise InputError(f"configuration {spec!r} does not exist: give the path of a config.json.")
-    where = path if path.suffix == ".json" else _locate(spec)
-    if where is not None and where.is_dir() and not (where / "config.json").is_file():
-        raise InputError(f"model directory {spec!r} has no config.json: give one that save_pretrained wrote.")
-    try:
-        config = AutoConfig.from_pretrained(
-            spec if where is None else str(where), local_files_only=where is not None, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise _unloadable("configuration", spec, where, error) from error
-    _check_causal(spec, config)
-    return config
 
 
 def enable_checkpointing(model: Any, **settings: Any) -> None:
@@ -97,20 +70,16 @@ def enable_checkpointing(model: Any, **settings: Any) -> None:
 def _from_pretrained(spec: str, where: Path | None, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """Return the model and the names of its weights that the checkpoint does not hold."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    source = spec if where is None else str(where)
-    options: dict[str, Any] = {"local_files_only": where is not None, "trust_remote_code": False}
+    config = load_config(spec)
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        _check_causal(spec, config)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise _unloadable("model", spec, where, error) from error
+            spec if where is None else str(where), config=config, dtype=dtype, use_safetensors=True,
+            output_loading_info=True, local_files_only=where is not None, trust_remote_code=False,
+        )  # fmt: skip
+    except (*unusable_config_errors(), SafetensorError) as error:
+        raise unloadable("model", spec, where, error) from error
     return model, sorted(info["missing_keys"])
 
 
@@ -123,7 +92,7 @@ def load_tokenizer(spec: str, texts: Iterable[str], vocab_size: int) -> Any:
 
     if spec.startswith(PRESET_PREFIX):
         return train_tokenizer(texts, min(vocab_size, MAX_TRAINED_VOCABULARY))
-    where = _locate(spec)
+    where = locate(spec)
     # Without this check transformers makes an empty tokenizer of the config's model type.
     if where is not None and not any((where / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(
@@ -135,7 +104,7 @@ def load_tokenizer(spec: str, texts: Iterable[str], vocab_size: int) -> Any:
             spec if where is None else str(where), local_files_only=where is not None, trust_remote_code=False
         )
     except Exception as error:  # tokenizer files are parsed by native code that raises plain Exception
-        raise _unloadable("tokenizer of model", spec, where, error) from error
+        raise unloadable("tokenizer of model", spec, where, error) from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -191,23 +160,6 @@ def check_no_meta(model: Any) -> None:
         )
 
 
-def _locate(spec: str) -> Path | None:
-    """Return the directory that `spec` names, or None when it can only be a hub id."""
-    if spec.startswith(SAMPLE_PREFIX):
-        return sample_folder(spec.removeprefix(SAMPLE_PREFIX))
-    path = Path(spec).expanduser()
-    wanted = "give preset:NAME, sample:NAME, a directory with config.json and weights, or a Hugging Face model id"
-    if path.is_dir():
-        return path
-    if spec in PRESETS:
-        raise InputError(f"model {spec!r} is the name of a preset: write {PRESET_PREFIX}{spec}.")
-    if path.exists():
-        raise InputError(f"model {spec!r} is a file: {wanted}.")
-    if not HUB_ID.fullmatch(spec):
-        raise InputError(f"model {spec!r} does not exist: {wanted}.")
-    return None
-
-
 def _check_model_directory(spec: str, where: Path) -> None:
     if not (where / "config.json").is_file():
         adapter = " (it holds an adapter, not a model)" if (where / "adapter_config.json").is_file() else ""
@@ -219,29 +171,3 @@ def _check_model_directory(spec: str, where: Path) -> None:
             f"model directory {spec!r} has a config.json but no weights: {WEIGHT_FILES[0]} or its index is wanted;"
             " save the model again with model.save_pretrained."
         )
-
-
-def _check_causal(spec: str, config: Any) -> None:
-    """Raise InputError unless transformers has a causal language model for the config and the checkpoint is one."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as KNOWN
-
-    saved_as = (getattr(config, "architectures", None) or [""])[0]
-    causal = KNOWN.get(type(config), ())
-    names = {cls.__name__ for cls in (causal if isinstance(causal, tuple) else (causal,))}
-    # A name that transformers does not have may be an old spelling of the causal class, so it passes.
-    if not names or (hasattr(transformers, saved_as) and saved_as not in names):
-        raise InputError(
-            f"model {spec!r} is a {saved_as or type(config).__name__}, not a causal language model:"
-            " give one that AutoModelForCausalLM loads, such as a Llama, Qwen or Mistral."
-        )
-
-
-def _unloadable(what: str, spec: str, where: Path | None, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-    if where is not None:
-        return InputError(f"{what} {spec!r} cannot be loaded ({reason}): save it again with save_pretrained.")
-    return InputError(
-        f"{what} {spec!r} is no local directory, and the Hugging Face hub could not be reached or has no such model"
-        f" ({reason}): local directories and {PRESET_PREFIX}NAME ({', '.join(PRESETS)}) work offline."
-    )
