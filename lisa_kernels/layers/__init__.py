@@ -1,9 +1,10 @@
 """The bridge to a model: find its decoder blocks, give linears a low-rank slot, keep frozen what is frozen."""
 
+from lisa_kernels.layers.attachable import check_attachable, without_compiler
 from lisa_kernels.layers.blocks import ModelParts, find_blocks, split_model
 from lisa_kernels.layers.embedding import LowRankEmbedding, TappedEmbedding, lookup_factor, tap_embedding
-from lisa_kernels.layers.freezing import FreezeGuard, check_attachable
-from lisa_kernels.layers.linears import check_untied, find_linears, is_linear, linear_shape
+from lisa_kernels.layers.freezing import FreezeGuard
+from lisa_kernels.layers.linears import check_untied, find_linears, is_linear, is_trainable, linear_shape
 from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
 from lisa_kernels.layers.lowrank import LowRankLinear, swap_linears
 from lisa_kernels.layers.offload import offload_checkpoints
@@ -24,6 +25,7 @@ __all__ = [
     "find_blocks",
     "find_linears",
     "is_linear",
+    "is_trainable",
     "leave_out_logits",
     "linear_shape",
     "lookup_factor",
@@ -31,4 +33,5 @@ __all__ = [
     "split_model",
     "swap_linears",
     "tap_embedding",
+    "without_compiler",
 ]

@@ -1,4 +1,4 @@
-"""Keep frozen what is frozen, and refuse the wrappers and settings under which layer sampling cannot work."""
+"""Keep frozen what is frozen, and refuse the settings under which layer sampling cannot work."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.uncompiled import uncompiled
-
-TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 COPY_ADVICE = "copy the model after detach(), or load its state_dict() into a model that was never attached."
 
@@ -101,34 +98,9 @@ def is_attached(model: nn.Module) -> bool:
     return any(isinstance(hook, FreezeGuard) for part in model.modules() for hook in part._forward_pre_hooks.values())
 
 
-def check_attachable(model: nn.Module) -> None:
-    """Refuse models that cannot be attached, each with the reason and what works instead."""
-    if is_attached(model):
-        raise InputError("this model is already attached; call detach() on its optimizer first.")
-    if any(isinstance(hook, CopyNotice) for part in model.modules() for hook in part._forward_pre_hooks.values()):
-        raise InputError(f"this model is a copy of an attached one; {COPY_ADVICE}")
-    if isinstance(model, (DistributedDataParallel, DataParallel)):
-        raise InputError(
-            f"the model is wrapped in {type(model).__name__}, which fixes the set of gradients once and fails after "
-            "the first switch; attach the bare model and all-reduce the active gradients (every rank draws the same "
-            "layers), or use FSDP2."
-        )
-    params = list(model.parameters())
-    if type(model).__module__.partition(".")[0] == "deepspeed" or any(hasattr(param, "ds_id") for param in params):
-        raise InputError(
-            "the model is under DeepSpeed ZeRO, which flattens parameters at initialisation and cannot follow a "
-            "changing set; attach the bare model on one GPU, or use FSDP2."
-        )
-    for name, param in model.named_parameters():
-        if param.dtype not in TRAINABLE_DTYPES:
-            raise InputError(
-                f"{name} holds {param.dtype}; float32, bfloat16 or float16 is wanted: load the model in one of these, "
-                "without quantisation."
-            )
-    meta = next((name for name, param in model.named_parameters() if param.is_meta), None)
-    if meta is not None:
-        raise InputError(f"{meta} is on the meta device and has no values; load the weights before attaching.")
-    check_checkpointing(model)
+def is_copy(model: nn.Module) -> bool:
+    """Return whether the model, or a part of it, was copied while it was attached."""
+    return any(isinstance(hook, CopyNotice) for part in model.modules() for hook in part._forward_pre_hooks.values())
 
 
 def check_checkpointing(model: nn.Module) -> None:

@@ -53,6 +53,13 @@ def is_linear(module: nn.Module) -> bool:
     return weight is not None and weight.dim() == 2 and "bias" in module._parameters
 
 
+def is_trainable(layer: nn.Module) -> bool:
+    """Return whether a linear layer's weight may train: its user did not freeze it."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.requires_grad
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return (m, n) = (outputs, inputs) of a linear layer."""
     weight = module.weight

@@ -6,12 +6,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lisa_kernels.basis import random_basis, stream_generator
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.layers import LowRankLinear, check_untied, find_linears, swap_linears
+from lisa_kernels.layers import check_untied, find_linears
 from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.definitions import LoRAFA
-from lisa_kernels.methods.units import Layout, Unit, distinct, swapped
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
@@ -31,7 +29,7 @@ def new_head(model: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in model.named_children() if name != prefix}
 
 
-def _adapter_places(model: nn.Module, method: LoRAFA) -> list[Place]:
+def adapter_places(model: nn.Module, method: LoRAFA) -> list[Place]:
     """Return the linears that the targets name, outside a new head, which trains in full.
 
     Refuses a target that names none, a rank that does not fit, and a weight that another module uses too.
@@ -61,27 +59,3 @@ def _targeted(model: nn.Module, method: LoRAFA, head: set[nn.Module]) -> list[Pl
             known = find_linears({"": model}, 0, lambda path, layer: layer not in head)
             raise unknown_name("target", target, {place.name for place in known})
     return find_linears({"": model}, method.rank, ends_with(*method.targets))
-
-
-def check_adapter_layout(model: nn.Module, method: LoRAFA) -> None:
-    """Raise what `adapter_layout` would raise, and change nothing."""
-    _adapter_places(model, method)
-
-
-def adapter_layout(model: nn.Module, method: LoRAFA, seed: int) -> Layout:
-    """Prepare a model whose targeted linears carry a slot that stays; needs no decoder blocks."""
-    made = 0
-
-    def make(layer: nn.Module, path: str) -> LowRankLinear:
-        nonlocal made
-        made += 1
-        lowrank = LowRankLinear(layer, method.rank, scale=method.alpha / method.rank)
-        generator = stream_generator(seed, made, 0)
-        lowrank.activate(random_basis(method.rank, lowrank.in_features, generator, lowrank.slot.device))
-        return lowrank
-
-    new = [param for part in new_head(model).values() for param in part.parameters()]
-    swaps = swap_linears(_adapter_places(model, method), make)
-    taken: set[int] = set()
-    layers = swapped(swaps, "", taken)
-    return Layout([], Unit("adapters", distinct(new, taken), {**layers}), [*swaps], "")

@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import check_attachable, find_blocks
-from lisa_kernels.methods.adapter_layout import adapter_layout, check_adapter_layout
-from lisa_kernels.methods.definitions import LoRAFA, Method
+from lisa_kernels.layers import check_attachable, without_compiler
+from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
-from lisa_kernels.methods.scoring import layer_scores
-from lisa_kernels.methods.units import Layout, check_layered_layout, layered_layout
+from lisa_kernels.methods.survey import Survey, survey_model
+from lisa_kernels.methods.units import make_layout
+from lisa_kernels.optim.settings import check_hyper, check_settings
+from lisa_kernels.samplers import Sampler
+from lisa_kernels.scores import compute_scores
 
 
 def attach(
@@ -34,20 +36,22 @@ def attach(
     the loss of a language model is computed without forming the logits of all tokens, where that is exact (its loss is
     the cross entropy of its output layer's logits, scaled and capped or not), which a forward of a few tokens finds out
     here; keep_logits=True leaves the loss to the model. The model's own parameters stay what they are; linears that
-    get a low-rank slot are swapped until `detach()`. Raises InputError, the model untouched, for anything that cannot
-    work.
+    get a low-rank slot are swapped until `detach()`. What was frozen before stays frozen, which is said once;
+    a layer that is frozen whole keeps its number and is never drawn. Of a compiled model the one inside is attached.
+    Raises InputError, the model untouched, for anything that cannot work.
     """
     if not isinstance(method, Method):
         raise InputError(f"method is {method!r}; an instance such as OwLore(active_layers=5) is wanted.")
+    model = without_compiler(model)
     check_attachable(model)
-    # Before the scores, which may take minutes.
-    _check_layout(model, method, blocks)
-    scores = _scores(model, method, calibration, scores, blocks)
-    layout = make_layout(model, method, seed, blocks)
+    settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    check_hyper(settings)
+    check_settings(block_size, rounding, max_grad_norm, paging)
+    survey = survey_model(model, method, blocks)
+    sampler = _make_sampler(survey, seed, _scores(survey, calibration, scores))
+    layout = make_layout(survey, seed)
     try:
-        sampler = method.make_sampler(len(layout.drawn), seed, scores and _with_outer(scores, len(layout.drawn)))
-        settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        return SampledAdamW(
+        optimizer = SampledAdamW(
             model, method, layout, sampler, block_size=block_size, rounding=rounding, seed=seed,
             max_grad_norm=max_grad_norm, paging=paging, keep_logits=keep_logits, **settings
         )  # fmt: skip
@@ -55,40 +59,47 @@ def attach(
         for swap in layout.swaps:
             swap.undo()
         raise
+    _tell_of_frozen(survey)
+    return optimizer
 
 
-def _check_layout(model: nn.Module, method: Method, blocks: str | None) -> None:
-    if isinstance(method, LoRAFA):
-        check_adapter_layout(model, method)
-    else:
-        check_layered_layout(model, method, blocks)
-
-
-def make_layout(model: nn.Module, method: Method, seed: int = 0, blocks: str | None = None) -> Layout:
-    """Prepare the model for a method that fits it; raises InputError for one that does not."""
-    if isinstance(method, LoRAFA):
-        return adapter_layout(model, method, seed)
-    return layered_layout(model, method, seed, blocks)
+def _tell_of_frozen(survey: Survey) -> None:
+    names = survey.frozen_names()
+    if names:
+        warnings.warn(
+            f"{len(names)} parameters (first: {names[0]}) were frozen before attaching (requires_grad=False) and stay "
+            "frozen; to train them, detach(), call requires_grad_(True) on them and attach again.",
+            stacklevel=3,
+        )
 
 
 def _scores(
-    model: nn.Module, method: Method, calibration: Iterable[Mapping[str, Tensor]] | None,
-    given: Sequence[float] | None, blocks: str | None,
+    survey: Survey, calibration: Iterable[Mapping[str, Tensor]] | None, given: Sequence[float] | None
 ) -> Sequence[float] | None:  # fmt: skip
     """Return positive weights for the draw, as given to the method or to attach, or computed; None if none are used."""
+    method, count = survey.method, len(survey.blocks)
     wanted = method.get("scores", None)
     if wanted in (None, "gradient-norm"):
         return None
     given = wanted if not isinstance(wanted, str) else given
     kind = method.score_kind()
     if given is None and kind is not None:
-        return _positive(layer_scores(model, kind, calibration, blocks=blocks), kind)
-    _, found = find_blocks(model, blocks)
-    if given is None or len(given) != len(found):
-        raise InputError(f"{len(given or ())} scores were given; {len(found)} numbers are wanted, one per layer.")
+        return _positive(compute_scores(kind, survey.model, survey.blocks, calibration), kind)
+    if given is None or len(given) != count:
+        raise InputError(f"{len(given or ())} scores were given; {count} numbers are wanted, one per layer.")
     if not all(0 <= score < math.inf for score in given):
         raise InputError(f"the scores are {list(given)}; finite numbers of at least 0 are wanted.")
     return _positive(list(given), "given")
+
+
+def _make_sampler(survey: Survey, seed: int, scores: Sequence[float] | None) -> Sampler | None:
+    """Return the sampler over the units that can be drawn; embedding and head get the mean score of the blocks."""
+    drawable = survey.drawable
+    if scores:
+        outer = len(survey.drawn) - len(scores)
+        every = [*scores, *[sum(scores) / len(scores)] * outer]
+        scores = [every[number] for number in drawable]
+    return survey.method.make_sampler(len(drawable), seed, scores)
 
 
 def _positive(scores: list[float], kind: str) -> list[float]:
@@ -98,8 +109,3 @@ def _positive(scores: list[float], kind: str) -> list[float]:
         warnings.warn(f"every {kind} score of this model is 0; its layers are drawn uniformly.", stacklevel=4)
         return [1.0] * len(scores)
     return [max(score, smallest) for score in scores]
-
-
-def _with_outer(scores: Sequence[float], units: int) -> list[float]:
-    """Give embedding and head, where they are in the draw, the mean score of the blocks."""
-    return [*scores, *[sum(scores) / len(scores)] * (units - len(scores))]

@@ -16,6 +16,7 @@ from lisa_kernels.layers import (
     SlotModule,
     TappedEmbedding,
     find_linears,
+    is_trainable,
     linear_shape,
     lookup_factor,
     swap_linears,
@@ -29,30 +30,44 @@ ADVICE = 'use embeddings="always", "frozen" or "sampled".'
 
 @dataclass(frozen=True)
 class OuterPlaces:
-    """Where a model's token embedding and its output layer are; `tied` if they read one weight."""
+    """Where a model's token embedding and its output layer are; `tied` if they read one weight.
+
+    Without the embedding where that is frozen, without a head where that is or can carry no slot.
+    """
 
     path: str
-    embedding: nn.Embedding
+    embedding: nn.Embedding | None
     head: list[Place]
     tied: bool
 
+    def weights(self) -> list[nn.Parameter]:
+        """Return the weights that train through slots."""
+        layers = [place.layer for place in self.head] + ([] if self.embedding is None else [self.embedding])
+        return [layer.weight for layer in layers]  # type: ignore[misc]
 
-def find_outer(model: nn.Module, parts: ModelParts) -> OuterPlaces:
-    """Return the places of embedding and head that get a slot; raises InputError where they cannot carry one."""
+
+def find_outer(model: nn.Module, parts: ModelParts) -> OuterPlaces | None:
+    """Return the places of embedding and head that get a slot, None where both are frozen.
+
+    Raises InputError where they cannot carry one.
+    """
     layers = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         get = getattr(model, name, None)
         layers.append(get() if callable(get) else None)
     embedding, output = layers
-    if not isinstance(embedding, nn.Embedding) or not any(embedding.weight is param for param in parts.embeddings):
+    weight = getattr(embedding, "weight", None)
+    tied = weight is not None and getattr(output, "weight", None) is weight
+    head = find_linears({"": model}, 0, lambda path, layer: layer is output and is_trainable(layer))
+    if isinstance(weight, nn.Parameter) and not weight.requires_grad:
+        return OuterPlaces("", None, head, tied) if head else None
+    if not isinstance(embedding, nn.Embedding) or not any(weight is param for param in parts.embeddings):
         raise InputError(
             f"{type(model).__name__} names no token embedding (get_input_embeddings) that could train in low rank; "
             f"{ADVICE}"
         )
     path = next(path for path, module in model.named_modules() if module is embedding)
     lookup_factor(embedding)
-    tied = getattr(output, "weight", None) is embedding.weight
-    head = find_linears({"": model}, 0, lambda path, layer: layer is output)
     if tied and not head:
         raise InputError(f"{path} is tied to an output layer that cannot carry a low-rank slot; {ADVICE}")
     return OuterPlaces(path, embedding, head, tied)
@@ -72,12 +87,13 @@ def add_outer_slots(
 
     layers: dict[str, SlotModule] = {}
     swaps = swap_linears(places.head, make)
-    if places.tied:
-        layers[swaps[0].path] = swaps[0].layer
-        return layers, swaps, [tap_embedding(places.path, places.embedding, swaps[0].layer)]
     table = places.embedding
-    fits = min(rank, table.num_embeddings, table.embedding_dim)
-    layers[places.path] = LowRankEmbedding(table, fits, make_tracker(fits))
+    if table is not None and not places.tied:
+        fits = min(rank, table.num_embeddings, table.embedding_dim)
+        layers[places.path] = LowRankEmbedding(table, fits, make_tracker(fits))
     if swaps:
         layers[swaps[0].path] = swaps[0].layer
-    return layers, swaps, [tap_embedding(places.path, table, layers[places.path])]
+    if table is None:
+        return layers, swaps, []
+    holder = swaps[0].layer if places.tied else layers[places.path]
+    return layers, swaps, [tap_embedding(places.path, table, holder)]

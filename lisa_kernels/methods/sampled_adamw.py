@@ -148,8 +148,13 @@ class SampledAdamW(AdamW8bit):
 
     def _draw(self) -> list[int]:
         if self.sampler is None or self.period is None:
-            return list(range(len(self.layout.drawn)))
-        return list(self.sampler.draw(self.calls // self.period))
+            return list(self.layout.drawable)
+        return self._drawn_in(self.calls // self.period)
+
+    def _drawn_in(self, period: int) -> list[int]:
+        """Return the layers of a period; the sampler counts those only that can be drawn."""
+        assert self.sampler is not None
+        return [self.layout.drawable[place] for place in self.sampler.draw(period)]
 
     def _begin_period(self) -> None:
         self._switch_to(self._draw())
@@ -213,7 +218,7 @@ class SampledAdamW(AdamW8bit):
         # What an adaptive sampler draws next depends on this very step.
         if self.sampler is None or self.period is None or isinstance(self.sampler, AdaptiveSampler):
             return
-        for index in self.sampler.draw((self.calls + 1) // self.period):
+        for index in self._drawn_in((self.calls + 1) // self.period):
             if index not in self._active:
                 self._shelf.prefetch(self.layout.drawn[index])
                 if self._paged.stay:
@@ -272,8 +277,8 @@ class SampledAdamW(AdamW8bit):
         self.calls += 1
         if self.sampler is None or self.period is None or self.calls % self.period:
             return
-        sums = {index: seen.tolist() for index, seen in self._norms.items()}
-        self.sampler.observe({index: total / count for index, (total, count) in sums.items() if count})
+        sums = {self.layout.drawable.index(index): seen.tolist() for index, seen in self._norms.items()}
+        self.sampler.observe({place: total / count for place, (total, count) in sums.items() if count})
         self._begin_period()
 
     # Checkpoints
@@ -314,9 +319,11 @@ class SampledAdamW(AdamW8bit):
             raise InputError(f"the state was saved with {saved['method']}; this run has {self.method.settings()}.")
         layers = self._layers()
         sampler = None if saved["sampler"] is None else sampler_from_state(saved["sampler"])
-        drawn = len(self.layout.drawn) if sampler is None else sampler.layers
-        if len(saved["visits"]) != len(self.layout.drawn) or drawn != len(self.layout.drawn):
+        drawable = len(self.layout.drawable)
+        if len(saved["visits"]) != len(self.layout.drawn):
             raise InputError(f"the state is of {len(saved['visits'])} layers; this model has {len(self.layout.drawn)}.")
+        if sampler is not None and sampler.layers != drawable:
+            raise InputError(f"the state draws from {sampler.layers} layers; of this model's {drawable} can be drawn.")
         check_slots_state(layers, saved["slots"])
         with slots_in_shape(layers.values()):
             self._check_loadable(state_dict)

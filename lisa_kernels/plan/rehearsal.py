@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import SlotModule, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW
-from lisa_kernels.methods.attach import make_layout
+from lisa_kernels.methods.survey import survey_model
+from lisa_kernels.methods.units import make_layout
 from lisa_kernels.paging import check_paging
 from lisa_kernels.paging.host import HostStore
 from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer
@@ -102,7 +103,7 @@ def prepare(model: nn.Module, workload: Workload, draws: Sequence[Sequence[int]]
             offload_checkpoints(model)
     device = next(model.parameters()).device
     with device:
-        layout = make_layout(model, workload.method, workload.seed)
+        layout = make_layout(survey_model(model, workload.method), workload.seed)
     method, sampler = workload.method, None
     if method.get("period", None) is not None:
         method = dataclasses.replace(method, period=1)  # type: ignore[call-arg]

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from lisa_kernels.layers import find_blocks, is_linear, linear_shape, offload_checkpoints
-from lisa_kernels.layers.linears import MIN_SIDE
+from lisa_kernels.layers import find_blocks, find_linears, linear_shape, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
 from lisa_kernels.train.answers import Question, answers, held_out_questions, print_answers, samples_for
@@ -95,9 +94,9 @@ def build_method(options: FineTuneOptions, model: Any) -> Method:
     """Return the method, its default rank and number of layers no more than the model can hold."""
     if options.build_method().form == "adapter":
         return options.build_method()
-    _, blocks = find_blocks(model)
-    sides = [min(linear_shape(layer)) for block in blocks for layer in block.modules() if is_linear(layer)]
-    smallest = min((side for side in sides if side >= MIN_SIDE), default=None)
+    path, blocks = find_blocks(model)
+    places = find_linears({path: model.get_submodule(path)}, rank=1)
+    smallest = min((min(linear_shape(place.layer)) for place in places), default=None)
     return options.build_method(None if smallest is None else max(1, smallest // 4), len(blocks))
 
 

@@ -7,7 +7,8 @@ from families import DECODERS, llama
 
 from lisa_kernels import LISA, GaLore, OwLore, attach
 from lisa_kernels.errors import InputError
-from lisa_kernels.methods.units import layered_layout
+from lisa_kernels.methods.survey import survey_model
+from lisa_kernels.methods.units import make_layout
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -22,7 +23,7 @@ def test_every_language_parameter_is_in_one_unit(name: str, embeddings: str) -> 
         if not key.startswith(family.foreign or ("-",))
         and (embeddings != "frozen" or key not in {*family.embeddings, *family.head})
     }
-    layout = layered_layout(model, OwLore(active_layers=1, rank=4, embeddings=embeddings), 0, None)
+    layout = make_layout(survey_model(model, OwLore(active_layers=1, rank=4, embeddings=embeddings)))
     found = [id(param) for unit in layout.units() for param in unit.full]
     found += [id(layer.weight) for unit in layout.units() for layer in unit.lowrank.values()]
     assert len(found) == len(set(found))

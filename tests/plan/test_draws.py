@@ -6,7 +6,8 @@ import pytest
 
 from lisa_kernels import LISA, OwLore
 from lisa_kernels.methods import Method
-from lisa_kernels.methods.attach import make_layout
+from lisa_kernels.methods.survey import survey_model
+from lisa_kernels.methods.units import make_layout
 from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer
 
 from .small_runs import LAYERS, real_model, workload
@@ -27,7 +28,7 @@ def test_the_costliest_draw_is_the_highest_and_reaches_the_lowest_layer(
     method: Method, expected: list[list[int]]
 ) -> None:
     """Where embeddings train all layers are in the graph anyway; then one evenly apart."""
-    layout = make_layout(real_model(workload("llama", method)), method)
+    layout = make_layout(survey_model(real_model(workload("llama", method)), method))
     most, again, between = draws_of(layout, method.get("active_layers", 1))
     assert [most, between] == expected
     assert again == most

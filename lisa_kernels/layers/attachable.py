@@ -1,0 +1,102 @@
+"""Refuse, each with the reason and what works instead, the models that no method can be attached to."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.layers.freezing import COPY_ADVICE, check_checkpointing, is_attached, is_copy
+
+TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def without_compiler(model: nn.Module) -> nn.Module:
+    """Return the model inside what `torch.compile` made of it; that goes on compiling it, whatever is attached."""
+    inside = getattr(model, "_orig_mod", None)
+    return inside if isinstance(inside, nn.Module) else model
+
+
+def check_attachable(model: nn.Module) -> None:
+    """Refuse models that cannot be attached, each with the reason and what works instead."""
+    if is_attached(model):
+        raise InputError("this model is already attached; call detach() on its optimizer first.")
+    if is_copy(model):
+        raise InputError(f"this model is a copy of an attached one; {COPY_ADVICE}")
+    _check_wrappers(model)
+    _check_adapters(model)
+    _check_placement(model)
+    _check_weights(model)
+    check_checkpointing(model)
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    if isinstance(model, (DistributedDataParallel, DataParallel)):
+        raise InputError(
+            f"the model is wrapped in {type(model).__name__}, which fixes the set of gradients once and fails after "
+            "the first switch; attach the bare model and all-reduce the active gradients (every rank draws the same "
+            "layers), or use FSDP2."
+        )
+    if type(model).__module__.partition(".")[0] == "deepspeed" or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise InputError(
+            "the model is under DeepSpeed ZeRO, which flattens parameters at initialisation and cannot follow a "
+            "changing set; attach the bare model on one GPU, or use FSDP2."
+        )
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Refuse adapters of peft: their layers read weights in their own way, and what is saved would be theirs."""
+    # The names that peft's layers and models share, whatever the kind of adapter.
+    layer = next((path for path, module in model.named_modules() if hasattr(module, "adapter_layer_names")), None)
+    if layer is not None or hasattr(model, "peft_config"):
+        where = f"in {layer}" if layer else "around it"
+        raise InputError(
+            f"the model carries adapters of peft ({where}); merge them first with merge_and_unload(), then call "
+            "requires_grad_(True) on what is to train, or train the adapters with an optimizer such as AdamW8bit."
+        )
+
+
+def _check_placement(model: nn.Module) -> None:
+    """Refuse a model whose parts are on several devices, or are moved there and back by accelerate."""
+    devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(devices) > 1:
+        raise InputError(
+            f"the model is spread over {', '.join(devices)} by its device_map; load it on one device, without "
+            'device_map or with device_map={"": 0}.'
+        )
+    hooked = [path for path, module in model.named_modules() if path and hasattr(module, "_hf_hook")]
+    if hooked:
+        raise InputError(
+            f"accelerate moves the weights of {hooked[0]} by a hook at each forward (device_map or cpu_offload); load "
+            "the model on one device without it; gradient checkpointing and paging= save memory here."
+        )
+
+
+def _check_weights(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            "the model is quantised (its configuration has a quantization_config); load one in float32, bfloat16 or "
+            "float16, or call dequantize() on it where it has that."
+        )
+    for name, param in model.named_parameters():
+        if param.dtype not in TRAINABLE_DTYPES:
+            raise InputError(
+                f"{name} holds {param.dtype}; float32, bfloat16 or float16 is wanted: load the model in one of these, "
+                "without quantisation."
+            )
+        if is_traceable_wrapper_subclass(param) and not _is_sharded(param):
+            raise InputError(
+                f"{name} is a {type(param).__name__}, packed in its own way; load the model without quantisation."
+            )
+        if param.is_meta:
+            raise InputError(f"{name} is on the meta device and has no values; load the weights before attaching.")
+
+
+def _is_sharded(param: nn.Parameter) -> bool:
+    """Return whether this is a tensor of FSDP2's, which acts as a plain one."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(param, DTensor)

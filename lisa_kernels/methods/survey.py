@@ -1,0 +1,148 @@
+"""What a method would do to a model, found out before anything is changed: which parameters train, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.layers import ModelParts, check_untied, find_linears, is_trainable, split_model
+from lisa_kernels.layers.linears import Place
+from lisa_kernels.methods.adapter_layout import adapter_places, new_head
+from lisa_kernels.methods.definitions import LoRAFA, Method
+from lisa_kernels.methods.outer_slots import OuterPlaces, find_outer
+
+
+@dataclass
+class UnitPlan:
+    """What will train as a whole: parameters at full rank, and the places of linears that get a slot."""
+
+    name: str
+    full: list[nn.Parameter] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return bool(self.full or self.places)
+
+
+@dataclass
+class Survey:
+    """What is in a model and what a method would do to it.
+
+    blocks: the decoder blocks, none for LoRA-FA. drawn: one plan for each block and, where they are sampled, for
+    embedding and head; always: what trains beside the draw; outer: embedding and head, where they get slots.
+    frozen: what the method would train, had the user not frozen it.
+    """
+
+    model: nn.Module
+    method: Method
+    blocks: tuple[nn.Module, ...] = ()
+    drawn: list[UnitPlan] = field(default_factory=list)
+    always: UnitPlan = field(default_factory=lambda: UnitPlan("always"))
+    outer: OuterPlaces | None = None
+    frozen: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def drawable(self) -> list[int]:
+        """The numbers of the units that can be drawn: a layer that is frozen whole keeps its number and never is."""
+        return [number for number, plan in enumerate(self.drawn) if plan.trains]
+
+    def places(self) -> list[Place]:
+        """Return the place of every linear that gets a slot, in the order in which they are made."""
+        return [place for plan in (*self.drawn, self.always) for place in plan.places]
+
+    def frozen_names(self) -> list[str]:
+        """Return the paths of the parameters that the method leaves out because they were frozen."""
+        frozen = set(self.frozen)
+        return [name for name, param in self.model.named_parameters() if param in frozen]
+
+
+class _Shares:
+    """Gives each parameter to one plan only, a tied one to the first that asks; the frozen ones to none."""
+
+    def __init__(self) -> None:
+        self._taken: set[nn.Parameter] = set()
+        self.frozen: list[nn.Parameter] = []
+
+    def take(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        fresh = [param for param in dict.fromkeys(params) if param not in self._taken]
+        self._taken.update(fresh)
+        self.frozen += [param for param in fresh if not param.requires_grad]
+        return [param for param in fresh if param.requires_grad]
+
+
+def survey_model(model: nn.Module, method: Method, blocks: str | None = None) -> Survey:
+    """Return what `method` would do to the model; nothing is changed. Raises InputError for what cannot work."""
+    survey = _adapter_survey(model, method) if isinstance(method, LoRAFA) else _layered_survey(model, method, blocks)
+    _check_trainable(survey)
+    return survey
+
+
+def _adapter_survey(model: nn.Module, method: LoRAFA) -> Survey:
+    """Survey a model whose targeted linears carry a slot that stays, beside weights that never train."""
+    shares = _Shares()
+    head = shares.take(param for part in new_head(model).values() for param in part.parameters())
+    always = UnitPlan("adapters", head, adapter_places(model, method))
+    return Survey(model, method, always=always, frozen=shares.frozen)
+
+
+def _layered_survey(model: nn.Module, method: Method, blocks: str | None) -> Survey:
+    """Survey a model whose decoder blocks are switched (or, without a sampler, all active)."""
+    parts = split_model(model, blocks)
+    wanted, layers = method.get("active_layers", 1), len(parts.blocks)
+    if wanted > layers:
+        raise InputError(f"active_layers is {wanted}, but the model has {layers} layers; use at most {layers}.")
+    shares = _Shares()
+    survey = Survey(model, method, parts.blocks, frozen=shares.frozen)
+    places = _block_places(model, method, parts)
+    for index, block in enumerate(parts.blocks):
+        name = f"{parts.path}.{index}"
+        inside = [place for place in places if place.root == name]
+        shares.take(place.layer.weight for place in inside)  # type: ignore[misc]
+        survey.drawn.append(UnitPlan(name, shares.take(block.parameters()), inside))
+    embeddings = method.get("embeddings", "always")
+    if embeddings == "low-rank":
+        survey.outer = find_outer(model, parts)
+        shares.take(survey.outer.weights() if survey.outer else ())
+    if embeddings == "sampled":
+        survey.drawn += [UnitPlan(name, shares.take(params)) for name, params in _outer_units(parts)]
+    elif embeddings != "frozen":
+        survey.always.full = shares.take(parts.outer)
+    return survey
+
+
+def _block_places(model: nn.Module, method: Method, parts: ModelParts) -> list[Place]:
+    """Return the linears that get a slot; refuses a rank that does not fit, and a weight that another module uses."""
+    if method.form != "low-rank":
+        return []
+    roots = {f"{parts.path}.{index}": block for index, block in enumerate(parts.blocks)}
+    places = find_linears(roots, method.get("rank", 0), lambda path, layer: is_trainable(layer))
+    check_untied(model, places, "whose gradient a low-rank slot would not see; untie the two, or use LISA or OWS")
+    return places
+
+
+def _outer_units(parts: ModelParts) -> list[tuple[str, tuple[nn.Parameter, ...]]]:
+    """Return embedding and head as units of their own; one where the head is tied and only a norm is left of it."""
+    if not any(param.dim() >= 2 for param in parts.head):
+        return [("embeddings", parts.outer)]
+    return [(name, getattr(parts, name)) for name in ("embeddings", "head") if getattr(parts, name)]
+
+
+def _check_trainable(survey: Survey) -> None:
+    """Refuse a model with less to train than the method draws."""
+    method, drawable = survey.method, len(survey.drawable)
+    if not (survey.drawable or survey.always.trains or survey.outer):
+        raise InputError(
+            f"all {len(survey.frozen)} parameters that method {method.name!r} would train are frozen "
+            "(requires_grad=False); call requires_grad_(True) on those that are to train."
+        )
+    wanted = method.get("active_layers", 0)
+    if wanted > drawable:
+        raise InputError(
+            f"active_layers is {wanted}, but {len(survey.drawn) - drawable} of the model's {len(survey.drawn)} layers "
+            f"are frozen whole (requires_grad=False); use at most {drawable}, or unfreeze some."
+        )
