@@ -27,6 +27,8 @@ from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.records import load_records
 from lisa_kernels.train.reporters import check_reporters, reporters
 from lisa_kernels.train.run_folder import open_run, start_run
+from lisa_kernels.train.run_lock import RunLock
+from lisa_kernels.train.save_rehearsal import rehearse_saving
 from lisa_kernels.train.tokenize import (
     TokenizedData,
     collate,
@@ -153,6 +155,13 @@ def finetune(
 
     plan: tells the memory of a run before it starts; summary and page have it beside the measured one.
     """
+    with RunLock(options.output) as lock:
+        return _run(options, console, plan, lock)
+
+
+def _run(
+    options: FineTuneOptions, console: Console, plan: Callable[[FineTuneOptions], PlannedMemory] | None, lock: RunLock
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
     from transformers.utils import logging as transformers_logging
 
     from lisa_kernels.train.history import RunHistory
@@ -166,6 +175,7 @@ def finetune(
     planned = None if plan_of_run is None else plan_of_run.peak_bytes
     meter = MemoryMeter.start()
     model, train, held_out, tokenizer = prepare_data(options, console)
+    rehearse_saving(options, model, tokenizer, console)
     method = build_method(options, model)
     pad = pad_token_id(tokenizer)
     arguments = _training_arguments(options, len(train), len(held_out) > 0)
@@ -190,7 +200,9 @@ def finetune(
     loader = trainer.get_eval_dataloader() if len(held_out) else []
     if "eval_loss_before" not in facts:
         facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer)), "scores": scores}
+        lock.take()
         start_run(options, facts)
+        lock.take()
     for reporter in reporters(options):
         trainer.add_callback(reporter)
     history.begin(_begin_facts(options, optimizer, arguments, plan_of_run), checkpoint_step(checkpoint))
@@ -211,7 +223,7 @@ def finetune(
         return INTERRUPTED, {"checkpoint": str(where), "steps": steps}
     peak, memory, excess = meter.peak_bytes(), meter.describe(planned), meter.warning(planned)
     # What was trained is safe before anything that may fail is tried.
-    save_weights(trainer, options.output)
+    save_weights(trainer, options.output, console)
     loss_after = ornament(
         "the held-out loss after training", lambda: _finite(held_out_loss(model, loader, optimizer)), console
     )

@@ -75,8 +75,11 @@ def _resumed(options: FineTuneOptions, saved: dict[str, Any]) -> tuple[dict[str,
 def start_run(options: FineTuneOptions, facts: dict[str, Any]) -> None:
     """Begin a run in its folder, emptied if it may be: write run.json with what was measured before the first step.
 
-    Called when everything that was given has proved usable, so that a mistake never costs an older run.
+    Called when everything that was given has proved usable, so that a mistake never costs an older run. Raises
+    InputError where another run has begun in the folder since `open_run`.
     """
+    if not (options.overwrite or options.resume) and (options.output / RUN_FILE).exists():
+        raise InputError(f"another run has begun in --output {options.output} meanwhile; give another folder.")
     if options.overwrite and (options.output / RUN_FILE).exists():
         shutil.rmtree(options.output)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -41,3 +41,25 @@ def test_whatever_fails_after_training_the_model_stays(
     for what in ("held-out loss after training", "summary.json)", "adapter alone", "end of what is printed"):
         assert f"{what} is left out (" in told
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+def test_a_folder_that_takes_no_more_does_not_cost_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that others filled during training: the model is elsewhere, and where is told."""
+    from transformers import AutoModelForCausalLM
+
+    real, folders = finish.save_final_model, []
+
+    def save(model: Any, tokenizer: Any, folder: Path) -> None:
+        folders.append(folder)
+        if len(folders) == 1:
+            raise OSError(28, "No space left on device")
+        real(model, tokenizer, folder)
+
+    monkeypatch.setattr(finish, "save_final_model", save)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(arguments(write_text(tmp_path), tmp_path / "run", "--steps", "1")) == 0
+    assert str(folders[1]) in capsys.readouterr().err.replace("\n", "")
+    assert folders[1].parent == tmp_path
+    AutoModelForCausalLM.from_pretrained(folders[1])
