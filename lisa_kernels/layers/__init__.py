@@ -6,7 +6,7 @@ from lisa_kernels.layers.embedding import LowRankEmbedding, TappedEmbedding, loo
 from lisa_kernels.layers.freezing import FreezeGuard
 from lisa_kernels.layers.linears import check_untied, find_linears, is_linear, is_trainable, linear_shape
 from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
-from lisa_kernels.layers.lowrank import LowRankLinear, swap_linears
+from lisa_kernels.layers.lowrank import LowRankLinear, ReadWeights, swap_linears
 from lisa_kernels.layers.offload import offload_checkpoints
 from lisa_kernels.layers.plain_linears import PlainLinears
 from lisa_kernels.layers.slot import SlotModule
@@ -18,6 +18,7 @@ __all__ = [
     "LowRankLinear",
     "ModelParts",
     "PlainLinears",
+    "ReadWeights",
     "SlotModule",
     "TappedEmbedding",
     "check_attachable",

@@ -33,6 +33,11 @@ class LowRankEmbedding(SlotModule):
         # Past nn.Module, which would register it a second time.
         object.__setattr__(self, "weight", embedding.weight)
 
+    @property
+    def stored_weight(self) -> nn.Parameter:
+        """The table."""
+        return self.weight  # type: ignore[return-value]
+
 
 class EmbeddingTap:
     """A forward hook that takes the gradient of looked-up rows into the slot of `layer`.

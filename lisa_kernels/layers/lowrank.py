@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from lisa_kernels.basis import BasisTracker
 from lisa_kernels.layers.linears import Place, is_conv1d, linear_shape
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.lowrank_linear import capture_linear, linear, lowrank_linear
+from lisa_kernels.ops.lowrank_linear.whole_weight import whole_weight
+from lisa_kernels.uncompiled import uncompiled
 
 HOOK_TABLES = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -22,20 +25,44 @@ HOOK_TABLES = (
 class LowRankLinear(SlotModule):
     """y = x Wᵀ + b + scale · (x Pᵀ) B, with W frozen and the slot B trained while the layer is active.
 
-    The weight and bias are the swapped layer's own parameters under their own names.
+    The weight and bias are the swapped layer's own parameters under their own names. `in_forward`, see `ReadWeights`,
+    says whether who reads the weight is about to multiply by it.
     """
+
+    in_forward = False
 
     def __init__(self, original: nn.Module, rank: int, scale: float = 1.0, tracker: BasisTracker | None = None) -> None:
         super().__init__(linear_shape(original), rank, scale, tracker)
         assert isinstance(original.weight, nn.Parameter)
         self.transposed = is_conv1d(original)
-        self.weight = original.weight
+        # Past `weight`, which reads it.
+        self._parameters["weight"] = original.weight
         self.bias: nn.Parameter | None = getattr(original, "bias", None)  # type: ignore[assignment]
         self.train(original.training)
         # Hooks that users put on the layer keep firing; the tables are shared, so later ones do too.
         for table in HOOK_TABLES:
             object.__setattr__(self, table, getattr(original, table))
         self._is_full_backward_hook = original._is_full_backward_hook
+
+    @property
+    def stored_weight(self) -> nn.Parameter:
+        """The weight as it is stored, without the slot."""
+        stored = self._parameters["weight"]
+        assert stored is not None
+        return stored
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The parameter; in a forward of the model, for code that goes past the layer, what the layer multiplies by.
+
+        The gradient of that one reaches the slot, at the price of the gradient [m, n].
+        """
+        stored, folds = self.stored_weight, self.tracker is not None
+        if not (self.active and self.in_forward) or (folds and not torch.is_grad_enabled()):
+            return stored
+        choose = self.refresh_basis if self.capturing else None
+        whole = whole_weight(self.matrix, self.slot, self.basis, self.scale, folds, choose)
+        return whole.t() if self.transposed else whole
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., m] for x [..., n]."""
@@ -68,7 +95,7 @@ class Swap:
 
     def undo(self) -> None:
         """Put the original layer back, with the parameters as they are now."""
-        self.original.weight = self.layer.weight
+        self.original.weight = self.layer.stored_weight
         if self.layer.bias is not None:
             self.original.bias = self.layer.bias
         self.original._is_full_backward_hook = self.layer._is_full_backward_hook
@@ -94,3 +121,35 @@ def swap_linears(places: Iterable[Place], make: Callable[[nn.Module, str], LowRa
             swap.undo()
         raise
     return swaps
+
+
+class ReadWeights:
+    """Hooks that tell a model's low-rank layers when its forward runs.
+
+    Fused losses and kernels multiply by `lm_head.weight` and never call the layer: its slot would be left out and
+    learn nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    @uncompiled
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        self._tell(model, True)
+
+    @uncompiled
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._tell(model, False)
+
+    def _tell(self, model: nn.Module, in_forward: bool) -> None:
+        for layer in model.modules():
+            if isinstance(layer, LowRankLinear):
+                layer.in_forward = in_forward
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()

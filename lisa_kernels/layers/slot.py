@@ -26,7 +26,7 @@ class SlotModule(nn.Module):
     Bytes while active: 4·r·m for the slot, as much for its gradient, r·n weights for the basis, 2·m·n for a remainder.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     basis: Tensor
     remainder: Tensor
 
@@ -45,9 +45,14 @@ class SlotModule(nn.Module):
         self.register_buffer("remainder", torch.empty(0, dtype=torch.int16), persistent=False)
 
     @property
+    def stored_weight(self) -> nn.Parameter:
+        """The weight as it is stored, without the slot."""
+        raise NotImplementedError
+
+    @property
     def matrix(self) -> Tensor:
-        """The weight read as [m, n]; a view."""
-        return self.weight.t() if self.transposed else self.weight
+        """The stored weight read as [m, n]; a view."""
+        return self.stored_weight.t() if self.transposed else self.stored_weight
 
     @property
     def active(self) -> bool:
@@ -59,13 +64,13 @@ class SlotModule(nn.Module):
 
         remainder: that of the layer's last time, instead of zeros.
         """
-        device, dtype = self.weight.device, self.weight.dtype
+        device, dtype = self.stored_weight.device, self.stored_weight.dtype
         self.slot.data = torch.zeros(self.rank, self.out_features, device=device)
         self.basis = torch.zeros(self.rank, self.in_features, device=device, dtype=dtype)
         if basis is not None:
             self.basis.copy_(basis)
         if self.exact_master and dtype == torch.bfloat16:
-            zeros = torch.zeros_like(self.weight, dtype=torch.int16)
+            zeros = torch.zeros_like(self.stored_weight, dtype=torch.int16)
             self.remainder = zeros if remainder is None else zeros.copy_(remainder)
 
     def arm(self) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import FreezeGuard, LossWithoutLogits, PlainLinears, SlotModule, leave_out_logits
+from lisa_kernels.layers import FreezeGuard, LossWithoutLogits, PlainLinears, ReadWeights, SlotModule, leave_out_logits
 from lisa_kernels.methods.adapters import Adapters
 from lisa_kernels.methods.definitions import LoRAFA, Method
+from lisa_kernels.methods.foreign_steps import ForeignSteps
 from lisa_kernels.methods.peft_folder import read_adapter, write_adapter
 from lisa_kernels.methods.shelf import Shelf
 from lisa_kernels.methods.slots import (
@@ -74,6 +75,7 @@ class SampledAdamW(AdamW8bit):
         self._shelf = Shelf(self._open_store)
         super().__init__(self._groups(lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings)
         self._guard = FreezeGuard(model)
+        self._foreign_steps, self._read_weights = ForeignSteps(self), ReadWeights(model)
         self._plain_linears = PlainLinears(model)
         self._loss: LossWithoutLogits | None = None
         try:
@@ -408,6 +410,8 @@ class SampledAdamW(AdamW8bit):
     def _remove_hooks(self) -> None:
         assert self._guard is not None
         self._guard.remove(self.model)
+        self._foreign_steps.remove()
+        self._read_weights.remove()
         self._plain_linears.remove()
         if self._loss is not None:
             self._loss.remove()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from families import llama, tokens
 from torch import Tensor, nn
 
+from lisa_kernels import LoRAFA, OwLore, attach
 from lisa_kernels.basis import BasisTracker, random_basis
 from lisa_kernels.layers import LowRankLinear, find_linears, linear_shape, swap_linears
 
@@ -240,3 +243,52 @@ def test_a_failing_swap_puts_everything_back() -> None:
     with pytest.raises(MemoryError):
         swap_linears(find_linears({"": net}, 2), fails)
     assert dict(net.named_modules()) == modules
+
+
+def fuse_loss(model: nn.Module) -> None:
+    """Give the model a forward as fused losses do: it reads the output layer's weight and never calls the layer."""
+
+    def forward(input_ids: Tensor, labels: Tensor) -> Any:
+        hidden = model.base_model(input_ids=input_ids).last_hidden_state[:, :-1]
+        logits = hidden @ model.get_output_embeddings().weight.t()
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
+
+    model.forward = forward
+
+
+WEIGHTS_READ = {
+    "folds": (OwLore(active_layers=1, period=2, rank=4, gap=2, scores="uniform"), False),
+    "tied": (OwLore(active_layers=1, period=2, rank=4, gap=2, scores="uniform"), True),
+    "adapter": (LoRAFA(rank=4, targets="lm_head"), False),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS_READ)
+def test_a_weight_read_past_the_layer_trains_the_slot(case: str) -> None:
+    """A loss that multiplies by `lm_head.weight` trains the head as one that calls it, basis refreshes included."""
+    method, tied = WEIGHTS_READ[case]
+    trained = []
+    for fused in (False, True):
+        model = llama(tied=tied)
+        before = model.lm_head.weight.detach().clone()
+        optimizer = attach(model, method, lr=1e-2, keep_logits=True)
+        if fused:
+            fuse_loss(model)
+        for seed in range(4):
+            model(**tokens(seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(optimizer.detach().lm_head.weight.detach())
+        assert (trained[-1] - before).abs().max() > 1e-2
+    # Sums in another order, which the moments' codes may round apart; a slot left out differs by all of the above.
+    torch.testing.assert_close(*trained, rtol=0.0, atol=1e-3)
+
+
+def test_a_weight_read_outside_a_forward_is_the_parameter() -> None:
+    """What saves, ties or inspects a model finds its own parameter, after a forward that failed too."""
+    model = llama(tied=True)
+    parameter = model.lm_head.weight
+    attach(model, OwLore(active_layers=1, rank=4, scores="uniform"))
+    with pytest.raises(TypeError, match="must be Tensor"):
+        model(input_ids="text")
+    assert model.lm_head.weight is parameter is model.model.embed_tokens.weight
