@@ -125,7 +125,7 @@ def print_answers(found: Sequence[Mapping[str, str | None]], console: Console) -
         return
     table = Table(title="the same held-out prompts, before and after", show_lines=True, expand=True)
     for name in ("prompt", "before", "after"):
-        table.add_column(name, ratio=1)
+        table.add_column(name, ratio=1, overflow="fold")
     for answer in found:
         prompt, before, after = (" ".join((answer[name] or "").split()) for name in ("prompt", "before", "after"))
         cut = prompt if len(prompt) <= SHOWN_CHARACTERS else f"… {prompt[-SHOWN_CHARACTERS:]}"

@@ -16,11 +16,13 @@ from rich.console import Console
 from lisa_kernels.layers import find_blocks, find_linears, linear_shape, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
+from lisa_kernels.report.memory import most_held
+from lisa_kernels.report.memory import planned as planned_of
 from lisa_kernels.train.answers import Question, answers, held_out_questions, print_answers, samples_for
 from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
 from lisa_kernels.train.checkpoint import checkpoint_step
 from lisa_kernels.train.finish import finish_run, save_weights
-from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, planned_memory
+from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
 from lisa_kernels.train.models import check_token_ids, enable_checkpointing, load_model, load_tokenizer, parse_dtype
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
@@ -256,6 +258,9 @@ def _ask(
 
 def _write_page(folder: Path, console: Console) -> None:
     run = read_run(folder)
+    held = describe_held(most_held(run), planned_of(run).get("held_bytes") or {})
+    if held is not None:
+        console.print(held, highlight=False)
     print_answers(run.answers, console)
     write_page([run], folder / PAGE_FILE)
     console.print(f"page of the run: {folder / PAGE_FILE}", highlight=False, soft_wrap=True)

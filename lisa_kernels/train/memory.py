@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from mmap import PAGESIZE
 from pathlib import Path
@@ -69,6 +69,19 @@ class MemoryMeter:
             f"the run took {(peak - planned) / 1e9:.2f} GB more than was planned (a plan knows nothing of evaluation, "
             "of buffers inside of kernels, and of other programs' tensors)"
         )
+
+
+def describe_held(measured: Mapping[str, int], planned: Mapping[str, int]) -> str | None:
+    """Return what model and optimizer held before a step beside its plan, tensors both times; None without both.
+
+    measured, planned: bytes by category.
+    """
+    if not measured or not planned:
+        return None
+    held, expected = sum(measured.values()), sum(planned.values())
+    # A zero that is added takes the sign from one that was rounded.
+    excess = round(held / expected - 1, 3) + 0.0
+    return f"tensors held before a step: {held / 1e6:,.1f} MB, {expected / 1e6:,.1f} MB planned ({excess:+.1%})"
 
 
 @dataclass(frozen=True)

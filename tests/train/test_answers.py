@@ -94,3 +94,10 @@ def test_without_answers_nothing_is_printed() -> None:
     out = io.StringIO()
     print_answers([], Console(file=out))
     assert out.getvalue() == ""
+
+
+def test_a_long_word_is_broken_and_not_cut() -> None:
+    out = io.StringIO()
+    print_answers([{"prompt": "a" * 99, "before": "b" * 99, "after": "c" * 99}], Console(file=out, width=60))
+    assert [out.getvalue().count(letter * 10) > 0 for letter in "abc"] == [True] * 3
+    assert "…" not in out.getvalue()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.train import memory
-from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, planned_memory
+from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
 from lisa_kernels.train.options import FineTuneOptions
 
 MB = 10**6
@@ -62,6 +62,14 @@ def test_the_description_says_what_each_figure_counts() -> None:
     text = Measured(gpu=False, before=0).describe(1600 * MB)
     assert text.startswith("peak memory: the process grew by 2.00 GB, libraries")
     assert text.endswith("the plan's 1.60 GB count tensors alone")
+
+
+def test_tensors_are_compared_with_tensors() -> None:
+    held = describe_held({"weights": 500 * MB, "bases": 12 * MB}, {"weights": 500 * MB, "bases": 10 * MB})
+    assert held == "tensors held before a step: 512.0 MB, 510.0 MB planned (+0.4%)"
+    assert str(describe_held({"weights": 10**9 - 1}, {"weights": 10**9})).endswith("(+0.0%)")
+    assert describe_held({}, {"weights": 1}) is None
+    assert describe_held({"weights": 1}, {}) is None
 
 
 def planned(plan: Any) -> tuple[PlannedMemory | None, str]:
