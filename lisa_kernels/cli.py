@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lisa_kernels.commands import bench, finetune, info, plan, report, scores
+from lisa_kernels.commands.run_file import CommandParser
 from lisa_kernels.errors import InputError
 
 USAGE_ERROR = 2
@@ -17,7 +18,7 @@ INTERRUPTED = 130
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lisa-kernels", description="Fine-tune language models by layer sampling.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     for command in (finetune, plan, scores, bench, report, info):
         command.add_command(commands)
     return parser
@@ -25,19 +26,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for a mistake in what was given, 130 after ctrl-C."""
-    arguments = _parser().parse_args(argv)
-    console = Console(stderr=True)
+    words = list(sys.argv[1:] if argv is None else argv)
+    name, debug = f"lisa-kernels {''.join(words[:1])}", "--debug" in words
     try:
-        code: int = arguments.run(arguments, console)
+        arguments = _parser().parse_args(words)
+        code: int = arguments.run(arguments, Console(stderr=True))
     except InputError as error:
-        if arguments.debug:
+        if debug:
             raise
-        print(f"lisa-kernels {arguments.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        if arguments.debug:
+        if debug:
             raise
-        print(f"lisa-kernels {arguments.command}: stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         return INTERRUPTED
     return code
 

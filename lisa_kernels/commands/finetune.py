@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lisa_kernels.commands.arguments import Formatter, add_data, add_method, add_model
+from lisa_kernels.commands.run_file import RUN_FILE_HELP, SAVE_CONFIG_HELP, CommandParser, write_run_file
 
 _LR_HELP = (
     "peak learning rate (default: lisa and ows 5e-5, owlore 3e-4, badam and full 1e-5, galore 1e-4, lora-fa 4e-4)"
@@ -19,6 +21,9 @@ _LR_HELP = (
 def add_command(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser("finetune", formatter_class=Formatter, help="fine-tune a model by layer sampling")
+    parser.alternatives = (frozenset({"steps", "epochs"}), frozenset({"resume", "overwrite"}))
+    parser.add_argument("run_file", metavar="RUN_FILE", nargs="?", help=RUN_FILE_HELP)
+    parser.add_argument("--save-config", metavar="FILE", type=Path, help=SAVE_CONFIG_HELP)
     add_model(parser)
     add_data(parser)
     add_method(parser)
@@ -59,14 +64,18 @@ def add_command(commands: Any) -> None:
         help="held-out prompts that the model answers before and after, shown in OUTPUT/report.html (default: 3; on a "
         "CPU none above 1e9 parameters)",
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=functools.partial(_run, parser))
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> int:
+def _run(parser: CommandParser, arguments: argparse.Namespace, console: Console) -> int:
     from lisa_kernels.train.options import FineTuneOptions
 
-    values = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "debug")}
-    options = FineTuneOptions(**values)
+    told = {option.dest: getattr(arguments, option.dest) for option in parser.options() if option.dest != "debug"}
+    options = FineTuneOptions(**told)
+    if arguments.save_config is not None:
+        write_run_file(arguments.save_config, parser, arguments)
+        console.print(f"options in {arguments.save_config}", highlight=False, soft_wrap=True)
+        return 0
     from lisa_kernels.plan.command import plan_run
     from lisa_kernels.train.finetune import finetune
 

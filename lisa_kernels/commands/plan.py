@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lisa_kernels.commands.arguments import Formatter, add_method, add_model
+from lisa_kernels.commands.run_file import RUN_FILE_HELP
 
 _FIT_HELP = (
     "find the settings that fit this size, such as 16GB (1e9 bytes each) or 16GiB, all that the run takes on the card, "
@@ -27,6 +28,9 @@ def add_command(commands: Any) -> None:
         description="Rehearse a fine-tuning run on tensors without storage and tell its peak memory, where it goes and "
         "which cards hold it. Options are named as in finetune. No weights are read, no GPU is needed.",
     )  # fmt: skip
+    # What only finetune needs may be in the file.
+    parser.skipped = commands.choices["finetune"]
+    parser.add_argument("run_file", metavar="RUN_FILE", nargs="?", help=RUN_FILE_HELP)
     add_model(parser)
     add_method(parser)
     add = parser.add_argument

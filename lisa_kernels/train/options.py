@@ -25,6 +25,8 @@ _FREE = (
     "output", "resume", "overwrite", "save_every", "report_to", "eval_every", "json", "max_checkpoints", "paging",
     "offload_activations", "samples",
 )  # fmt: skip
+# What says where and how one start of a run goes, and nothing of the run.
+_OF_ONE_START = ("output", "resume", "overwrite", "json")
 
 
 def default_options() -> dict[str, Any]:
@@ -143,5 +145,9 @@ class FineTuneOptions:
 
     def fixed(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the one it continues, as plain values."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in _FREE}
+        return {key: value for key, value in self.recorded().items() if key not in _FREE}
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that repeat the run elsewhere, as plain values."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in _OF_ONE_START}
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

@@ -83,7 +83,7 @@ def start_run(options: FineTuneOptions, facts: dict[str, Any]) -> None:
     if options.overwrite and (options.output / RUN_FILE).exists():
         shutil.rmtree(options.output)
     options.output.mkdir(parents=True, exist_ok=True)
-    write_json(options.output / RUN_FILE, {"options": options.fixed(), **facts})
+    write_json(options.output / RUN_FILE, {"options": options.recorded(), **facts})
 
 
 def save_final_model(model: Any, tokenizer: Any, folder: Path) -> None:
