@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +158,27 @@ def test_resources_of_the_main_kernel() -> None:
     assert (found.widest_load_bytes, found.widest_store_bytes) == (16, 16)
     assert found.instructions_per_element is not None
     assert 40 < found.instructions_per_element <= 86
+
+
+def without_target(compiled: Any) -> str:
+    """Return the PTX, apart from the name of what it is for."""
+    return re.sub(r"\.target\s+sm_\d+a?", "", compiled.asm["ptx"])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in EACH_KERNEL else pytest.mark.slow) for name in BY_NAME]
+)
+def test_two_capabilities_share_their_code(name: str) -> None:
+    """What is emulated of sm_86 holds for sm_89, which the sweeps therefore leave out; sm_90 is a target of its own."""
+    launch = BY_NAME[name].launch(86)
+    first, second = (without_target(compile_for(launch, target)) for target in (86, 89))
+    assert first == second
+
+
+def test_another_capability_has_other_code() -> None:
+    """Negative control: the comparison sees more than the name of the target."""
+    launch = BY_NAME["adamw8/one/bf16-bf16"].launch(86)
+    assert without_target(compile_for(launch, 86)) != without_target(compile_for(launch, 90))
 
 
 @pytest.mark.slow

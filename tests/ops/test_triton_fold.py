@@ -24,7 +24,8 @@ fold = importlib.import_module("lisa_kernels.ops.fold.triton_kernel")
 
 # Hopper's matrix units are not emulated: its code is only compiled.
 SEEN = [Machine(80), *([Machine(None)] if torch.cuda.is_available() else [])]
-OTHERS = [Machine(86), Machine(89), Machine(120)]
+# sm_89 has the code of sm_86 (tests/test_kernel_code.py).
+OTHERS = [Machine(86), Machine(120)]
 LARGE = ((128, 32, 16, 128), (64, 256, 64, 256))
 CLOCK, SEED, PARAMETER = torch.tensor(7), 3, 11
 # Slot and basis of a Linear, basis and slot of a Conv1D, and all in float32 or float16.

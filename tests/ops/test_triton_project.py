@@ -21,7 +21,8 @@ kernels = importlib.import_module("lisa_kernels.ops.project.triton_kernel")
 
 # Hopper's matrix units are not emulated: its code is only compiled.
 SEEN = [Machine(80), *([Machine(None)] if torch.cuda.is_available() else [])]
-OTHERS = [Machine(86), Machine(89), Machine(120)]
+# sm_89 has the code of sm_86 (tests/test_kernel_code.py).
+OTHERS = [Machine(86), Machine(120)]
 DTYPES = {
     "bfloat16": (BF16, BF16), "float16": (FP16, FP16), "float32": (FP32, FP32), "mixed": (BF16, FP32),
     "mixed halves": (FP16, FP32),
@@ -121,12 +122,23 @@ def test_any_numbers_stay_within_the_stated_bound(machine: Machine, kind: str) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", [*SEEN, *OTHERS], ids=str)
-@pytest.mark.parametrize("rank", [4, 128, 200, 1024])
+@pytest.mark.parametrize("rank", [4, 200])
 @pytest.mark.parametrize("kind", DTYPES)
 def test_every_rank_on_every_capability(machine: Machine, kind: str, rank: int) -> None:
+    """Less than the smallest tile, and more than the largest, which ends in the middle of its last one."""
     for transposed in (False, True):
         check_exact(machine, *exact(rank, 72, 72, kind, transposed))
     check_exact(machine, *exact(rank, 65, 67, kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", SEEN, ids=str)
+@pytest.mark.parametrize("rank", [128, 1024])
+def test_ranks_of_whole_tiles_run_the_same_code(machine: Machine, rank: int) -> None:
+    """The largest tile alone and eight of them; only the grid and masks that are never false differ from rank 200."""
+    tiles = {kernels.tile_of(number, BF16, BF16, False) for number in (rank, 200)}
+    assert len(tiles) == 1
+    check_exact(machine, *exact(rank, 72, 72))
 
 
 @pytest.mark.parametrize("tile", [(16, 16, 16, 32), (64, 32, 32, 128), (32, 128, 64, 256)], ids=str)

@@ -150,7 +150,7 @@ def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SampledAdamW, "step", step)
 
 
-@pytest.mark.parametrize("method", ["lisa", "owlore", "lora-fa"])
+@pytest.mark.parametrize("method", ["lisa", "owlore", pytest.param("lora-fa", marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_bit_equal(
     method: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +167,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_bit_equal(
         assert summary(tmp_path / "whole")[name] == summary(tmp_path / "cut")[name]
 
 
-@pytest.mark.parametrize("method", ["owlore", "lora-fa"])
+@pytest.mark.parametrize("method", [pytest.param("owlore", marks=pytest.mark.slow), "lora-fa"])
 def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(method: str, text: Path, tmp_path: Path) -> None:
     """The rate is constant: one step too many would move the weights."""
     argv = arguments(text, tmp_path / "run", "--save-every", "2", "--lr-schedule", "constant", method=method)
@@ -311,7 +311,7 @@ def test_supervised_data_shows_its_mask_and_trains(
     assert summary(tmp_path / "run")["eval_loss_after"] < summary(tmp_path / "run")["eval_loss_before"]
 
 
-@pytest.mark.parametrize("embeddings", ["frozen", "always", "low-rank"])
+@pytest.mark.parametrize("embeddings", ["frozen", "low-rank", pytest.param("always", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_changes_memory_and_not_results(embeddings: str, text: Path, tmp_path: Path) -> None:
     flags = ("--gradient-checkpointing", "--no-gradient-checkpointing", "--offload-activations")
     for flag in flags:
