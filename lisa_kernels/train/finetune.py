@@ -200,13 +200,13 @@ def _run(
     trainer = _trainer(model, arguments, train, held_out, tokenizer, optimizer, callbacks)
     _describe(method, optimizer, arguments, console)
     loader = trainer.get_eval_dataloader() if len(held_out) else []
+    for reporter in reporters(options, trainer):
+        trainer.add_callback(reporter)
     if "eval_loss_before" not in facts:
         facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer)), "scores": scores}
         lock.take()
         start_run(options, facts)
         lock.take()
-    for reporter in reporters(options):
-        trainer.add_callback(reporter)
     history.begin(_begin_facts(options, optimizer, arguments, plan_of_run), checkpoint_step(checkpoint))
     questions = held_out_questions(held_out, samples_for(model, options.samples))
     if not history.has("answers"):

@@ -20,14 +20,31 @@ def check_reporters(options: FineTuneOptions) -> None:
             )
 
 
-def reporters(options: FineTuneOptions) -> list[Any]:
-    """Return the callbacks that send logs on; they go after those that add to the logs."""
-    from transformers.integrations import TensorBoardCallback, WandbCallback
+def reporters(options: FineTuneOptions, trainer: Any) -> list[Any]:
+    """Return the callbacks that send logs on, ready to; they go after those that add to the logs.
 
-    def tensorboard() -> Any:
-        from torch.utils.tensorboard import SummaryWriter
+    Raises InputError where one cannot begin, as wandb where nobody is logged in.
+    """
+    from transformers import integrations
 
-        return TensorBoardCallback(SummaryWriter(log_dir=str(options.output / "tensorboard")))
+    found = []
+    for name in options.reporters:
+        if name == "tensorboard":
+            callback = integrations.TensorBoardCallback()
+            callback.logging_dir = str(options.output / "tensorboard")
+        else:
+            callback = integrations.WandbCallback()
+            _begin_wandb(callback, trainer)
+        found.append(callback)
+    return found
 
-    known = {"tensorboard": tensorboard, "wandb": WandbCallback}
-    return [known[name]() for name in options.reporters]
+
+def _begin_wandb(callback: Any, trainer: Any) -> None:
+    try:
+        callback.setup(trainer.args, trainer.state, trainer.model)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"--report-to wandb: wandb does not begin ({reason}); run wandb login, or set WANDB_MODE=offline, or leave "
+            "it out."
+        ) from error

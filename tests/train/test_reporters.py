@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from small_run import arguments, write_text
 from lisa_kernels.cli import main
 from lisa_kernels.errors import InputError
 from lisa_kernels.train.options import FineTuneOptions
-from lisa_kernels.train.reporters import check_reporters
+from lisa_kernels.train.reporters import check_reporters, reporters
 
 
 def options(report_to: str) -> FineTuneOptions:
@@ -48,14 +49,34 @@ def test_transformers_own_integrations_see_the_gradient_norm(tmp_path: Path, mon
     seen: list[dict[str, Any]] = []
 
     class Wandb(TrainerCallback):  # type: ignore[misc]
+        def setup(self, args: Any, state: Any, model: Any) -> None:
+            assert args.output_dir == str(output)
+
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.append(dict(kwargs["logs"]))
 
+    output = tmp_path / "run"
     monkeypatch.setattr(integrations, "WandbCallback", Wandb)
     monkeypatch.setattr("lisa_kernels.train.reporters.check_reporters", lambda options: None)
     monkeypatch.setattr("lisa_kernels.train.finetune.check_reporters", lambda options: None)
-    output = tmp_path / "run"
     assert main(arguments(write_text(tmp_path), output, "--report-to", "tensorboard,wandb", "--steps", "2")) == 0
     assert all({"loss", "grad_norm", "learning_rate"} <= logs.keys() for logs in seen[:2])
     events = EventAccumulator(str(output / "tensorboard")).Reload()
     assert {"train/loss", "train/grad_norm", "train/learning_rate"} <= set(events.Tags()["scalars"])
+
+
+def test_a_wandb_that_does_not_begin_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nobody is logged in, before the run has a folder."""
+    from transformers import integrations
+
+    class Wandb:
+        def setup(self, args: Any, state: Any, model: Any) -> None:
+            raise RuntimeError("api_key not configured (no-tty).\nmore")
+
+    monkeypatch.setattr(integrations, "WandbCallback", Wandb)
+    trainer = SimpleNamespace(args=None, state=None, model=None)
+    with pytest.raises(
+        InputError, match=r"does not begin \(api_key not configured \(no-tty\)\); run wandb login"
+    ) as told:
+        reporters(options("wandb"), trainer)
+    assert "\n" not in str(told.value)
