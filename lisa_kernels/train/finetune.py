@@ -21,7 +21,9 @@ from lisa_kernels.report.memory import planned as planned_of
 from lisa_kernels.train.answers import Question, answers, held_out_questions, print_answers, samples_for
 from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
 from lisa_kernels.train.checkpoint import checkpoint_step
+from lisa_kernels.train.counting import steps_of_passes
 from lisa_kernels.train.finish import finish_run, save_weights
+from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
 from lisa_kernels.train.models import check_token_ids, enable_checkpointing, load_model, load_tokenizer, parse_dtype
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions, default_options
@@ -115,14 +117,19 @@ def _scores(model: Any, method: Method, data: TokenizedData, options: FineTuneOp
     return layer_scores(model, kind, calibration)
 
 
+def _checksums(options: FineTuneOptions, train: TokenizedData, held_out: TokenizedData) -> dict[str, str]:
+    """Return what tells this run's rows and model from others."""
+    found = {"rows": checksum_of_rows(train.rows), "held_out": checksum_of_rows(held_out.rows)}
+    folder = Path(options.model).expanduser()
+    return {**found, "model": checksum_of_folder(folder)} if folder.is_dir() else found
+
+
 def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool) -> Any:
     from transformers import TrainingArguments
 
-    rows_per_step = options.batch_size * options.accumulate
-    steps = options.steps
-    if steps is None:
-        steps = math.ceil(options.epochs * rows / rows_per_step) if options.epochs is not None else DEFAULT_STEPS
-    steps = max(1, steps)
+    steps = options.steps or DEFAULT_STEPS
+    if options.epochs is not None:
+        steps = steps_of_passes(options.epochs, rows, options.batch_size, options.accumulate)
     arguments = TrainingArguments(
         output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.accumulate,
@@ -178,6 +185,8 @@ def _run(
     meter = MemoryMeter.start()
     model, train, held_out, tokenizer = prepare_data(options, console)
     rehearse_saving(options, model, tokenizer, console)
+    began = _checksums(options, train, held_out)
+    check_unchanged(facts.get("began", {}), began, options.output)
     method = build_method(options, model)
     pad = pad_token_id(tokenizer)
     arguments = _training_arguments(options, len(train), len(held_out) > 0)
@@ -204,6 +213,7 @@ def _run(
         trainer.add_callback(reporter)
     if "eval_loss_before" not in facts:
         facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer)), "scores": scores}
+        facts["began"] = began
         lock.take()
         start_run(options, facts)
         lock.take()
