@@ -8,7 +8,7 @@ from typing import Any
 from lisa_kernels.errors import InputError
 from lisa_kernels.train.presets import PRESETS, preset_config
 from lisa_kernels.train.records import HUB_ID
-from lisa_kernels.train.sample import SAMPLE_PREFIX, sample_folder
+from lisa_kernels.train.sample import SAMPLE_PREFIX, SAMPLES, sample_folder
 
 PRESET_PREFIX = "preset:"
 
@@ -68,6 +68,8 @@ def locate(spec: str) -> Path | None:
         return path
     if spec in PRESETS:
         raise InputError(f"model {spec!r} is the name of a preset: write {PRESET_PREFIX}{spec}.")
+    if spec in SAMPLES:
+        raise InputError(f"model {spec!r} is the name of a sample: write {SAMPLE_PREFIX}{spec}.")
     if path.exists():
         raise InputError(f"model {spec!r} is a file: {wanted}.")
     if not HUB_ID.fullmatch(spec):

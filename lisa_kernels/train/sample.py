@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from safetensors import SafetensorError
 
 from lisa_kernels.errors import InputError, unknown_name
 
@@ -49,9 +50,10 @@ def sample_folder(name: str, cache: Path | None = None) -> Path:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True)
         try:
             _unpack(file, folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise InputError(
-                f"sample {name!r} cannot be unpacked into {folder} ({error.strerror or error}):"
+                f"sample {name!r} cannot be unpacked into {folder} ({reason}):"
                 " about 600 MB of a writable disk are wanted there."
             ) from error
     return folder

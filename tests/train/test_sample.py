@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.train import sample
@@ -66,6 +67,22 @@ def test_a_missing_package_comes_with_the_line_that_installs_it(monkeypatch: pyt
 def test_a_misspelt_sample_names_the_nearest(load: Any) -> None:
     with pytest.raises(InputError, match="unknown sample 'smollm-135m': did you mean 'smollm2-135m'"):
         load("sample:smollm-135m")
+
+
+def test_a_bare_name_says_what_to_write() -> None:
+    with pytest.raises(InputError, match="is the name of a sample: write sample:smollm2-135m"):
+        load_model("smollm2-135m", torch.float32, seed=0)
+
+
+def test_a_full_disk_is_told_of_as_such(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are written by native code, whose errors are no OSError."""
+
+    def fails(file: Path, folder: Path) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(sample, "_unpack", fails)
+    with pytest.raises(InputError, match=r"No space left on device\): about 600 MB"):
+        sample_folder("tried", tmp_path)
 
 
 @pytest.mark.slow
