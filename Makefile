@@ -12,7 +12,7 @@ RUNS ?= runs/demo
 # SLOW=1 runs the long tests as well.
 MARKS := $(if $(SLOW),,-m "not slow")
 
-.PHONY: help install demo demo-pretrained demo-random test lint kernels bench gpu quality clean
+.PHONY: help install demo demo-pretrained demo-random test lint kernels wheel bench gpu quality clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,13 @@ lint: $(STAMP)  ## check format, lint rules and types
 kernels: $(STAMP)  ## compile every GPU kernel for seven targets, report its machine code, check it against its budgets
 	$(BIN)/python -m bench.kernels --check
 
+wheel: $(STAMP)  ## build the source distribution and, on Linux, a manylinux wheel into dist/
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir build/wheel
+	mkdir -p dist && mv build/wheel/*.tar.gz dist/
+	if test "$$(uname)" = Linux; then PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
+		else mv build/wheel/*.whl dist/; fi
+
 bench: $(STAMP)  ## time optimizers, layers and steps beside their peers, plan their memory, record the rows
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[bench]"
 	$(BIN)/lisa-kernels bench optimizer --small-tensors --record
@@ -83,4 +90,4 @@ quality: $(STAMP)  ## run the comparison of all methods (about an hour on two co
 	$(BIN)/python -m bench.quality
 
 clean:  ## delete .venv, builds and runs
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) build dist runs
