@@ -285,6 +285,13 @@ class SampledAdamW(AdamW8bit):
 
     # Checkpoints
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies and pickles: they would step a model that is not theirs, or none."""
+        raise InputError(
+            "the optimizer of an attached model cannot be copied or pickled; save its state_dict() beside the model's, "
+            "and load both into a model that is attached alike."
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state together with sampler, active layers, bases and adapters.
 

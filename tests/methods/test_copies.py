@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -100,6 +102,13 @@ def test_a_copy_says_that_it_cannot_train() -> None:
         attach(duplicate, LISA(active_layers=1))
     again = copy.deepcopy(optimizer.detach())
     attach(again, LISA(active_layers=1))
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_optimizer_is_not_copied_but_its_state(take: Callable[[Any], Any]) -> None:
+    _, optimizer = at("first", METHODS["lisa"])
+    with pytest.raises(InputError, match=r"save its state_dict\(\)"):
+        take(optimizer)
 
 
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
