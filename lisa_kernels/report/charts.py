@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 1000, 400
 # As many colours and dashes as page.css has; runs beyond begin anew with another dash.
 COLOURS, DASHES = 8, 4
 # The share of the x axis that the name of a part needs.
-NARROW = 0.16
+NARROW = 0.24
 # A curve with no more points than this shows them.
 MOST_DOTS = 30
 
@@ -169,7 +169,7 @@ def _x_labels(chart: Chart, axes: _Axes) -> str:
         ends = [*(x for x, _ in chart.marks[1:]), axes.x_high]
         parts = [(axes.x(x), axes.x(end), label) for (x, label), end in zip(chart.marks, ends)]
         # The name of a narrow part would lie on its neighbour's; the value under the pointer has it.
-        middles = [((low + high) / 2, label) for low, high, label in parts if high - low >= NARROW]
+        middles = [((low + high) / 2, label.rpartition(": ")[2]) for low, high, label in parts if high - low >= NARROW]
         return "".join(f'<span style="left:{100 * at:.1f}%">{escape(label)}</span>' for at, label in middles)
     inner = [tick for tick in ticks(axes.x_low, axes.x_high, 5) if axes.x_low <= tick <= axes.x_high]
     whole = [tick for tick in inner if tick == int(tick)]

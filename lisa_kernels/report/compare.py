@@ -47,8 +47,8 @@ def same_rows(runs: Sequence[Run]) -> bool:
 
 
 def best(runs: Sequence[Run]) -> Run | None:
-    """Return the run with the lowest held-out loss at its end, of several that are of the same rows."""
-    ended = [(figures(run)["eval_loss_after"], run) for run in runs]
+    """Return the run with the lowest held-out loss at its end, of several that came to it and have the same rows."""
+    ended = [(figures(run)["eval_loss_after"], run) for run in runs if run.finished]
     known = [(after, run) for after, run in ended if after is not None]
     return min(known, key=lambda item: item[0])[1] if len(known) > 1 and same_rows(runs) else None
 

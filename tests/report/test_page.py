@@ -116,6 +116,8 @@ def test_several_runs_have_a_colour_a_name_and_the_settings_that_differ(folder: 
     assert "<h1>Lowest held-out loss: other, 1.900</h1>" in text
     assert 'class="line c0 d0"' in text
     assert 'class="line c1 d1"' in text
+    unfinished = write_run(tmp_path / "third", history(6), finished=False)
+    assert "<h1>2 runs side by side</h1>" in of(folder, unfinished), "a loss on the way is no result"
     settings = text[text.index('id="settings"') :]
     shown = settings[: settings.index("<details")]
     assert "owlore" in shown
