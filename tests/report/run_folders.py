@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MB = 10**6
-LAYERS = [f"model.layers.{number}" for number in range(4)]
+LAYERS = [f"model.layers.{number}" for number in (0, 1, 2, 39)]
 
 
 def history(steps: int = 8, loss: float = 3.0) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def write_run(
     """Write the folder of a run; returns it."""
     folder.mkdir(parents=True)
     given = {"model": "preset:tiny", "data": "rows.jsonl", "method": "owlore", "lr": 1e-3, "steps": 8, **options}
-    run = {"options": given, "eval_loss_before": 3.0, "scores": [0.5, 2.0, 1.0, 0.0]}
+    run = {"options": given, "eval_loss_before": 3.0, "scores": [0.0025, 0.01, 0.005, 0.00976]}
     (folder / "run.json").write_text(json.dumps(run))
     lines = history() if lines is None else lines
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

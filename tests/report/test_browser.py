@@ -59,7 +59,7 @@ def test_a_browser_has_nothing_to_complain_of(browser: Browser, address: str, wi
 
 @pytest.mark.parametrize("width", [360, 1280])
 def test_words_lie_inside_of_what_holds_them(browser: Browser, address: str, width: int) -> None:
-    """Labels of axes and names in legends do not reach out of their chart."""
+    """Labels of axes and names in legends do not reach out of their chart, and no figure of the map is cut."""
     browser.open(address, width, 800, "light")
     outside = """[...document.querySelectorAll("figure.chart")].flatMap((figure) => {
       const box = figure.getBoundingClientRect();
@@ -69,6 +69,9 @@ def test_words_lie_inside_of_what_holds_them(browser: Browser, address: str, wid
       }).map((label) => label.textContent);
     })"""
     assert browser.value(outside) == []
+    cut = """[...document.querySelectorAll(".layers tbody th, .layers td.score, .layers td.visits")]
+      .filter((cell) => cell.scrollWidth > cell.clientWidth).map((cell) => cell.textContent)"""
+    assert browser.value(cut) == []
 
 
 def test_a_page_with_faults_is_seen(browser: Browser, tmp_path: Path) -> None:

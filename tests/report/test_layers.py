@@ -15,7 +15,7 @@ def test_a_row_has_a_cell_for_each_period_in_which_its_layer_trained(tmp_path: P
     text = layer_map(read_run(write_run(tmp_path / "run")), 0)
     rows = re.findall(r'<tr><th scope="row">(.*?)</th>.*?aria-label="(.*?)".*?class="visits">(\d+)<', text)
     assert [(name, steps) for name, _, steps in rows] == [
-        ("layer 3", "0"),
+        ("layer 39", "0"),
         ("layer 2", "8"),
         ("layer 1", "4"),
         ("layer 0", "4"),
