@@ -5,27 +5,57 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.uncompiled import uncompiled
 
+CHANGE_ADVICE = "call detach() on its optimizer, change the model, and attach it again."
 COPY_ADVICE = "copy the model after detach(), or load its state_dict() into a model that was never attached."
 
 
+@dataclass
+class Known:
+    """A parameter as it was when the model was attached; a slot's shape changes, and the device is the first step's."""
+
+    name: str
+    shape: torch.Size | None
+    dtype: torch.dtype
+    device: torch.device | None = None
+
+    def change(self, name: str, param: nn.Parameter) -> str | None:
+        """Return what has changed, None if nothing has."""
+        if name != self.name:
+            return f"the parameter {name} was {self.name}"
+        if self.shape is not None and param.shape != self.shape:
+            return f"{name} is {list(param.shape)} and was {list(self.shape)}"
+        if param.dtype != self.dtype:
+            return f"{name} holds {param.dtype} and held {self.dtype}"
+        self.device = self.device or param.device
+        return None if param.device == self.device else f"{name} is on {param.device} and was on {self.device}"
+
+
 class FreezeGuard:
-    """A forward pre-hook that restores `requires_grad` before each graph is built.
+    """A forward pre-hook that restores `requires_grad` before each graph is built, and knows the model again.
 
     Trainers, gradient checkpointing and user code switch gradients on behind a sampler's back; memory then creeps back
     to full fine-tuning without a word. The guard puts the flags right, says so once, and removes the hook that
     Hugging Face's gradient checkpointing puts on the embeddings (with it every frozen layer stays in the graph).
+    Parameters that come, go or change after the model was attached would train wrongly or not at all: it refuses them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.before = {name: param.requires_grad for name, param in model.named_parameters()}
+        slots = {module.slot for module in model.modules() if isinstance(module, SlotModule)}
+        self._known = {
+            param: Known(name, None if param in slots else param.shape, param.dtype)
+            for name, param in model.named_parameters()
+        }
         self.trainable: set[nn.Parameter] = set()
         self._warned = False
         self._handle = model.register_forward_pre_hook(self)
@@ -35,6 +65,8 @@ class FreezeGuard:
         """Check the model, as a forward pre-hook is called; never part of a compiled graph."""
         check_checkpointing(model)
         drop_input_gradients(model)
+        if model.training and torch.is_grad_enabled():
+            self.check_unchanged(model)
         self.enforce(model)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -50,10 +82,29 @@ class FreezeGuard:
             if not wanted:
                 param.grad = None
 
+    def check_unchanged(self, model: nn.Module) -> None:
+        """Raise InputError unless the model has the parameters with which it was attached, as they were."""
+        found = dict(model.named_parameters())
+        for name, param in found.items():
+            known = self._known.get(param)
+            if known is None:
+                replaced = any(name == each.name for each in self._known.values())
+                change: str | None = f"{name} is {'another parameter than' if replaced else 'new, it was not there'}"
+            else:
+                change = known.change(name, param)
+            if change is not None:
+                raise InputError(f"{change} when the model was attached; {CHANGE_ADVICE}")
+        if len(found) < len(self._known):
+            gone = next(known.name for known in self._known.values() if known.name not in found)
+            raise InputError(f"{gone} is gone from the model since it was attached; {CHANGE_ADVICE}")
+
     def enforce(self, model: nn.Module) -> None:
         """Put right every parameter whose `requires_grad` was changed by someone else; warns once."""
         changed = []
         for name, param in model.named_parameters():
+            # What came later is not of this model, which trains no more.
+            if param not in self._known:
+                continue
             wanted = param in self.trainable
             if param.requires_grad != wanted:
                 param.requires_grad_(wanted)
@@ -72,7 +123,7 @@ class FreezeGuard:
         """Take the hook off and give every parameter the flag it had before."""
         self._handle.remove()
         for name, param in model.named_parameters():
-            param.requires_grad_(self.before.get(name, True))
+            param.requires_grad_(self.before.get(name, param.requires_grad))
 
 
 class CopyNotice:

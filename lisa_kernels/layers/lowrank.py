@@ -22,11 +22,12 @@ HOOK_TABLES = (
 )  # fmt: skip
 
 
-class LowRankLinear(SlotModule):
+class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
     """y = x Wᵀ + b + scale · (x Pᵀ) B, with W frozen and the slot B trained while the layer is active.
 
-    The weight and bias are the swapped layer's own parameters under their own names. `in_forward`, see `ReadWeights`,
-    says whether who reads the weight is about to multiply by it.
+    The weight and bias are the swapped layer's own parameters under their own names. It is a linear layer to others,
+    such as transformers where it resizes an output layer. `in_forward`, see `ReadWeights`, says whether who reads the
+    weight is about to multiply by it.
     """
 
     in_forward = False
@@ -99,7 +100,9 @@ class Swap:
         if self.layer.bias is not None:
             self.original.bias = self.layer.bias
         self.original._is_full_backward_hook = self.layer._is_full_backward_hook
-        setattr(self.parent, self.name, self.original)
+        if getattr(self.parent, self.name, None) is self.layer:
+            # Else someone has put another layer there, which stays.
+            setattr(self.parent, self.name, self.original)
         self.original.train(self.layer.training)
 
 

@@ -31,7 +31,7 @@ class SlotModule(nn.Module):
     remainder: Tensor
 
     def __init__(self, shape: tuple[int, int], rank: int, scale: float = 1.0, tracker: BasisTracker | None = None):
-        super().__init__()
+        nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.rank, self.scale, self.tracker = rank, scale, tracker
         # Whether the weight is stored [n, m].

@@ -31,17 +31,17 @@ def block_linears(block: nn.Module) -> dict[nn.Module, Tensor]:
     """Return each linear module of the block with its weight as [out features, in features], not copied.
 
     Linears are `nn.Linear`, its subclasses, and modules of the shape of transformers' `Conv1D`: a matrix of
-    [in features, out features] beside an attribute `nf` that gives the out features.
+    [in features, out features] beside an attribute `nf` that gives the out features, or `transposed` that says it.
     """
     found: dict[nn.Module, Tensor] = {}
     for module in block.modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             continue
-        if isinstance(module, nn.Linear):
-            found[module] = weight.detach()
-        elif getattr(module, "nf", None) == weight.shape[1]:
+        if getattr(module, "nf", None) == weight.shape[1] or getattr(module, "transposed", False):
             found[module] = weight.detach().t()
+        elif isinstance(module, nn.Linear):
+            found[module] = weight.detach()
     return found
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import FreezeGuard, check_attachable
+from lisa_kernels.layers.freezing import Known
 
 
 def flags(model: nn.Module) -> dict[str, bool]:
@@ -125,3 +126,12 @@ def test_reentrant_checkpointing_is_refused_at_attach_and_at_forward() -> None:
     check_attachable(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     check_attachable(model)
+
+
+def test_a_parameter_moved_after_the_first_step_is_told() -> None:
+    """Its moments would stay behind; before the first step it may go where it likes."""
+    here, there = (nn.Parameter(torch.empty(2, device=device)) for device in ("cpu", "meta"))
+    known = Known("w", here.shape, here.dtype)
+    assert known.change("w", there) is None
+    assert known.change("w", there) is None
+    assert known.change("w", here) == "w is on cpu and was on meta"

@@ -63,3 +63,15 @@ def test_quantised_weights_are_refused() -> None:
     block.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(InputError, match="without quantisation"):
         check_blocks([block])
+
+
+def test_a_layer_with_a_slot_is_read_as_the_one_it_stands_for() -> None:
+    """Of a model that is attached: weights stored transposed have their input features last here too."""
+    from transformers.pytorch_utils import Conv1D
+
+    from lisa_kernels.layers import LowRankLinear
+
+    for original, stored in ((nn.Linear(10, 12), False), (Conv1D(12, 10), True)):
+        layer = LowRankLinear(original, 2)
+        (found,) = block_linears(layer).values()
+        assert torch.equal(found, original.weight.t() if stored else original.weight)
