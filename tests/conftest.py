@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,3 +39,22 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every kind of device that is present here."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def plans_once() -> Iterator[None]:
+    """Rehearse each workload of a preset once: runs with the same settings have the same plan."""
+    command = importlib.import_module("lisa_kernels.plan.command")
+    real, made = command.rehearse, {}
+
+    def rehearse(workload: Any) -> Any:
+        if not str(workload.model).startswith("preset:"):
+            return real(workload)
+        key = repr(workload)
+        if key not in made:
+            made[key] = real(workload)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "rehearse", rehearse)
+        yield

@@ -14,6 +14,8 @@ from lisa_kernels.cli import _parser, main
 from lisa_kernels.commands.run_file import CommandParser
 from lisa_kernels.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("plans_once")
+
 NEEDED = "model: preset:tiny\ndata: stdlib\noutput: out\n"
 
 

@@ -18,6 +18,8 @@ from small_run import arguments, summary, write_text
 from lisa_kernels.cli import main
 from lisa_kernels.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("plans_once")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:

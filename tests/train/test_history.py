@@ -20,6 +20,8 @@ from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.report import read_lines, read_run
 from lisa_kernels.train.history import RunHistory
 
+pytestmark = pytest.mark.usefixtures("plans_once")
+
 TIMED = ("seconds", "tokens_per_second", "peak_bytes")
 
 
