@@ -59,11 +59,18 @@ def attach(
         for swap in layout.swaps:
             swap.undo()
         raise
-    _tell_of_frozen(survey)
+    _tell_what_differs(survey)
     return optimizer
 
 
-def _tell_of_frozen(survey: Survey) -> None:
+def _tell_what_differs(survey: Survey) -> None:
+    """Warn of what the method does otherwise than its name says: for `attach`'s caller."""
+    if survey.method.form == "low-rank" and not survey.places():
+        warnings.warn(
+            f"no linear layer in the blocks of {type(survey.model).__name__} can carry a low-rank slot (their classes "
+            "multiply in their own way, or they are frozen); its layers train at full rank, and take its memory.",
+            stacklevel=3,
+        )
     names = survey.frozen_names()
     if names:
         warnings.warn(

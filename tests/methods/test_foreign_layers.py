@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -80,6 +81,16 @@ def test_a_model_without_a_place_for_adapters_is_refused() -> None:
     """Every layer of a Falcon multiplies in its own way."""
     with pytest.raises(InputError, match="no linear layer that could carry an adapter"):
         attach(DECODERS["falcon"].make(), METHODS["lora-fa"])
+
+
+@pytest.mark.parametrize("method", ["owlore", "galore"])
+def test_low_rank_methods_say_where_no_layer_can_carry_a_slot(method: str) -> None:
+    """A Falcon's blocks train at full rank then; other models give no such warning."""
+    with pytest.warns(UserWarning, match="no linear layer in the blocks of Falcon.* can carry a"):
+        attach(DECODERS["falcon"].make(), METHODS[method])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(llama(), METHODS[method])
 
 
 @pytest.mark.parametrize("make", [phimoe, llama4], ids=["phimoe", "llama4"])
