@@ -9,8 +9,9 @@ _MODEL_HELP = (
     "qwen2.5-7b, mistral-7b, or sample:smollm2-135m (a small pretrained one, of the extra sample)"
 )
 _DATA_HELP = (
-    ".jsonl (text, or prompt/completion, or messages), .txt, .parquet, hub id, or the text of Python's own standard "
-    "library: stdlib, stdlib:code, stdlib:docstrings, stdlib:questions"
+    ".jsonl, .json, .csv, .tsv or .parquet (text, or prompt/completion, or messages, or ShareGPT's conversations, or "
+    "Alpaca's instruction/input/output, or question/answer), .txt, a folder of these, hub id, or the text of Python's "
+    "own standard library: stdlib, stdlib:code, stdlib:docstrings, stdlib:questions; may be given several times"
 )
 
 
@@ -39,7 +40,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Declare the data."""
-    parser.add_argument("--data", required=required, help=_DATA_HELP)
+    parser.add_argument("--data", action="append", required=required, help=_DATA_HELP)
+    parser.add_argument("--columns", help="the columns that hold a row's fields, as in prompt=ASKED,completion=REPLY "
+        "(text, prompt, completion, messages, tools, instruction, input, output, question, answer)")  # fmt: skip
     parser.add_argument("--max-data-bytes", type=int, help="read at most this many bytes of text (default: all)")
 
 

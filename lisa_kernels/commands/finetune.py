@@ -48,6 +48,7 @@ def add_command(commands: Any) -> None:
     add("--epochs", type=float, help="passes over the data, in place of --steps")
     add("--no-packing", dest="packing", action="store_false", help="one example per row")
     add("--eval-fraction", type=float, default=0.05, help="share of the data held out")
+    add("--eval-data", action="append", help="data held out, as --data, in place of a share of it")
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0 for before and after only")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for none")
     add("--max-checkpoints", type=int, default=2, help="checkpoints kept")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 
 from lisa_kernels.layers import find_blocks, find_linears, linear_shape, offload_checkpoints
@@ -19,29 +18,20 @@ from lisa_kernels.report import PAGE_FILE, read_run, write_page
 from lisa_kernels.report.memory import most_held
 from lisa_kernels.report.memory import planned as planned_of
 from lisa_kernels.train.answers import Question, answers, held_out_questions, print_answers, samples_for
-from lisa_kernels.train.chat import DEFAULT_CHAT_TEMPLATE
 from lisa_kernels.train.checkpoint import checkpoint_step
 from lisa_kernels.train.counting import steps_of_passes
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
-from lisa_kernels.train.models import check_token_ids, enable_checkpointing, load_model, load_tokenizer, parse_dtype
+from lisa_kernels.train.models import device, enable_checkpointing
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
-from lisa_kernels.train.records import load_records
+from lisa_kernels.train.prepare import prepare_data
 from lisa_kernels.train.reporters import check_reporters, reporters
 from lisa_kernels.train.run_folder import open_run, start_run
 from lisa_kernels.train.run_lock import RunLock
 from lisa_kernels.train.save_rehearsal import rehearse_saving
-from lisa_kernels.train.tokenize import (
-    TokenizedData,
-    collate,
-    isolates_packed_examples,
-    pad_token_id,
-    preview,
-    split_records,
-    tokenize_records,
-)
+from lisa_kernels.train.tokenize import TokenizedData, collate, pad_token_id
 
 if TYPE_CHECKING:
     from lisa_kernels.train.history import RunHistory
@@ -60,40 +50,6 @@ class Prepared:
     train: TokenizedData
     held_out: TokenizedData
     method: Method
-
-
-def device() -> torch.device:
-    """Return where to train: the first CUDA device, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def prepare_data(options: FineTuneOptions, console: Console) -> tuple[Any, TokenizedData, TokenizedData, Any]:
-    """Return (model, training rows, held-out rows, tokenizer); the first example is shown with its mask."""
-    records = load_records(options.data, max_bytes=options.max_data_bytes)
-    model = load_model(options.model, parse_dtype(options.dtype), options.seed).to(device())
-    tokenizer = load_tokenizer(options.model, records.texts(), model.config.get_text_config().vocab_size)
-    train_records, held_out_records = split_records(records, options.eval_fraction, options.seed)
-    packing = options.packing and (records.kind == "text" or isolates_packed_examples(model))
-    train = tokenize_records(train_records, tokenizer, options.seq_len, packing)
-    held_out = (
-        tokenize_records(held_out_records, tokenizer, options.seq_len, packing)
-        if len(held_out_records)
-        else TokenizedData()
-    )
-    if records.kind == "messages" and not tokenizer.chat_template:
-        # What the model learned to speak goes into its folder with it.
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-    check_token_ids(model, max(train.max_token_id, held_out.max_token_id if len(held_out) else 0))
-    for note in dict.fromkeys([*train.notes, *held_out.notes]):
-        console.print(f"note: {note}", highlight=False)
-    console.print(
-        f"{options.data}: {train.examples} examples, {len(train)} rows of up to {options.seq_len} tokens, "
-        f"{train.supervised_tokens:,} supervised; {len(held_out)} rows held out",
-        highlight=False,
-    )
-    console.print("first row, supervised text in ⟦ ⟧:", style="bold")
-    console.print(preview(train[0], tokenizer, max_tokens=80))
-    return model, train, held_out, tokenizer
 
 
 def build_method(options: FineTuneOptions, model: Any) -> Method:

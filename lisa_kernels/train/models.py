@@ -21,6 +21,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
+def device() -> torch.device:
+    """Return where to train: the first CUDA device, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def parse_dtype(name: str) -> torch.dtype:
     """Return the dtype called fp32, bf16 or fp16; auto is bf16 on a CUDA device that computes in it, else fp32."""
     if name == "auto":
@@ -147,6 +152,23 @@ def check_token_ids(model: Any, max_token_id: int) -> None:
             f"the data hold token id {max_token_id} but the model's embedding has {rows} rows:"
             " use the model's own tokenizer, or resize the embedding with model.resize_token_embeddings."
         )
+
+
+def settle_pad_token(tokenizer: Any, model: Any) -> str | None:
+    """Have a tokenizer whose pad token has no row in the model's embedding pad with its end token; return what to say.
+
+    Without an end token that has a row the tokenizer is left without a pad token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad < rows:
+        return None
+    before = tokenizer.pad_token
+    tokenizer.pad_token = tokenizer.eos_token if end is not None and end < rows else None
+    return (
+        f"the tokenizer's pad token {before!r} has id {pad} but the model's embedding {rows} rows:"
+        f" {tokenizer.pad_token or 'token 0'!r} pads in its place"
+    )
 
 
 def check_no_meta(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.methods import METHODS, Method, method_by_name
 from lisa_kernels.paging import check_paging
+from lisa_kernels.train.sources.kinds import parse_columns
 
 DEFAULT_STEPS = 200
 # Learning rates to begin with on 7-8B models: from the papers where they give one.
@@ -43,7 +45,7 @@ class FineTuneOptions:
     """
 
     model: str
-    data: str
+    data: str | Sequence[str]
     output: Path
     method: str = "owlore"
     active_layers: int | None = None
@@ -78,6 +80,8 @@ class FineTuneOptions:
     max_checkpoints: int = 2
     calibration_rows: int = 128
     max_data_bytes: int | None = None
+    eval_data: str | Sequence[str] | None = None
+    columns: str | None = None
     resume: bool = False
     overwrite: bool = False
     report_to: str = "none"
@@ -86,6 +90,14 @@ class FineTuneOptions:
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model and the data."""
+        for name in ("data", "eval_data"):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, str):
+                if not given:
+                    raise InputError(f"--{name.replace('_', '-')} names nothing; give at least one source of rows.")
+                object.__setattr__(self, name, given[0] if len(given) == 1 else tuple(given))
+        if self.columns is not None:
+            parse_columns(self.columns)
         for name, least in (("batch_size", 1), ("accumulate", 1), ("seq_len", 2), ("eval_every", 0), ("save_every", 0),
                             ("max_checkpoints", 1), ("warmup_steps", 0), ("calibration_rows", 1)):  # fmt: skip
             if getattr(self, name) < least:

@@ -50,12 +50,18 @@ def open_run(options: FineTuneOptions) -> tuple[dict[str, Any], Path | None]:
             f"--output {folder} holds another run; add --resume to continue it, --overwrite to replace it, "
             "or give another folder."
         )
-    for flag, given in (("--model", options.model), ("--data", options.data)):
+    for flag, given in _sources(options):
         if Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
             raise InputError(
                 f"--overwrite would delete {flag} {given}, which lies in --output {folder}; give another --output."
             )
     return {}, None
+
+
+def _sources(options: FineTuneOptions) -> list[tuple[str, str]]:
+    """Return each (flag, value) that may name a file which a run reads."""
+    given = (("--model", options.model), ("--data", options.data), ("--eval-data", options.eval_data or ()))
+    return [(flag, one) for flag, values in given for one in ([values] if isinstance(values, str) else values)]
 
 
 def _resumed(options: FineTuneOptions, saved: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:

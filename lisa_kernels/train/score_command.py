@@ -13,6 +13,7 @@ from lisa_kernels.scores import CALIBRATED_KINDS
 from lisa_kernels.scores.report import bar_chart, plot_scores
 from lisa_kernels.train.models import check_token_ids, load_model, load_tokenizer, parse_dtype
 from lisa_kernels.train.records import load_records
+from lisa_kernels.train.sources.kinds import parse_columns
 from lisa_kernels.train.tokenize import collate, pad_token_id, tokenize_records
 
 
@@ -21,7 +22,8 @@ def score(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     model = load_model(arguments.model, parse_dtype(arguments.dtype), arguments.seed)
     batches = None
     if arguments.data is not None:
-        records = load_records(arguments.data, max_bytes=arguments.max_data_bytes)
+        columns = None if arguments.columns is None else parse_columns(arguments.columns)
+        records = load_records(arguments.data, max_bytes=arguments.max_data_bytes, columns=columns)
         tokenizer = load_tokenizer(arguments.model, records.texts(), model.config.get_text_config().vocab_size)
         data = tokenize_records(records, tokenizer, arguments.seq_len)
         check_token_ids(model, data.max_token_id)
@@ -37,4 +39,5 @@ def score(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.plot is not None:
         plot_scores(scores, arguments.plot, title)
         console.print(f"picture in {arguments.plot}")
-    return {"model": arguments.model, "data": arguments.data, "kind": arguments.kind, "scores": scores}
+    source = None if arguments.data is None else ", ".join(arguments.data)
+    return {"model": arguments.model, "data": source, "kind": arguments.kind, "scores": scores}

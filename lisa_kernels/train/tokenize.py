@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +15,25 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.train.chat import IGNORED, Example, encode_conversations
+from lisa_kernels.train.answer_spans import agreement
+from lisa_kernels.train.chat import IGNORED, Example, beginning, encode_conversations, labels_in
+from lisa_kernels.train.packing import (
+    Row,
+    accepts_position_ids,
+    collate,
+    first_fit,
+    isolates_packed_examples,
+    pad_token_id,
+    row_of,
+)
 from lisa_kernels.train.records import Records
 
 ENCODE_BATCH = 256
-Row = dict[str, Tensor]
+
+__all__ = [
+    "IGNORED", "TokenizedData", "accepts_position_ids", "collate", "isolates_packed_examples", "pad_token_id",
+    "preview", "split_records", "tokenize_records", "tokenize_split",
+]  # fmt: skip
 
 
 @dataclass
@@ -97,33 +111,67 @@ def tokenize_records(records: Records, tokenizer: Any, seq_len: int, packing: bo
     """Return the rows of at most `seq_len` tokens that the records make.
 
     Texts are joined by the end token and cut into full rows, every token supervised; a remainder is dropped unless it
-    is all there is. Of prompts only the completion is supervised, of conversations only what the assistant says, both
-    with the token that ends them; such examples are cut on the right to `seq_len` and, with packing, put whole into
-    shared rows whose position_ids begin at 0 with each example. Raises InputError when nothing is supervised.
+    is all there is. A prompt and its completion are encoded as one text, in which each token that holds a character of
+    the completion is supervised; of conversations only what the assistant says is, both with the token that ends them.
+    Such examples are cut on the right to `seq_len` and, with packing, put whole into shared rows whose position_ids
+    begin at 0 with each example. Raises InputError when nothing is supervised.
     """
-    if seq_len < 2:
-        raise InputError(f"sequence length {seq_len} is too short: a row needs 2 tokens or more to predict one.")
+    _check_seq_len(seq_len)
     if not len(records):
         return TokenizedData()
     records = records.for_template(getattr(tokenizer, "chat_template", None))
     if records.kind == "text":
         return _tokenize_texts(records, tokenizer, seq_len)
-    notes: list[str] = []
-    encode = _encode_prompts if records.kind == "prompt" else encode_conversations
-    return _supervised_rows(list(encode(records, tokenizer, notes)), seq_len, packing, notes)
+    notes = list(records.notes)
+    examples = _encode_examples(records, tokenizer, notes)
+    fitting, counts = _cut_examples(examples, seq_len)
+    if not fitting:
+        raise InputError(_nothing_supervised(examples, seq_len))
+    return _rows(fitting, seq_len, packing, counts, [*notes, *counts.notes(seq_len)])
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield the ids of each text without special tokens around it."""
+def tokenize_split(
+    records: Records, tokenizer: Any, seq_len: int, packing: bool, eval_fraction: float, seed: int
+) -> tuple[TokenizedData, TokenizedData]:
+    """Return the rows of (the training part, the part held out); examples with nothing to learn are in neither.
+
+    eval_fraction: as for `split_records`. Raises InputError as `tokenize_records` does.
+    """
+    _check_seq_len(seq_len)
+    records = records.for_template(getattr(tokenizer, "chat_template", None))
+    if records.kind == "text" or not eval_fraction:
+        trained, held = split_records(records, eval_fraction, seed)
+        train = tokenize_records(trained, tokenizer, seq_len, packing)
+        try:
+            return train, tokenize_records(held, tokenizer, seq_len, packing)
+        except InputError:
+            train.notes.append("nothing is held out: the part for it is too short to predict a token of it")
+            return train, TokenizedData()
+    notes = list(records.notes)
+    examples = _encode_examples(records, tokenizer, notes)
+    fitting, counts = _cut_examples(examples, seq_len)
+    if not fitting:
+        raise InputError(_nothing_supervised(examples, seq_len))
+    notes += counts.notes(seq_len)
+    if len(fitting) == 1 < len(examples):
+        notes.append("nothing is held out: only one row has anything to learn")
+        return _rows(fitting, seq_len, packing, counts, notes), TokenizedData()
+    drawn = split_records(dataclasses.replace(records, items=fitting), eval_fraction, seed)
+    train = _rows(drawn[0].items, seq_len, packing, counts, notes)
+    return train, _rows(drawn[1].items, seq_len, packing, _Cut(), [])
+
+
+def _check_seq_len(seq_len: int) -> None:
+    if seq_len < 2:
+        raise InputError(f"sequence length {seq_len} is too short: a row needs 2 tokens or more to predict one.")
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], **options: Any) -> Iterator[Any]:
+    """Yield the encoding of each text without special tokens around it."""
     for start in range(0, len(texts), ENCODE_BATCH):
         batch = list(texts[start : start + ENCODE_BATCH])
-        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _beginning(tokenizer: Any) -> list[int]:
-    """Return the begin token as a list, empty when the tokenizer does not put one before a text."""
-    first = tokenizer("a")["input_ids"][:1]
-    return list(first) if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
+        encoded = tokenizer(batch, add_special_tokens=False, verbose=False, **options)
+        yield from ({name: encoded[name][n] for name in encoded} for n in range(len(batch)))
 
 
 def _ending(tokenizer: Any, notes: list[str]) -> list[int]:
@@ -133,12 +181,20 @@ def _ending(tokenizer: Any, notes: list[str]) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
+def _begun(ids: list[int], begin: list[int]) -> list[int]:
+    """Return ids that begin with the begin token, which a text may hold itself."""
+    return ids if ids[: len(begin)] == begin else begin + ids
+
+
 def _tokenize_texts(records: Records, tokenizer: Any, seq_len: int) -> TokenizedData:
-    notes: list[str] = []
-    begin, end = _beginning(tokenizer), _ending(tokenizer, notes)
+    notes = list(records.notes)
+    begin, end = beginning(tokenizer), _ending(tokenizer, notes)
     pieces: list[Tensor] = []
-    for ids in _encode(tokenizer, records.items):
-        pieces.append(torch.tensor((end if pieces else []) + begin + ids, dtype=torch.long))
+    ended = True
+    for encoding in _encode(tokenizer, records.items):
+        ids = _begun(list(encoding["input_ids"]), begin)
+        pieces.append(torch.tensor(([] if ended else end) + ids, dtype=torch.long))
+        ended = bool(end) and ids[-1:] == end
     stream = torch.cat(pieces)
     full = stream[: stream.numel() // seq_len * seq_len].split(seq_len) if stream.numel() >= seq_len else (stream,)
     rows = [{"input_ids": ids, "labels": ids} for ids in full]
@@ -153,34 +209,83 @@ def _count_supervised(rows: Iterable[Row]) -> int:
     return sum(int((row["labels"][1:] != IGNORED).sum()) for row in rows)
 
 
+def _encode_examples(records: Records, tokenizer: Any, notes: list[str]) -> list[Example]:
+    encode = _encode_prompts if records.kind == "prompt" else encode_conversations
+    return list(encode(records, tokenizer, notes))
+
+
 def _encode_prompts(records: Records, tokenizer: Any, notes: list[str]) -> Iterator[Example]:
-    begin, end = _beginning(tokenizer), _ending(tokenizer, notes)
-    prompts = _encode(tokenizer, [item["prompt"] for item in records.items])
-    completions = _encode(tokenizer, [item["completion"] for item in records.items])
-    for prompt, completion in zip(prompts, completions):
-        answer = completion if end and completion[-1:] == end else completion + end
-        yield Example(begin + prompt + answer, [IGNORED] * len(begin + prompt) + answer)
+    """Yield prompts with their completions, each pair encoded as the one text that a model meets when it is asked."""
+    begin, end = beginning(tokenizer), _ending(tokenizer, notes)
+    pairs = [(item["prompt"], item["completion"]) for item in records.items]
+    wholes = _encode(tokenizer, [p + c for p, c in pairs], return_offsets_mapping=bool(tokenizer.is_fast))
+    alone = itertools.repeat(None) if tokenizer.is_fast else _encode(tokenizer, [p for p, _ in pairs])
+    for (prompt, completion), whole, before in zip(pairs, wholes, alone):
+        ids = list(whole["input_ids"])
+        if before is None:
+            labels = labels_in(whole, [(len(prompt), len(prompt + completion))])
+        else:
+            # A slow tokenizer names no characters: the answer begins where the ids cease to be the prompt's own.
+            shared = agreement(before["input_ids"], ids)
+            labels = [IGNORED] * shared + ids[shared:]
+        if not (end and labels[-1:] == end):
+            ids, labels = ids + end, labels + end
+        begun = _begun(ids, begin)
+        yield Example(begun, [IGNORED] * (len(begun) - len(ids)) + labels)
 
 
-def _supervised_rows(examples: list[Example], seq_len: int, packing: bool, notes: list[str]) -> TokenizedData:
-    kept, truncated = list[Example](), 0
+@dataclass
+class _Cut:
+    """How many examples there are, are longer than a row, lose an answer's end by it, have nothing left; held nothing
+    to learn to begin with.
+    """
+
+    examples: int = 0
+    longer: int = 0
+    without_end: int = 0
+    emptied: int = 0
+    unanswered: int = 0
+
+    def notes(self, seq_len: int) -> list[str]:
+        """Return what is to be told of them."""
+        notes = []
+        if self.longer:
+            notes.append(
+                f"{self.longer} of {self.examples} rows are longer than --seq-len {seq_len} and are cut:"
+                f" {self.without_end} answers lose their end, {self.emptied} rows have nothing left to learn and are"
+                " left out"
+            )
+        if self.unanswered:
+            notes.append(f"{self.unanswered} of {self.examples} rows are left out: they hold no answer to learn")
+        return notes
+
+
+def _cut_examples(examples: Sequence[Example], seq_len: int) -> tuple[list[Example], _Cut]:
+    """Return the examples that have something to learn in their first `seq_len` tokens, cut to these, and counts."""
+    kept, counts = list[Example](), _Cut(len(examples))
     for example in examples:
         # the first token has no predecessor, and in a packed row the one before it is another example's
-        cut = Example(example.input_ids[:seq_len], [IGNORED, *example.labels[1:seq_len]])
-        if any(label != IGNORED for label in cut.labels):
-            kept.append(cut)
-            truncated += len(example.input_ids) > seq_len
-    if not kept:
-        raise InputError(_nothing_supervised(examples, seq_len))
-    lengths = [len(example.input_ids) for example in kept]
-    groups = _first_fit(lengths, seq_len) if packing else [[index] for index in range(len(kept))]
-    rows = [_row([kept[index] for index in group], packing) for group in groups]
-    dropped = len(examples) - len(kept)
-    if dropped:
-        notes.append(
-            f"{dropped} of {len(examples)} examples are dropped: nothing to learn in their first {seq_len} tokens"
-        )
-    return TokenizedData(rows, sum(lengths), _count_supervised(rows), len(kept), truncated, dropped, notes)
+        labels = [IGNORED, *example.labels[1:]]
+        learnt = [label != IGNORED for label in labels]
+        fits = any(learnt[:seq_len])
+        if not any(learnt):
+            counts.unanswered += 1
+        elif len(labels) > seq_len:
+            counts.longer += 1
+            counts.without_end += fits and any(learnt[seq_len:])
+            counts.emptied += not fits
+        if fits:
+            kept.append(Example(example.input_ids[:seq_len], labels[:seq_len]))
+    return kept, counts
+
+
+def _rows(examples: list[Example], seq_len: int, packing: bool, counts: _Cut, notes: list[str]) -> TokenizedData:
+    lengths = [len(example.input_ids) for example in examples]
+    groups = first_fit(lengths, seq_len) if packing else [[index] for index in range(len(examples))]
+    rows = [row_of([examples[index] for index in group], packing) for group in groups]
+    dropped = counts.emptied + counts.unanswered
+    truncated = counts.longer - counts.emptied
+    return TokenizedData(rows, sum(lengths), _count_supervised(rows), len(examples), truncated, dropped, notes)
 
 
 def _nothing_supervised(examples: list[Example], seq_len: int) -> str:
@@ -192,91 +297,6 @@ def _nothing_supervised(examples: list[Example], seq_len: int) -> str:
         f"no supervised token is left: each of the {len(examples)} prompts is as long as --seq-len {seq_len}"
         f" or longer (the shortest has {min(known)} tokens); give a longer --seq-len or shorter prompts."
     )
-
-
-def _row(examples: list[Example], packing: bool) -> Row:
-    row = {
-        "input_ids": torch.tensor([token for e in examples for token in e.input_ids]),
-        "labels": torch.tensor([label for e in examples for label in e.labels]),
-    }
-    if packing:
-        row["position_ids"] = torch.cat([torch.arange(len(e.input_ids)) for e in examples])
-    return row
-
-
-def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each index into the first bin that has room for its length; return the bins."""
-    # A binary tree over the bins holds the largest room below each node: O(log n) per item instead of O(n).
-    size = 1 << max(0, len(lengths) - 1).bit_length()
-    room = [capacity] * (2 * size)
-    bins: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        node = 1
-        while node < size:
-            node = 2 * node if room[2 * node] >= length else 2 * node + 1
-        bins.setdefault(node, []).append(index)
-        room[node] -= length
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
-    return list(bins.values())
-
-
-def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Return one batch, int64 [rows, longest]: input_ids, labels, and what tells the model where examples end.
-
-    Shorter rows are padded on the right with label -100. Packed rows come with position_ids and no attention mask,
-    their padding as one more sequence from position 0; other rows with attention_mask when one of them is padded.
-    """
-    lengths = [len(row["input_ids"]) for row in rows]
-    longest = max(lengths)
-
-    def stack(name: str, fill: int) -> Tensor:
-        padding = [torch.full((longest - length,), fill) for length in lengths]
-        return torch.stack([torch.cat([row[name], pad]) for row, pad in zip(rows, padding)])
-
-    batch = {"input_ids": stack("input_ids", pad_token_id), "labels": stack("labels", IGNORED)}
-    if "position_ids" in rows[0]:
-        batch["position_ids"] = torch.stack(
-            [torch.cat([row["position_ids"], torch.arange(longest - n)]) for row, n in zip(rows, lengths)]
-        )
-    elif min(lengths) < longest:
-        batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
-    return batch
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """Return an id to pad with: the tokenizer's own, else its end token, else 0; padding is never supervised."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-
-
-def accepts_position_ids(model: Any) -> bool:
-    """Return whether the model's forward takes position_ids."""
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def isolates_packed_examples(model: Any) -> bool:
-    """Return whether an example in a packed row is blind to the examples before it, by one forward of 2 x 12 tokens.
-
-    Some models take position_ids yet do not build their attention mask from them (OPT and Falcon in transformers 5);
-    and every model ignores packing with a key-value cache, so train with use_cache=False.
-    """
-    if not accepts_position_ids(model):
-        return False
-    embedding = model.get_input_embeddings().weight
-    tokens = (torch.arange(24).reshape(2, 12) * 7 + 3) % embedding.shape[0]
-    tokens[:, 6:] = tokens[0, 6:]
-    positions = torch.arange(12).remainder(6).expand(2, 12)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            inputs = {"input_ids": tokens.to(embedding.device), "position_ids": positions.to(embedding.device)}
-            logits = model(**inputs, use_cache=False).logits[:, 6:].float()
-    finally:
-        model.train(training)
-    # rounding may differ between two rows of a batch, a visible neighbour changes the logits far more
-    return bool((logits[0] - logits[1]).norm() <= 0.01 * logits[0].norm())
 
 
 def preview(row: Row, tokenizer: Any, max_tokens: int = 400) -> Text:

@@ -103,7 +103,8 @@ def test_a_bad_line_is_named_with_what_it_has_and_what_is_wanted(
     [
         ("gone.jsonl", None, "does not exist"),
         ("no/such/place", None, "does not exist"),
-        ("table.csv", b"a,b", "'.csv'"),
+        ("table.csv", b"a,b", "empty"),
+        ("table.npy", b"a,b", "'.npy'"),
         ("noend", b"a", "'no suffix'"),
         ("d.txt", b"", "empty"),
         ("d.txt", b"caf\xe9", "UTF-8 at byte 3"),
@@ -129,8 +130,8 @@ def test_a_missing_file_in_the_working_directory_is_not_taken_for_a_hub_id(monke
             load_records(spec)
 
 
-def test_a_directory_is_refused_with_what_is_accepted(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is a directory: give a \.jsonl, \.txt or \.parquet file"):
+def test_an_empty_directory_is_refused_with_what_is_accepted(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is a directory without rows: give a \.jsonl, \.json, \.csv"):
         load_records(str(tmp_path))
 
 
@@ -139,7 +140,7 @@ def test_parquet_without_a_known_column_names_its_columns(tmp_path: Path) -> Non
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "d.parquet")
-    with pytest.raises(InputError, match="columns 'body': 'text', or 'prompt'"):
+    with pytest.raises(InputError, match=r"has .body.: .text., or .prompt.*--columns prompt=NAME"):
         load_records(str(tmp_path / "d.parquet"))
 
 

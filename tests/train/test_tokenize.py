@@ -10,11 +10,11 @@ import torch
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.train.models import train_tokenizer
+from lisa_kernels.train.packing import first_fit
 from lisa_kernels.train.records import Records
 from lisa_kernels.train.tokenize import (
     IGNORED,
     TokenizedData,
-    _first_fit,
     accepts_position_ids,
     collate,
     isolates_packed_examples,
@@ -152,7 +152,10 @@ class TestPrompts:
         assert (len(data), data.examples, data.truncated, data.dropped) == (2, 2, 1, 1)
         assert len(data[0]["input_ids"]) == 16
         assert data.rows[0]["labels"][-1] != IGNORED
-        assert data.notes == ["1 of 3 examples are dropped: nothing to learn in their first 16 tokens"]
+        assert data.notes == [
+            "2 of 3 rows are longer than --seq-len 16 and are cut: 1 answers lose their end, 1 rows have nothing left"
+            " to learn and are left out"
+        ]
 
     def test_prompts_longer_than_the_row_are_an_early_error(self, tokenizer: Any) -> None:
         with pytest.raises(InputError, match=r"--seq-len 16 or longer \(the shortest has 20 tokens\); give a longer"):
@@ -170,10 +173,10 @@ class TestPrompts:
         assert all(row["labels"][0] == IGNORED for row in alone.rows)
         assert packed.supervised_tokens == alone.supervised_tokens == 9 + 13 + 1 + 3
 
-    def test_first_fit_takes_the_first_row_with_room(self) -> None:
-        assert _first_fit([5, 6, 3, 2, 10, 4], 10) == [[0, 2, 3], [1, 5], [4]]
-        assert _first_fit([1], 1) == [[0]]
-        assert _first_fit([], 8) == []
+    def testfirst_fit_takes_the_first_row_with_room(self) -> None:
+        assert first_fit([5, 6, 3, 2, 10, 4], 10) == [[0, 2, 3], [1, 5], [4]]
+        assert first_fit([1], 1) == [[0]]
+        assert first_fit([], 8) == []
 
 
 class TestConversations:
@@ -202,25 +205,26 @@ class TestConversations:
     def test_blanks_stay_where_they_are_the_end_marker(self, tokenizer: Any) -> None:
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
         data = tokenize_records(Records("messages", [CHAT[1:3]], "memory"), tokenizer, 512)
-        assert supervised_text(data[0], tokenizer) == "Ünder way\n"
+        assert supervised_text(data[0], tokenizer) == "Ünder way\n<|endoftext|>"
+        assert any("no end marker" in note for note in data.notes)
 
     @pytest.mark.parametrize(
         ("template", "said"),
         [
-            ("{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "depends on what follows"),
+            ("{% for m in messages %}{{ m['content']|length }} {{ m['content'] }}{% endfor %}", "depends on its text"),
             ("{{ raise_exception('roles must alternate') }}", "refuses conversation 1: roles must alternate"),
         ],
-        ids=["not-a-prefix", "template-raises"],
+        ids=["length-before-text", "template-raises"],
     )
     def test_a_template_that_does_not_serve_is_explained(self, template: str, said: str, tokenizer: Any) -> None:
         tokenizer.chat_template = template
         with pytest.raises(InputError, match=said):
             tokenize_records(Records("messages", [CHAT], "memory"), tokenizer, 512)
 
-    def test_an_opening_assistant_turn_is_explained(self, tokenizer: Any) -> None:
+    def test_an_opening_assistant_turn_is_learnt_without_its_header(self, tokenizer: Any) -> None:
         tokenizer.chat_template = CHATML
-        with pytest.raises(InputError, match="begins with the assistant"):
-            tokenize_records(Records("messages", [CHAT[2:3]], "memory"), tokenizer, 512)
+        data = tokenize_records(Records("messages", [CHAT[2:4]], "memory"), tokenizer, 512)
+        assert supervised_text(data[0], tokenizer) == "Ünder way<|im_end|>"
 
     def test_a_slow_tokenizer_is_refused(self) -> None:
         class SlowTokenizer:
@@ -231,9 +235,10 @@ class TestConversations:
 
     def test_a_template_that_marks_nothing_is_an_early_error(self, tokenizer: Any) -> None:
         tokenizer.chat_template = (
-            "{{ messages[0]['content'] }}{% if false %}{% generation %}x{% endgeneration %}{% endif %}"
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+            "{% if false %}{% generation %}x{% endgeneration %}{% endif %}"
         )
-        with pytest.raises(InputError, match="no supervised token"):
+        with pytest.raises(InputError, match="tags mark nothing"):
             tokenize_records(Records("messages", [CHAT], "memory"), tokenizer, 512)
 
 

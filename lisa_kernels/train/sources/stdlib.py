@@ -26,7 +26,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 def stdlib_objects(spec: str) -> Iterator[tuple[str, object]]:
     """Yield (path, object) for each file that has any text of the part that `spec` (stdlib or stdlib:PART) names.
 
-    Of `stdlib:questions` each object is one question and its answer, as prompt and completion; none comes twice.
+    Of `stdlib:questions` each object is one question and its answer; none comes twice.
     """
     parts: dict[str, Callable[[str], str]] = {"code": strip_comments, "docstrings": join_docstrings}
     part = spec.partition(":")[2]
@@ -58,7 +58,7 @@ def _questions() -> Iterator[tuple[str, object]]:
         for question, answer in questions(source, module):
             if not known & {question, answer}:
                 known |= {question, answer}
-                yield str(path), {"prompt": f"{question}\n", "completion": answer}
+                yield str(path), {"question": question, "answer": answer}
 
 
 def questions(source: str, module: str) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ import tokenize
 import pytest
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.train.records import Records, load_records
+from lisa_kernels.train.records import load_records
 from lisa_kernels.train.sources.stdlib import join_docstrings, questions, strip_comments
 
 
@@ -38,10 +38,10 @@ def test_stdlib_docstrings_are_prose_of_some_length() -> None:
 
 def test_stdlib_questions_are_about_functions_and_no_answer_comes_twice() -> None:
     records = load_records("stdlib:questions", max_bytes=40_000)
-    assert records.kind == "prompt"
+    assert records.kind == "instruction"
     assert len(records) > 200
-    assert len({item["prompt"] for item in records.items}) == len(records)
-    assert len({item["completion"] for item in records.items}) == len(records)
+    for place in (0, 1):
+        assert len({item[place]["content"] for item in records.items}) == len(records)
     assert records.items == load_records("stdlib:questions", max_bytes=40_000).items
 
 
@@ -77,18 +77,6 @@ class Pile:
         ("What does the Python method piles.Pile.push(item) do?",
          "Put an item on top of all the others there are."),
     ]  # fmt: skip
-
-
-def test_questions_are_turns_where_the_tokenizer_has_a_template() -> None:
-    records = Records("prompt", [{"prompt": "Why?\n", "completion": "So."}], "stdlib:questions", turns=True)
-    assert records.for_template(None) is records
-    assert records.for_template("{{ messages }}") == Records(
-        "messages",
-        [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]],
-        "stdlib:questions",
-    )
-    pairs = Records("prompt", records.items, "pairs.jsonl")
-    assert pairs.for_template("{{ messages }}") is pairs
 
 
 def test_an_unknown_part_of_stdlib_names_the_nearest() -> None:
