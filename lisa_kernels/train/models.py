@@ -78,12 +78,13 @@ def _from_pretrained(spec: str, where: Path | None, dtype: torch.dtype) -> tuple
     from transformers import AutoModelForCausalLM
 
     config = load_config(spec)
+    failures: tuple[type[Exception], ...] = (*unusable_config_errors(), SafetensorError)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             spec if where is None else str(where), config=config, dtype=dtype, use_safetensors=True,
             output_loading_info=True, local_files_only=where is not None, trust_remote_code=False,
         )  # fmt: skip
-    except (*unusable_config_errors(), SafetensorError) as error:
+    except failures as error:
         raise unloadable("model", spec, where, error) from error
     return model, sorted(info["missing_keys"])
 
