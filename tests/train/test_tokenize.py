@@ -22,6 +22,7 @@ from lisa_kernels.train.tokenize import (
     preview,
     split_records,
     tokenize_records,
+    tokenize_split,
 )
 
 CHATML = (
@@ -240,6 +241,39 @@ class TestConversations:
         )
         with pytest.raises(InputError, match="tags mark nothing"):
             tokenize_records(Records("messages", [CHAT], "memory"), tokenizer, 512)
+
+
+class TestEdges:
+    def test_a_pair_is_encoded_as_the_one_text_that_a_model_meets(self) -> None:
+        """A tokenizer that puts a blank before each text puts none between prompt and completion."""
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = Tokenizer(models.WordLevel({"▁ab": 1, "▁cd": 2, "▁a": 3, "abcd": 4, "▁abcd": 5, "</s>": 0}, "</s>"))
+        words.pre_tokenizer = pre_tokenizers.Metaspace()
+        spaced = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        row = tokenize_records(prompts(("ab", "cd")), spaced, 16)[0]
+        # the token that holds the end of the prompt and the answer is learnt
+        assert row["input_ids"].tolist() == [5, 0]
+        apart = tokenize_records(prompts(("ab ", "cd")), spaced, 16)[0]
+        assert (apart["input_ids"].tolist(), apart["labels"].tolist()) == ([1, 2, 0], [IGNORED, 2, 0])
+
+    def test_an_answer_of_weight_0_is_not_learnt_in_templates_of_both_sorts(self, tokenizer: Any) -> None:
+        chat = [CHAT[1], {**CHAT[2], "weight": 0}, CHAT[3], {"role": "assistant", "content": "done"}]
+        for template in (CHATML, TAGGED):
+            tokenizer.chat_template = template
+            data = tokenize_records(Records("messages", [chat], "memory"), tokenizer, 512)
+            assert supervised_text(data[0], tokenizer).strip() == ("done<|im_end|>" if template == CHATML else "done.")
+            assert "1 answers are marked as not to be learnt" in data.notes
+
+    def test_a_row_too_long_for_its_part_never_stops_a_split(self, tokenizer: Any) -> None:
+        records = prompts(("z" * 90, "b"), ("the", "a"), ("the", "b"))
+        for seed in range(4):
+            train, held = tokenize_split(records, tokenizer, 16, False, 0.3, seed)
+            assert (len(train), len(held)) == (1, 1)
+        train, held = tokenize_split(prompts(("z" * 90, "b"), ("the", "a")), tokenizer, 16, False, 0.3, 0)
+        assert (len(train), len(held)) == (1, 0)
+        assert "nothing is held out: only one row has anything to learn" in train.notes
 
 
 class TestBatches:
