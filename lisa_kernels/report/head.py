@@ -45,7 +45,9 @@ def headline(runs: Sequence[Run]) -> str:
     """Return the heading: in one sentence whether the run learnt, or which of several learnt most."""
     if len(runs) == 1:
         values = figures(runs[0])
-        words = [values["model"], values["method"], f"{values['steps']:,} steps", runs[0].options.get("data")]
+        data = runs[0].options.get("data")
+        sources = data if isinstance(data, str) or data is None else ", ".join(data)
+        words = [values["model"], values["method"], f"{values['steps']:,} steps", sources]
         about = " · ".join(escape(str(word)) for word in words if word)
         name, verdict = escape(runs[0].name), escape(_verdict(values))
         return f'<p class="kicker">{name}</p><h1>{verdict}</h1><p class="about">{about}</p>'
