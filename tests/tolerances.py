@@ -45,3 +45,9 @@ TRANSPORT = PRODUCT
 # both instructions from the PTX manual), two products and step_size: 2 + 1 + 4.3 + 3 roundings; the definition's root,
 # sum, quotient and step_size are four; the rest is for the root of a subnormal v, which counts as zero.
 APPROXIMATE_UPDATE = 15 * FLOAT32_ROUNDING
+
+# How far a weight of two runs, whose losses take their sums in another order, may be apart, as a share of its way since
+# the start. Gradients differ in their last bits; a moment may then be rounded to the neighbouring code (1/16 of itself,
+# 1/8 of an update between two runs), and the few elements whose gradient is all rounding noise take whole updates in
+# either direction. A step, a slot or a term of the loss that one of the runs lacks differs by the whole way: 1.
+ANOTHER_ORDER_OF_SUMS = 0.25
