@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "native": {"errors"},
+    "requirements": {"errors"},
     "uncompiled": set(),
     "ops": {"errors", "native", "uncompiled", "ops"},
     "paging": {"errors", "native", "paging"},
@@ -37,9 +38,21 @@ ALLOWED: dict[str, set[str]] = {
     # Reads what runs wrote; knows none of what wrote it.
     "report": {"errors", "report"},
     # A run leaves its page, and a history in the page's format.
-    "train": {*BOTTOM, "files", "report", "ops", "paging", *MIDDLE, "methods", "train"},
+    "train": {*BOTTOM, "files", "requirements", "report", "ops", "paging", *MIDDLE, "methods", "train"},
     "info": {*BOTTOM, "ops"},
-    "commands": {*BOTTOM, "ops", "paging", *MIDDLE, "methods", "plan", "train", "report", "info", "commands"},
+    "commands": {
+        *BOTTOM,
+        "ops",
+        "paging",
+        *MIDDLE,
+        "methods",
+        "plan",
+        "train",
+        "report",
+        "info",
+        "requirements",
+        "commands",
+    },
     "cli": {"errors", "commands"},
     # The package's own names.
     "__init__": {"errors", "optim", "methods", "plan"},

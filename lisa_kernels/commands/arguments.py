@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 _MODEL_HELP = (
     "directory, hub id, preset:NAME (random weights): tiny, small, tinyllama-1.1b, llama-2-7b, llama-3.1-8b, "
@@ -44,6 +46,18 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--columns", help="the columns that hold a row's fields, as in prompt=ASKED,completion=REPLY "
         "(text, prompt, completion, messages, tools, instruction, input, output, question, answer)")  # fmt: skip
     parser.add_argument("--max-data-bytes", type=int, help="read at most this many bytes of text (default: all)")
+
+
+def readers_of(data: str | Sequence[str] | None) -> list[str]:
+    """Return the modules that read the data: of parquet files, and of data sets that are no file here."""
+    needed: list[str] = []
+    for source in [data] if isinstance(data, str) else data or ():
+        path = Path(source).expanduser()
+        if path.suffix == ".parquet":
+            needed.append("pyarrow")
+        elif not path.suffix and not path.exists() and source.partition(":")[0] != "stdlib":
+            needed.append("datasets")
+    return list(dict.fromkeys(needed))
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from lisa_kernels.commands.arguments import Formatter, add_data, add_method, add_model
+from lisa_kernels.commands.arguments import Formatter, add_data, add_method, add_model, readers_of
 from lisa_kernels.commands.run_file import RUN_FILE_HELP, SAVE_CONFIG_HELP, CommandParser, write_run_file
+from lisa_kernels.requirements import require
 
 _LR_HELP = (
     "peak learning rate (default: lisa and ows 5e-5, owlore 3e-4, badam and full 1e-5, galore 1e-4, lora-fa 4e-4)"
@@ -77,6 +78,8 @@ def _run(parser: CommandParser, arguments: argparse.Namespace, console: Console)
         write_run_file(arguments.save_config, parser, arguments)
         console.print(f"options in {arguments.save_config}", highlight=False, soft_wrap=True)
         return 0
+    # Templates of conversations are jinja2's.
+    require("finetune", "transformers", "tokenizers", "accelerate", "jinja2", *readers_of(options.data))
     from lisa_kernels.plan.command import plan_run
     from lisa_kernels.train.finetune import finetune
 

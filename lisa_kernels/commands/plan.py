@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lisa_kernels.commands.arguments import Formatter, add_method, add_model
 from lisa_kernels.commands.run_file import RUN_FILE_HELP
+from lisa_kernels.requirements import require
 
 _FIT_HELP = (
     "find the settings that fit this size, such as 16GB (1e9 bytes each) or 16GiB, all that the run takes on the card, "
@@ -40,6 +41,7 @@ def add_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
+    require("plan", "transformers")
     from lisa_kernels.plan.command import plan_command
 
     result = plan_command(arguments, console)

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lisa_kernels.commands.arguments import Formatter, add_data, add_model
+from lisa_kernels.commands.arguments import Formatter, add_data, add_model, readers_of
+from lisa_kernels.requirements import require
 
 
 def add_command(commands: Any) -> None:
@@ -26,6 +27,7 @@ def add_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
+    require("scores", "transformers", "tokenizers", *readers_of(arguments.data))
     from lisa_kernels.train.score_command import score
 
     result = score(arguments, console)

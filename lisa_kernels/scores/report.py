@@ -37,7 +37,9 @@ def new_figure(path: str | Path, width: float = 8.0, height: float = 4.0) -> Any
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("a plot needs matplotlib: install it, or leave the plot out.") from error
+        raise InputError(
+            "a picture needs matplotlib, which is not installed: pip install 'lisa_kernels[train]', or leave it out."
+        ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     suffix = Path(path).suffix.lower().removeprefix(".")

