@@ -1,4 +1,4 @@
-"""The one exception type for mistakes in what a user gave, and how names are suggested."""
+"""The exception type for mistakes in what a user gave, and how names are suggested."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class InputError(ValueError):
 
     The command line prints it as one sentence and exits with code 2.
     """
+
+
+class NotRehearsedError(InputError):
+    """A run that may be sound, whose memory only the run itself can tell."""
 
 
 def unknown_name(what: str, given: str, known: Iterable[str]) -> InputError:

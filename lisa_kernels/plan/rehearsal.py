@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.errors import InputError
+from lisa_kernels.errors import InputError, NotRehearsedError
 from lisa_kernels.layers import SlotModule, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.methods.survey import survey_model
@@ -81,7 +81,7 @@ def rehearse(workload: Workload, draws: Sequence[Sequence[int]] | None = None) -
             take_steps(model, optimizer, workload, tracker, lambda: empty_batch(workload, META))
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(
+        raise NotRehearsedError(
             f"the steps of a {type(model).__name__} cannot be rehearsed without values ({reason}); run a few of them "
             "and see the peak that is logged."
         ) from error

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held,
 from lisa_kernels.train.models import device, enable_checkpointing
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
-from lisa_kernels.train.prepare import prepare_data
+from lisa_kernels.train.prepare import load_model_for, read_data
 from lisa_kernels.train.reporters import check_reporters, reporters
 from lisa_kernels.train.run_folder import open_run, start_run
 from lisa_kernels.train.run_lock import RunLock
@@ -39,17 +38,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 # Above this many parameters activations outweigh what recomputing them costs.
 CHECKPOINTING_FROM = 500_000_000
-
-
-@dataclass
-class Prepared:
-    """Model, tokenizer and rows of one run."""
-
-    model: Any
-    tokenizer: Any
-    train: TokenizedData
-    held_out: TokenizedData
-    method: Method
 
 
 def build_method(options: FineTuneOptions, model: Any) -> Method:
@@ -136,10 +124,13 @@ def _run(
     transformers_logging.disable_progress_bar()
     check_reporters(options)
     facts, checkpoint = open_run(options)
+    # What a mistake may be in comes before what takes long.
+    data = read_data(options, console)
+    tokenizer = data.tokenizer
     plan_of_run = None if plan is None else planned_memory(options, plan, console)
     planned = None if plan_of_run is None else plan_of_run.peak_bytes
     meter = MemoryMeter.start()
-    model, train, held_out, tokenizer = prepare_data(options, console)
+    model, train, held_out = load_model_for(options, data, console)
     rehearse_saving(options, model, tokenizer, console)
     began = _checksums(options, train, held_out)
     check_unchanged(facts.get("began", {}), began, options.output)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lisa_kernels.errors import InputError
+from lisa_kernels.errors import NotRehearsedError
 from lisa_kernels.train.options import FineTuneOptions
 
 # Above this a plan did not keep its promise.
@@ -126,10 +126,13 @@ def _reset_peak() -> bool:
 def planned_memory(
     options: FineTuneOptions, plan: Callable[[FineTuneOptions], PlannedMemory], console: Console
 ) -> PlannedMemory | None:
-    """Return what `plan` tells of the run; None, the reason printed, where it cannot be rehearsed."""
+    """Return what `plan` tells of the run; None, the reason printed, where it cannot be rehearsed.
+
+    Raises InputError for what the run would refuse too, once its model is loaded.
+    """
     try:
         planned = plan(options)
-    except InputError as error:
+    except NotRehearsedError as error:
         console.print(f"note: the memory of this run is not planned: {error}", highlight=False)
         return None
     console.print(f"planned peak memory: {planned.peak_bytes / 1e9:.2f} GB", highlight=False)

@@ -42,6 +42,13 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return list(bins.values())
 
 
+def packed_rows(rows: Sequence[Row], seq_len: int) -> list[Row]:
+    """Return rows of at most `seq_len` tokens, each of one or more of the given ones, which are one example each."""
+    examples = [Example(row["input_ids"].tolist(), row["labels"].tolist()) for row in rows]
+    groups = first_fit([len(example.input_ids) for example in examples], seq_len)
+    return [row_of([examples[index] for index in group], packing=True) for group in groups]
+
+
 def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     """Return one batch, int64 [rows, longest]: input_ids, labels, and what tells the model where examples end.
 

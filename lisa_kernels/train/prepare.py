@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.train.chat import default_chat_template
+from lisa_kernels.train.configs import check_sequence_length, load_config
 from lisa_kernels.train.models import (
     check_token_ids,
     device,
@@ -22,6 +24,7 @@ from lisa_kernels.train.sources.kinds import parse_columns
 from lisa_kernels.train.tokenize import (
     TokenizedData,
     isolates_packed_examples,
+    packed,
     preview,
     tokenize_records,
     tokenize_split,
@@ -35,40 +38,70 @@ def read_records(options: FineTuneOptions) -> tuple[Records, Records | None]:
     return records, None if options.eval_data is None else load_records(options.eval_data, columns=columns)
 
 
-def prepare_data(options: FineTuneOptions, console: Console) -> tuple[Any, TokenizedData, TokenizedData, Any]:
-    """Return (model, training rows, held-out rows, tokenizer); the first example is shown with its mask."""
+@dataclass
+class RunData:
+    """The rows of a run and the tokenizer that made them: all of a run that needs no model.
+
+    may_pack: whether each row is one example, and several may share a row under a model that keeps them apart.
+    """
+
+    train: TokenizedData
+    held_out: TokenizedData
+    tokenizer: Any
+    may_pack: bool
+    is_chat: bool
+
+
+def read_data(options: FineTuneOptions, console: Console) -> RunData:
+    """Return the rows that `options` name; tells of them and shows the first one with its mask."""
     records, held_back = read_records(options)
-    model = load_model(options.model, parse_dtype(options.dtype), options.seed).to(device())
-    tokenizer = load_tokenizer(options.model, records.texts(), model.config.get_text_config().vocab_size)
-    pad_note = settle_pad_token(tokenizer, model)
+    config = load_config(options.model)
+    long_rows = check_sequence_length(config, options.seq_len)
+    tokenizer = load_tokenizer(options.model, records.texts(), config.get_text_config().vocab_size)
     kinds = {records.kind} | ({held_back.kind} if held_back is not None else set())
-    packing = options.packing and (kinds == {"text"} or isolates_packed_examples(model))
     if held_back is None:
         train, held_out = tokenize_split(
-            records, tokenizer, options.seq_len, packing, options.eval_fraction, options.seed
+            records, tokenizer, options.seq_len, False, options.eval_fraction, options.seed
         )
     else:
-        train = tokenize_records(records, tokenizer, options.seq_len, packing)
-        held_out = _held_out(held_back, tokenizer, options.seq_len, packing)
-    if "messages" in kinds and not tokenizer.chat_template:
-        # What the model learned to speak goes into its folder with it.
-        tokenizer.chat_template = default_chat_template(tokenizer)
-    check_token_ids(model, max(train.max_token_id, held_out.max_token_id if len(held_out) else 0))
-    for note in dict.fromkeys([*([pad_note] if pad_note else []), *train.notes, *held_out.notes]):
+        train = tokenize_records(records, tokenizer, options.seq_len, packing=False)
+        held_out = _held_out(held_back, tokenizer, options.seq_len)
+    for note in dict.fromkeys([*([long_rows] if long_rows else []), *train.notes, *held_out.notes]):
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(
-        f"{records.source}: {train.examples} examples, {len(train)} rows of up to {options.seq_len} tokens, "
-        f"{train.supervised_tokens:,} supervised; {len(held_out)} rows held out",
+        f"{records.source}: {train.examples} examples, {train.supervised_tokens:,} supervised tokens; "
+        f"{held_out.examples} examples held out",
         highlight=False, markup=False,
     )  # fmt: skip
-    console.print("first row, supervised text in ⟦ ⟧:", style="bold")
+    console.print("first example, supervised text in ⟦ ⟧:", style="bold")
     console.print(preview(train[0], tokenizer, max_tokens=80))
-    return model, train, held_out, tokenizer
+    return RunData(train, held_out, tokenizer, options.packing and kinds != {"text"}, "messages" in kinds)
 
 
-def _held_out(records: Records, tokenizer: Any, seq_len: int, packing: bool) -> TokenizedData:
+def load_model_for(
+    options: FineTuneOptions, data: RunData, console: Console
+) -> tuple[Any, TokenizedData, TokenizedData]:  # fmt: skip
+    """Return (model, training rows, held-out rows); rows share examples where the model keeps them apart."""
+    model = load_model(options.model, parse_dtype(options.dtype), options.seed).to(device())
+    pad_note = settle_pad_token(data.tokenizer, model)
+    if pad_note is not None:
+        console.print(f"note: {pad_note}", highlight=False, markup=False)
+    if data.is_chat and not data.tokenizer.chat_template:
+        # What the model learned to speak goes into its folder with it.
+        data.tokenizer.chat_template = default_chat_template(data.tokenizer)
+    check_token_ids(model, max(data.train.max_token_id, data.held_out.max_token_id))
+    train, held_out = data.train, data.held_out
+    if data.may_pack and isolates_packed_examples(model):
+        train, held_out = (packed(part, options.seq_len) for part in (train, held_out))
+    console.print(
+        f"{len(train)} rows of up to {options.seq_len} tokens; {len(held_out)} rows held out", highlight=False
+    )
+    return model, train, held_out
+
+
+def _held_out(records: Records, tokenizer: Any, seq_len: int) -> TokenizedData:
     try:
-        data = tokenize_records(records, tokenizer, seq_len, packing)
+        data = tokenize_records(records, tokenizer, seq_len, packing=False)
     except InputError as error:
         raise InputError(f"--eval-data {records.source}: {error}") from error
     data.notes = [f"--eval-data: {note}" for note in data.notes]

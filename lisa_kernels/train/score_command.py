@@ -19,19 +19,20 @@ from lisa_kernels.train.tokenize import collate, pad_token_id, tokenize_records
 
 def score(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Compute, print and plot the scores that the command line asks for; returns them as plain values."""
-    model = load_model(arguments.model, parse_dtype(arguments.dtype), arguments.seed)
-    batches = None
+    batches = records = None
     if arguments.data is not None:
         columns = None if arguments.columns is None else parse_columns(arguments.columns)
         records = load_records(arguments.data, max_bytes=arguments.max_data_bytes, columns=columns)
+    elif arguments.kind in CALIBRATED_KINDS:
+        raise InputError(f"scores of kind {arguments.kind} are measured on data; give --data.")
+    model = load_model(arguments.model, parse_dtype(arguments.dtype), arguments.seed)
+    if records is not None:
         tokenizer = load_tokenizer(arguments.model, records.texts(), model.config.get_text_config().vocab_size)
         data = tokenize_records(records, tokenizer, arguments.seq_len)
         check_token_ids(model, data.max_token_id)
         rows = [data[index] for index in range(min(len(data), arguments.calibration_rows))]
         starts = range(0, len(rows), arguments.batch_size)
         batches = [collate(rows[start : start + arguments.batch_size], pad_token_id(tokenizer)) for start in starts]
-    elif arguments.kind in CALIBRATED_KINDS:
-        raise InputError(f"scores of kind {arguments.kind} are measured on data; give --data.")
     scores = layer_scores(model, arguments.kind, batches, threshold=arguments.threshold)
     title = f"{arguments.kind} scores of {arguments.model}"
     if not arguments.json:

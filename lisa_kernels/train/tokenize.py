@@ -23,6 +23,7 @@ from lisa_kernels.train.packing import (
     collate,
     first_fit,
     isolates_packed_examples,
+    packed_rows,
     pad_token_id,
     row_of,
 )
@@ -31,7 +32,7 @@ from lisa_kernels.train.records import Records
 ENCODE_BATCH = 256
 
 __all__ = [
-    "IGNORED", "TokenizedData", "accepts_position_ids", "collate", "isolates_packed_examples", "pad_token_id",
+    "IGNORED", "TokenizedData", "accepts_position_ids", "collate", "isolates_packed_examples", "packed", "pad_token_id",
     "preview", "split_records", "tokenize_records", "tokenize_split",
 ]  # fmt: skip
 
@@ -286,6 +287,11 @@ def _rows(examples: list[Example], seq_len: int, packing: bool, counts: _Cut, no
     dropped = counts.emptied + counts.unanswered
     truncated = counts.longer - counts.emptied
     return TokenizedData(rows, sum(lengths), _count_supervised(rows), len(examples), truncated, dropped, notes)
+
+
+def packed(data: TokenizedData, seq_len: int) -> TokenizedData:
+    """Return data whose rows are one example each with these put whole into shared rows of at most `seq_len` tokens."""
+    return dataclasses.replace(data, rows=packed_rows(data.rows, seq_len))
 
 
 def _nothing_supervised(examples: list[Example], seq_len: int) -> str:

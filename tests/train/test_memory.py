@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lisa_kernels.errors import InputError
+from lisa_kernels.errors import InputError, NotRehearsedError
 from lisa_kernels.train import memory
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
 from lisa_kernels.train.options import FineTuneOptions
@@ -85,9 +85,19 @@ def test_a_plan_is_asked_with_the_options_of_the_run() -> None:
 
 def test_a_run_that_cannot_be_rehearsed_goes_on_and_says_why() -> None:
     def fails(options: FineTuneOptions) -> PlannedMemory:
-        raise InputError("no such thing.")
+        raise NotRehearsedError("no such thing.")
 
     assert planned(fails) == (None, "note: the memory of this run is not planned: no such thing.\n")
+
+
+def test_what_the_run_would_refuse_is_refused_by_its_plan() -> None:
+    """Before the model is loaded."""
+
+    def fails(options: FineTuneOptions) -> PlannedMemory:
+        raise InputError("rank 1000 is more than a layer allows.")
+
+    with pytest.raises(InputError, match="rank 1000"):
+        planned(fails)
 
 
 def test_where_the_peak_cannot_be_reset_the_last_one_is_the_base(
