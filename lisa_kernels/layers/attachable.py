@@ -36,13 +36,13 @@ def _check_wrappers(model: nn.Module) -> None:
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         raise InputError(
             f"the model is wrapped in {type(model).__name__}, which fixes the set of gradients once and fails after "
-            "the first switch; attach the bare model and all-reduce the active gradients (every rank draws the same "
-            "layers), or use FSDP2."
+            "the first switch; attach the bare model, in one process on one GPU. (Gradients that are all-reduced by "
+            "hand keep ranks equal under full-rank methods only: bases are found from each rank's own.)"
         )
     if type(model).__module__.partition(".")[0] == "deepspeed" or any(hasattr(p, "ds_id") for p in model.parameters()):
         raise InputError(
             "the model is under DeepSpeed ZeRO, which flattens parameters at initialisation and cannot follow a "
-            "changing set; attach the bare model on one GPU, or use FSDP2."
+            "changing set; attach the bare model on one GPU."
         )
 
 
