@@ -23,6 +23,7 @@ from bench.optimizer_table import COLUMNS, cells, print_rows
 from bench.peers import CONTESTANTS, parse_peers
 from bench.timing import interleave, spread
 from lisa_kernels import cli
+from lisa_kernels.commands import bench as bench_command
 from lisa_kernels.errors import InputError
 
 QUIET = Console(quiet=True)
@@ -257,9 +258,9 @@ def test_without_the_sources_the_command_says_where_to_get_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in a wheel, which holds the package and no benchmarks."""
-    (tmp_path / "lisa_kernels").mkdir()
-    installed = shutil.copy(cli.__file__, tmp_path / "lisa_kernels")
-    monkeypatch.setattr(cli, "__file__", installed)
+    place = tmp_path / "lisa_kernels" / "commands"
+    place.mkdir(parents=True)
+    monkeypatch.setattr(bench_command, "__file__", shutil.copy(bench_command.__file__, place))
     assert cli.main(["bench", "optimizer", "--json"]) == 2
     assert "not part of the installed package" in capsys.readouterr().err
 

@@ -61,7 +61,7 @@ def take_and_restore(model: nn.Module, optimizer: SampledAdamW) -> None:
 
 
 @pytest.mark.parametrize("capturing", [True, False], ids=["the step that finds the basis", "a later step"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "opt", "qwen2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "phi3"])
 def test_the_slots_gradient_is_the_projected_gradient(name: str, capturing: bool) -> None:
     """dB = P Gᵀ with G from the ordinary model, and all other gradients are the ordinary ones."""
     model = DECODERS[name].make()
@@ -213,7 +213,7 @@ def test_clipping_sees_slots() -> None:
 
 
 @pytest.mark.parametrize("capturing", [True, False], ids=["the step that finds the basis", "a later step"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_gradient_checkpointing_changes_no_gradient(name: str, capturing: bool) -> None:
     """With and without recomputation, bases and gradients are equal, to the rounding of sums in another order."""
     found = []
