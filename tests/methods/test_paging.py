@@ -195,8 +195,9 @@ def test_a_few_switches_leave_bytes_as_they_were(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize("name", ["owlore-page-host", "lisa-drop-host"])
 def test_a_thousand_switches_leave_bytes_as_they_were(name: str) -> None:
+    """What grows by a page a switch is seen in fifteen; what the process keeps beside tensors, in a thousand."""
     grow(*GROWING[name], switches=1000)
 
 
