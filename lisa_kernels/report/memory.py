@@ -52,7 +52,8 @@ def section(run: Run) -> str:
     said = ", ".join(text) + "."
     if on_cpu:
         said += (
-            " On a CPU the process grows by more than tensors: libraries, the data, and memory that is kept for reuse."
+            " On a CPU a process grows by another amount: libraries and buffers count, memory that it had freed before"
+            " does not."
         )
     charts = _held(run) + _peak(run) + _rehearsal(plan)
     return f'<p class="note">{escape(said)}</p>{_table(run, plan)}<div class="panels">{charts}</div>'

@@ -53,8 +53,8 @@ class MemoryMeter:
         if planned is None:
             return text
         return (
-            f"{text}, libraries, data and freed memory that is kept included; the plan's {planned / 1e9:.2f} GB count "
-            "tensors alone"
+            f"{text} (libraries and buffers count, memory that it had freed before does not); the plan's "
+            f"{planned / 1e9:.2f} GB count tensors alone"
         )
 
     def warning(self, planned: int | None) -> str | None:

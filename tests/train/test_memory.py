@@ -60,7 +60,7 @@ def test_the_description_says_what_each_figure_counts() -> None:
     assert Measured(gpu=True, before=0).describe(1600 * MB) == "peak memory 2.00 GB, 1.60 GB planned (+25.0%)"
     assert Measured(gpu=False, before=0).describe(None) == "peak memory: the process grew by 2.00 GB"
     text = Measured(gpu=False, before=0).describe(1600 * MB)
-    assert text.startswith("peak memory: the process grew by 2.00 GB, libraries")
+    assert text.startswith("peak memory: the process grew by 2.00 GB (libraries")
     assert text.endswith("the plan's 1.60 GB count tensors alone")
 
 
