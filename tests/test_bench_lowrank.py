@@ -182,6 +182,7 @@ def test_the_tables_have_a_line_for_every_row() -> None:
     assert all(len(update_cells(row)) == len(UPDATE_COLUMNS) for row in updates)
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_draws_a_picture(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plot = tmp_path / "layers.png"
     assert cli.main(["bench", "lowrank", *FLAGS, "--json", "--plot", str(plot)]) == 0

@@ -29,7 +29,9 @@ def workload(**changes: Any) -> Workload:
     return Workload(config("llama", hidden_size=64), method, **settings)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize(
+    "checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["checkpointing", "plain"]
+)
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_takes_what_was_planned(name: str, checkpointing: bool) -> None:
     """The same tracker follows a peer's step with and without values to the same byte."""

@@ -267,6 +267,7 @@ def test_the_table_has_a_line_for_every_row(everyone: dict[str, Row]) -> None:
     assert all(len(cells(row)) == len(COLUMNS) for row in everyone.values())
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_draws_a_picture(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Through the command line and its process; what a peer prints must not reach the result."""
     plot = tmp_path / "steps.png"

@@ -66,7 +66,7 @@ def test_every_row_is_seen_in_every_pass(rows: int, batch: int, accumulate: int,
     assert all(sorted(seen[start : start + rows]) == list(range(rows)) for start in range(0, len(seen), rows))
 
 
-@pytest.mark.parametrize("stop_at", [2, 3])
+@pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_that_goes_on_counts_as_one_run(stop_at: int, tmp_path: Path) -> None:
     """Stopped at the end of a pass and within one: the same rows in the same order."""
     options = FineTuneOptions(model="", data="", output=tmp_path, batch_size=2, accumulate=3, epochs=2.0)

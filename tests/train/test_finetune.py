@@ -152,7 +152,9 @@ def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SampledAdamW, "step", step)
 
 
-@pytest.mark.parametrize("method", ["lisa", "owlore", pytest.param("lora-fa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["owlore", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lisa", "lora-fa"))]
+)
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_bit_equal(
     method: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +315,9 @@ def test_supervised_data_shows_its_mask_and_trains(
     assert summary(tmp_path / "run")["eval_loss_after"] < summary(tmp_path / "run")["eval_loss_before"]
 
 
-@pytest.mark.parametrize("embeddings", ["frozen", "low-rank", pytest.param("always", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "embeddings", ["low-rank", *(pytest.param(name, marks=pytest.mark.slow) for name in ("frozen", "always"))]
+)
 def test_gradient_checkpointing_changes_memory_and_not_results(embeddings: str, text: Path, tmp_path: Path) -> None:
     flags = ("--gradient-checkpointing", "--no-gradient-checkpointing", "--offload-activations")
     for flag in flags:
