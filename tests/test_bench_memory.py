@@ -69,6 +69,7 @@ def test_the_stand_in_for_fused_adamw_holds_what_it_does() -> None:
     assert sizes(ours) == sizes(theirs)
 
 
+@pytest.mark.slow
 def test_the_command_shows_and_records_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,6 +168,7 @@ def everyone() -> Iterator[dict[str, Row]]:
         yield {row.name: row for row in tiny_run(*CONTESTANTS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_every_row_has_numbers_or_a_reason(everyone: dict[str, Row], name: str) -> None:
     """Parts add up to the step, the step lies beside its percentiles, ours always run."""
@@ -193,6 +194,7 @@ def test_every_row_has_numbers_or_a_reason(everyone: dict[str, Row], name: str) 
     assert row.ratio_to_full == pytest.approx(row.step_ms / full)
 
 
+@pytest.mark.slow
 def test_bytes_follow_from_what_trains(everyone: dict[str, Row]) -> None:
     """torch's AdamW keeps two moments of every weight; frozen layers below the lowest active one save nothing."""
     weights = held_bytes(TINY.model().parameters())
@@ -258,6 +260,7 @@ def test_ratios_need_their_yardsticks() -> None:
     assert [one.ratio_to_full for one in with_ratios([row, lora, full])] == [None, None, None]
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_every_row(everyone: dict[str, Row]) -> None:
     console = Console(width=250, record=True, file=io.StringIO())
     print_rows(list(everyone.values()), console)

@@ -110,7 +110,15 @@ def test_dropped_state_makes_another_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [(None, "host"), ("host", "file"), ("file", None), ("file", "file"), ("resident", "host")]
+    ("source", "target"),
+    [
+        ("host", "file"),
+        ("file", None),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in ((None, "host"), ("file", "file"), ("resident", "host"))
+        ),
+    ],
 )
 def test_a_checkpoint_under_one_store_resumes_under_another(
     source: str | None, target: str | None, tmp_path: Path

@@ -105,7 +105,9 @@ def test_a_byte_too_many_is_seen() -> None:
     assert sizes(planned) != sizes(real)
 
 
-@pytest.mark.parametrize("name", ["lisa", "owlore-frozen", "badam-keep", "owlore-keep"])
+@pytest.mark.parametrize(
+    "name", ["lisa", "owlore-frozen", *(pytest.param(n, marks=pytest.mark.slow) for n in ("badam-keep", "owlore-keep"))]
+)
 def test_a_run_by_the_public_way_stays_below_the_plan(name: str) -> None:
     """`attach` with its own draws over many switches: never above the plan, and not far below it.
 

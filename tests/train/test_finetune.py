@@ -97,7 +97,13 @@ def test_plain_transformers_reloads_the_model_without_this_package(finished: Pat
     assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), here)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+# Their forms are those of the others: full rank as LISA, drawn as OwLore.
+SLOW_METHODS = {"badam", "full", "ows"}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW_METHODS else []) for m in sorted(METHODS)]
+)
 def test_every_method_lowers_the_held_out_loss(method: str, text: Path, tmp_path: Path) -> None:
     assert main(arguments(text, tmp_path / "run", "--calibration-rows", "4", method=method)) == 0
     values = summary(tmp_path / "run")
