@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.uncompiled import uncompiled
 
 CHANGE_ADVICE = "call detach() on its optimizer, change the model, and attach it again."
+REPLICA_ADVICE = (
+    "a replica of an attached model cannot train: torch's DataParallel makes one a GPU, and transformers' Trainer "
+    "wraps models in it wherever it sees several GPUs; let the program see one: start it with CUDA_VISIBLE_DEVICES=0."
+)
 COPY_ADVICE = "copy the model after detach(), or load its state_dict() into a model that was never attached."
 
 
@@ -47,9 +52,11 @@ class FreezeGuard:
     to full fine-tuning without a word. The guard puts the flags right, says so once, and removes the hook that
     Hugging Face's gradient checkpointing puts on the embeddings (with it every frozen layer stays in the graph).
     Parameters that come, go or change after the model was attached would train wrongly or not at all: it refuses them.
+    It refuses as well what shares the model's hooks and is not the model: a replica.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
         self.before = {name: param.requires_grad for name, param in model.named_parameters()}
         slots = {module.slot for module in model.modules() if isinstance(module, SlotModule)}
         self._known = {
@@ -63,6 +70,8 @@ class FreezeGuard:
     @uncompiled
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Check the model, as a forward pre-hook is called; never part of a compiled graph."""
+        if model is not self._model():
+            raise InputError(REPLICA_ADVICE)
         check_checkpointing(model)
         drop_input_gradients(model)
         if model.training and torch.is_grad_enabled():

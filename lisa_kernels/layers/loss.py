@@ -6,7 +6,9 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from lisa_kernels.layers.loss_probe import IGNORED, MISFITS, PROBED_TOKENS, Prob
 from lisa_kernels.layers.lowrank import LowRankLinear
 from lisa_kernels.ops.autocast import autocast_dtype
 from lisa_kernels.ops.linear_cross_entropy import Curve, Head, linear_cross_entropy
+from lisa_kernels.uncompiled import uncompiled
 
 PLAIN = Curve()
 
@@ -54,6 +57,14 @@ def head_of(layer: nn.Module) -> Head:
     return Head(layer.matrix, layer.bias, layer.slot, layer.basis, layer.scale, layer.tracker is not None)
 
 
+@dataclass
+class Forward:
+    """A forward under way whose loss is computed here: what its output layer would have read, under which autocast."""
+
+    hidden: Tensor | None = None
+    autocast: torch.dtype | None = None
+
+
 class LossWithoutLogits:
     """Hooks on a transformers model with which its loss, in training, is computed a few hundred tokens at a time.
 
@@ -72,9 +83,8 @@ class LossWithoutLogits:
         self._names = list(inspect.signature(model.forward).parameters)
         self.curve = PLAIN
         self._probe: Probe | None = None
-        self._armed = False
-        self._hidden: Tensor | None = None
-        self._autocast: torch.dtype | None = None
+        # By thread, each of which may run the model.
+        self._forwards: dict[int, Forward] = {}
         model.loss_function = self._loss  # type: ignore[assignment]
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -98,24 +108,36 @@ class LossWithoutLogits:
         wanted = given.get("labels") is not None and by_name
         whole = isinstance(keep, int) and keep == 0
         training = model.training and torch.is_grad_enabled()
-        self._armed = wanted and whole and (training or self.in_evaluation or self._probe is not None)
-        self._hidden = None
+        armed = wanted and whole and (training or self.in_evaluation or self._probe is not None)
+        self._begun(Forward() if armed else None)
+
+    @uncompiled
+    def _begun(self, forward: Forward | None) -> None:
+        self._forwards.pop(get_ident(), None)
+        if forward is not None:
+            self._forwards[get_ident()] = forward
+
+    @uncompiled
+    def _under_way(self) -> Forward | None:
+        return self._forwards.get(get_ident())
 
     def _narrow(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-        if not self._armed:
+        forward = self._under_way()
+        if forward is None:
             return None
-        (self._hidden,) = args
-        self._autocast = autocast_dtype(self._hidden.device.type)
+        (hidden,) = args
+        forward.hidden, forward.autocast = hidden, autocast_dtype(hidden.device.type)
         if self._probe is not None:
-            return (self._probe.positions(head_of(layer), self._hidden),)
-        return (self._hidden[..., :1, :],)
+            return (self._probe.positions(head_of(layer), hidden),)
+        return (hidden[..., :1, :],)
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._hidden is None:
+        forward = self._under_way()
+        if forward is None or forward.hidden is None:
             return self.plain(*args, **kwargs)
         if self._probe is not None:
             return self._probe.compare(*args, **kwargs)
-        return self._chunked(self._hidden, *args, **kwargs)
+        return self._chunked(forward.hidden, *args, **kwargs)
 
     def _chunked(
         self, hidden: Tensor, logits: Tensor, labels: Tensor, vocab_size: int | None = None,
@@ -125,11 +147,12 @@ class LossWithoutLogits:
         return causal_loss(hidden, self.layer, labels, num_items_in_batch, ignore_index, shift_labels, self.curve)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        hidden, self._armed, self._hidden = self._hidden, False, None
+        forward = self._under_way()
+        self._begun(None)
         # There is no output where the forward raised.
-        if output is None or hidden is None or self._probe is not None:
+        if output is None or forward is None or forward.hidden is None or self._probe is not None:
             return None
-        return form_logits_on_demand(output, partial(self._logits, hidden, self._autocast))
+        return form_logits_on_demand(output, partial(self._logits, forward.hidden, forward.autocast))
 
     def _logits(self, hidden: Tensor, autocast: torch.dtype | None) -> Tensor:
         """Return the logits as the forward would have formed them: in its graph, under its autocast."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker
+from lisa_kernels.errors import InputError
+from lisa_kernels.layers.freezing import REPLICA_ADVICE
 from lisa_kernels.layers.linears import Place, is_conv1d, linear_shape
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.lowrank_linear import capture_linear, linear, lowrank_linear
@@ -26,11 +29,11 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
     """y = x Wᵀ + b + scale · (x Pᵀ) B, with W frozen and the slot B trained while the layer is active.
 
     The weight and bias are the swapped layer's own parameters under their own names. It is a linear layer to others,
-    such as transformers where it resizes an output layer. `in_forward`, see `ReadWeights`, says whether who reads the
-    weight is about to multiply by it.
+    such as transformers where it resizes an output layer. `forwards`, see `ReadWeights`, are the threads in which a
+    forward of the model runs: who reads the weight then is about to multiply by it.
     """
 
-    in_forward = False
+    forwards: Set[int] = frozenset()
 
     def __init__(self, original: nn.Module, rank: int, scale: float = 1.0, tracker: BasisTracker | None = None) -> None:
         super().__init__(linear_shape(original), rank, scale, tracker)
@@ -59,11 +62,16 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
         The gradient of that one reaches the slot, at the price of the gradient [m, n].
         """
         stored, folds = self.stored_weight, self.tracker is not None
-        if not (self.active and self.in_forward) or (folds and not torch.is_grad_enabled()):
+        if not (self.active and self.forwards) or (folds and not torch.is_grad_enabled()):
             return stored
         choose = self.refresh_basis if self.capturing else None
         whole = whole_weight(self.matrix, self.slot, self.basis, self.scale, folds, choose)
         return whole.t() if self.transposed else whole
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Refuse the plain tensor that a replica is given for its weight; parameters are registered past this."""
+        raise InputError(REPLICA_ADVICE)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., m] for x [..., n]."""
@@ -134,6 +142,7 @@ class ReadWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._threads: set[int] = set()
         self._handles = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
@@ -141,16 +150,14 @@ class ReadWeights:
 
     @uncompiled
     def _begin(self, model: nn.Module, args: Any) -> None:
-        self._tell(model, True)
+        self._threads.add(get_ident())
+        for layer in model.modules():
+            if isinstance(layer, LowRankLinear):
+                layer.forwards = self._threads
 
     @uncompiled
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._tell(model, False)
-
-    def _tell(self, model: nn.Module, in_forward: bool) -> None:
-        for layer in model.modules():
-            if isinstance(layer, LowRankLinear):
-                layer.in_forward = in_forward
+        self._threads.discard(get_ident())
 
     def remove(self) -> None:
         """Take the hooks off."""
