@@ -12,7 +12,17 @@ RUNS ?= runs/demo
 # SLOW=1 runs the long tests as well.
 MARKS := $(if $(SLOW),,-m "not slow")
 
+# The simulated device: torch's CUDA build, in an environment that clones share, above a driver of our own.
+CUDA_TORCH := 2.14.1
+CUDA_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lisa_kernels/cuda-$(CUDA_TORCH)
+CUDA_PIP = $(CUDA_ENV)/bin/python -m pip install --quiet --constraint $(DEVICE)/constraints.txt
+DEVICE := build/device
+DRIVER := $(DEVICE)/libcuda.so.1
+# Which tests of which `make device` runs those on a device.
+DEVICE_TESTS ?= tests/device tests/ops tests/optim
+
 .PHONY: help install demo demo-pretrained demo-random test lint kernels wheel bench gpu quality clean
+.PHONY: device device-if-there device-env
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -85,6 +95,42 @@ gpu: $(STAMP)  ## on a machine with a GPU: the same tests and benchmarks there
 	$(BIN)/lisa-kernels bench optimizer --device cuda --small-tensors --record
 	$(BIN)/lisa-kernels bench lowrank --device cuda --record
 	$(BIN)/lisa-kernels bench step --device cuda --record
+
+device: device-env $(DRIVER) $(DEVICE)/.library  ## run the GPU paths on a simulated CUDA device (once: 3 minutes and 6.5 GB for its environment)
+	LD_PRELOAD=$(CURDIR)/$(DRIVER) TRITON_LIBCUDA_PATH=$(CURDIR)/$(DEVICE) TRITON_CACHE_DIR=$(CURDIR)/$(DEVICE)/triton \
+		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests:$(CURDIR)/$(DEVICE)/library \
+		$(CUDA_ENV)/bin/python -m pytest -p device.plugin --numprocesses logical --maxprocesses 8 --dist worksteal $(DEVICE_TESTS)
+
+device-if-there:
+	@if test -x $(CUDA_ENV)/bin/python; then $(MAKE) --no-print-directory device; \
+		else echo "make device did not run: $(CUDA_ENV) is not there, and it would download 4 GB"; fi
+
+# An environment with other versions of what the tests need is brought up to date.
+device-env:
+	@mkdir -p $(DEVICE)
+	@sed 's/^torch==.*/torch==$(CUDA_TORCH)/' .ci/constraints.txt > $(DEVICE)/constraints.txt
+	@cmp -s $(DEVICE)/constraints.txt $(CUDA_ENV)/constraints.txt || $(MAKE) --no-print-directory $(CUDA_ENV)/constraints.txt
+
+.PHONY: $(CUDA_ENV)/constraints.txt
+$(CUDA_ENV)/constraints.txt:
+	test -x $(CUDA_ENV)/bin/python || $(PYTHON) -m venv $(CUDA_ENV)
+	$(CUDA_PIP) torch
+	$(CUDA_PIP) --config-settings=wheel.cmake=false ".[test]"
+	$(CUDA_ENV)/bin/python -m pip uninstall --quiet --yes lisa_kernels
+	cp $(DEVICE)/constraints.txt $@
+
+CUDA_HEADERS = $(wildcard $(CUDA_ENV)/lib/python3*/site-packages/nvidia/cu*/include \
+	$(CUDA_ENV)/lib/python3*/site-packages/triton/backends/nvidia/include)
+
+$(DRIVER): $(wildcard tests/device/driver/*) | device-env
+	$(CXX) -O1 -g -std=c++17 -fPIC -shared -Wall -Wextra -Werror $(addprefix -isystem ,$(CUDA_HEADERS)) \
+		-Wl,-soname,libcuda.so.1 -o $@.new $(filter %.cpp,$^) -ldl
+	mv $@.new $@
+
+# The CPU kernels, with what says where they are; the package itself is imported from its sources.
+$(DEVICE)/.library: $(wildcard csrc/*) | device-env
+	$(CUDA_ENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(DEVICE)/library .
+	touch $@
 
 quality: $(STAMP)  ## run the comparison of all methods (about an hour on two cores; goes on where it stopped)
 	$(BIN)/python -m bench.quality
