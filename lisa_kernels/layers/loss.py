@@ -38,10 +38,13 @@ def causal_loss(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     head = head_of(layer)._replace(curve=curve)
-    hidden, targets = hidden.to(head.weight.device), shift_labels.to(head.weight.device)
+    hidden = hidden.to(head.weight.device)
+    # Labels on the CPU stay there: which of them count is known to the host then.
+    targets = shift_labels if shift_labels.device.type == "cpu" else shift_labels.to(head.weight.device)
     refresh = layer.refresh_basis if isinstance(layer, LowRankLinear) and layer.capturing else None
     total = linear_cross_entropy(hidden, head, targets, ignore_index=ignore_index, refresh=refresh)
     if num_items_in_batch is None:
+        # One number of the CPU is an argument of the division and no copy.
         return total / (targets != ignore_index).sum()
     return total / (
         num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch

@@ -280,9 +280,17 @@ class SampledAdamW(AdamW8bit):
         self.calls += 1
         if self.sampler is None or self.period is None or self.calls % self.period:
             return
-        sums = {self.layout.drawable.index(index): seen.tolist() for index, seen in self._norms.items()}
-        self.sampler.observe({place: total / count for place, (total, count) in sums.items() if count})
+        self._tell_sampler(self.sampler)
         self._begin_period()
+
+    def _tell_sampler(self, sampler: Sampler) -> None:
+        """Let the sampler know each layer's mean gradient norm in this period; the host waits for all of them once."""
+        if not self._norms:
+            return
+        device = next(iter(self._norms.values())).device
+        sums = torch.stack([seen.to(device) for seen in self._norms.values()]).tolist()
+        places = map(self.layout.drawable.index, self._norms)
+        sampler.observe({place: total / count for place, (total, count) in zip(places, sums) if count})
 
     # Checkpoints
 

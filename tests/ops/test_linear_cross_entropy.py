@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.linear_cross_entropy import Curve, Head, HeadGradient, linear_cross_entropy
+from lisa_kernels.ops.linear_cross_entropy.reference import NO_LABEL
 from lisa_kernels.ops.lowrank_linear import products
 
 ROWS, N, VOCABULARY, RANK = 70, 24, 101, 8
@@ -103,6 +104,40 @@ def test_batches_of_sequences_are_taken_as_they_are() -> None:
     one = linear_cross_entropy(hidden, head_of("frozen"), labels)
     other = linear_cross_entropy(hidden.view(-1, N), head_of("frozen"), labels.view(-1))
     assert float(one) == float(other)
+
+
+@pytest.mark.parametrize("curve", [Curve(), Curve(1.5, 2.0)], ids=["plain", "bent"])
+@pytest.mark.parametrize("kind", ["full", "low-rank", "adapter", "refresh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_go_through_the_head_for_nothing_leave_no_trace(kind: str, curve: Curve, dtype: torch.dtype) -> None:
+    """As on a GPU, where none is dropped: loss and gradients are those without them, their own gradient exactly 0."""
+    labels, results = labels_of(True), []
+    for kept in (True, False):
+        hidden = normal(ROWS, N, dtype=dtype).requires_grad_()
+        head = head_of("low-rank" if kind == "refresh" else kind, dtype)._replace(curve=curve)
+        leaves = [part for part in (head.weight, head.bias, head.slot) if isinstance(part, nn.Parameter)]
+        bands: list[Tensor] = []
+
+        def choose(gradient: HeadGradient, head: Head = head, bands: list[Tensor] = bands) -> Tensor:
+            bands.append(sum(errors.t() @ rows for errors, rows in gradient.bands()))  # type: ignore[arg-type]
+            assert head.basis is not None
+            return head.basis
+
+        given = labels.masked_fill(labels == -100, NO_LABEL) if kept else labels
+        refresh = choose if kind == "refresh" else None
+        loss = linear_cross_entropy(hidden, head, given, chunk_rows=16, refresh=refresh)
+        loss.backward()
+        assert hidden.grad is not None
+        assert not hidden.grad[labels == -100].any()
+        results.append([loss.detach(), hidden.grad, *(leaf.grad for leaf in leaves), *bands])
+    for one, other in zip(*results):
+        assert float((one - other).norm()) <= 2 * torch.finfo(dtype).eps * float(other.norm())
+
+
+@pytest.mark.parametrize("label", [-5, VOCABULARY])
+def test_a_label_that_is_no_class_raises(label: int) -> None:
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        linear_cross_entropy(normal(2, N), head_of("frozen"), torch.tensor([1, label]))
 
 
 def test_rows_that_are_all_masked_lose_nothing() -> None:

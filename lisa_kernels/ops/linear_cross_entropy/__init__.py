@@ -15,7 +15,16 @@ from torch import Tensor
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.autocast import autocast_dtype, no_autocast
-from lisa_kernels.ops.linear_cross_entropy.reference import Curve, Gradients, Head, HeadGradient, chunk_loss, spans
+from lisa_kernels.ops.linear_cross_entropy.reference import (
+    NO_LABEL,
+    Curve,
+    Gradients,
+    Head,
+    HeadGradient,
+    chunk_loss,
+    spans,
+)
+from lisa_kernels.ops.tiles import to_device
 from lisa_kernels.uncompiled import uncompiled
 
 __all__ = ["CHUNK_ROWS", "LOSS_NODE", "Curve", "Head", "HeadGradient", "linear_cross_entropy"]
@@ -38,6 +47,20 @@ def _counted_rows(labels: Tensor, ignored: int) -> Tensor:
 def _(labels: Tensor, ignored: int) -> Tensor:
     # All of them: what a plan must hold room for.
     return torch.empty_like(labels, dtype=torch.int64)
+
+
+def _select(rows: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """Return rows and labels on the rows' device: of labels on the CPU those that count, of others all of them.
+
+    How many rows on a GPU count is not asked: the host would wait for the whole forward. A plan's labels are taken for
+    a CPU's, whose copy of rows makes it hold room for both.
+    """
+    if labels.device.type in ("cpu", "meta"):
+        kept = _counted_rows(labels, ignored)
+        if kept.numel() < labels.numel():
+            rows, labels = rows.index_select(0, to_device(kept, rows.device)), labels.index_select(0, kept)
+        labels = to_device(labels, rows.device)
+    return rows, labels.masked_fill(labels == ignored, NO_LABEL)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -96,8 +119,9 @@ def linear_cross_entropy(
 ) -> Tensor:  # fmt: skip
     """Return the sum of the cross entropies of `hidden` [..., n] through `head` against `labels` [...], float32 0-d.
 
-    Rows whose label is `ignore_index` are dropped before the head. Gradients: hidden, and of the head's weight, bias
-    and slot those that require one. `refresh`: is given products with the head's gradient before the slot's is formed
+    Rows whose label is `ignore_index` count for nothing: of labels on the CPU, wherever the head is, they are dropped
+    before it; elsewhere they go through it, for to drop them the host would have to wait. Gradients: hidden, and of the
+    head's weight, bias and slot those that require one. `refresh`: is given products with the head's gradient before the slot's is formed
     and returns the basis P [r, n] of that; the slot must then be zero. Divide by the number of labels that count for
     the mean. Runs uncompiled in a compiled model.
     """
@@ -109,9 +133,7 @@ def linear_cross_entropy(
     if (head.slot is None) != (head.basis is None):
         raise InputError("a slot without a basis, or a basis without a slot, was given; both or neither are wanted.")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    kept = _counted_rows(flat, ignore_index)
-    if kept.numel() < flat.numel():
-        rows, flat = rows.index_select(0, kept), flat.index_select(0, kept)
+    rows, flat = _select(rows, flat, ignore_index)
     rows = rows.to(autocast_dtype(rows.device.type) or rows.dtype)
     with no_autocast(rows.device.type):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]

@@ -18,6 +18,8 @@ from torch import Tensor
 from lisa_kernels.ops.lowrank_linear.products import matmul, sum_of_outer_products
 
 LOGSUMEXP_ROWS = 32
+# The label of rows that count for nothing: no class of any vocabulary, and no mistake that someone makes.
+NO_LABEL = -(1 << 62)
 
 
 class Curve(NamedTuple):
@@ -102,11 +104,15 @@ def logsumexp_of(logits: Tensor) -> Tensor:
 def chunk_loss(rows: Tensor, labels: Tensor, head: Head, gradients: Gradients) -> tuple[Tensor, Tensor]:
     """Return (summed loss of `rows` [c, n], float32 0-d; logsumexp of each row, float32 [c]) and add to `gradients`.
 
-    gradients.hidden is the chunk's own [c, n].
+    gradients.hidden is the chunk's own [c, n]. Of a row with `NO_LABEL` the loss is 0 and the logsumexp infinite, so
+    that its softmax, and with it every gradient, is exactly 0.
     """
     logits = logits_of(rows, head)
+    left_out = labels == NO_LABEL
     total = logsumexp_of(logits)
-    loss = (total - logits.gather(1, labels.unsqueeze(1)).squeeze(1)).sum()
+    scores = logits.gather(1, labels.masked_fill(left_out, 0).unsqueeze(1)).squeeze(1)
+    loss = (total - scores).masked_fill_(left_out, 0.0).sum()
+    total.masked_fill_(left_out, torch.inf)
     if not any(gradient is not None for gradient in gradients):
         return loss, total
     errors = errors_of(logits, total, labels, head.curve)

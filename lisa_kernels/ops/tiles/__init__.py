@@ -137,8 +137,8 @@ def split(table: Tensor, rows: Tensor, tile: int, columns: Sequence[int]) -> lis
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device without waiting for it; a CUDA graph under capture will copy it at each replay."""
-    if device.type == "cpu":
-        return host
+    if device.type != "cuda":
+        return host.to(device)
     pinned = host.pin_memory()
     copy = pinned.to(device, non_blocking=True)
     if torch.cuda.is_current_stream_capturing():
