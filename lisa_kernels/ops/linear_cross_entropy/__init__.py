@@ -121,9 +121,9 @@ def linear_cross_entropy(
 
     Rows whose label is `ignore_index` count for nothing: of labels on the CPU, wherever the head is, they are dropped
     before it; elsewhere they go through it, for to drop them the host would have to wait. Gradients: hidden, and of the
-    head's weight, bias and slot those that require one. `refresh`: is given products with the head's gradient before the slot's is formed
-    and returns the basis P [r, n] of that; the slot must then be zero. Divide by the number of labels that count for
-    the mean. Runs uncompiled in a compiled model.
+    head's weight, bias and slot those that require one. `refresh`: is given products with the head's gradient before
+    the slot's is formed and returns the basis P [r, n] of that; the slot must then be zero. Divide by the number of
+    labels that count for the mean. Runs uncompiled in a compiled model.
     """
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != head.weight.shape[1]:
         raise InputError(
