@@ -29,11 +29,11 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
     """y = x Wᵀ + b + scale · (x Pᵀ) B, with W frozen and the slot B trained while the layer is active.
 
     The weight and bias are the swapped layer's own parameters under their own names. It is a linear layer to others,
-    such as transformers where it resizes an output layer. `forwards`, see `ReadWeights`, are the threads in which a
-    forward of the model runs: who reads the weight then is about to multiply by it.
+    such as transformers where it resizes an output layer. `passes`, see `ReadWeights`, are the threads in which a
+    forward of the model runs, or ran and no step followed: who reads the weight then is about to multiply by it.
     """
 
-    forwards: Set[int] = frozenset()
+    passes: Set[int] = frozenset()
 
     def __init__(self, original: nn.Module, rank: int, scale: float = 1.0, tracker: BasisTracker | None = None) -> None:
         super().__init__(linear_shape(original), rank, scale, tracker)
@@ -57,12 +57,12 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The parameter; in a forward of the model, for code that goes past the layer, what the layer multiplies by.
+        """The parameter; from a forward to the step, for code that goes past the layer, what the layer multiplies by.
 
         The gradient of that one reaches the slot, at the price of the gradient [m, n].
         """
         stored, folds = self.stored_weight, self.tracker is not None
-        if not (self.active and self.forwards) or (folds and not torch.is_grad_enabled()):
+        if not (self.active and self.passes) or (folds and not torch.is_grad_enabled()):
             return stored
         choose = self.refresh_basis if self.capturing else None
         whole = whole_weight(self.matrix, self.slot, self.basis, self.scale, folds, choose)
@@ -134,15 +134,20 @@ def swap_linears(places: Iterable[Place], make: Callable[[nn.Module, str], LowRa
     return swaps
 
 
+# Stands among the passes for forwards that are over and whose gradient no step has used yet.
+TO_BE_STEPPED = 0
+
+
 class ReadWeights:
-    """Hooks that tell a model's low-rank layers when its forward runs.
+    """Hooks that tell a model's low-rank layers when who reads their weight is about to multiply by it.
 
     Fused losses and kernels multiply by `lm_head.weight` and never call the layer: its slot would be left out and
-    learn nothing.
+    learn nothing. Some do so in the model's forward, others after it; so a forward that is trained on lasts to the
+    step.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._threads: set[int] = set()
+        self._passes: set[int] = set()
         self._handles = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
@@ -150,16 +155,24 @@ class ReadWeights:
 
     @uncompiled
     def _begin(self, model: nn.Module, args: Any) -> None:
-        self._threads.add(get_ident())
+        self._passes.add(get_ident())
         for layer in model.modules():
             if isinstance(layer, LowRankLinear):
-                layer.forwards = self._threads
+                layer.passes = self._passes
 
     @uncompiled
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._threads.discard(get_ident())
+        self._passes.discard(get_ident())
+        # A forward that failed has no output.
+        if output is not None and model.training and torch.is_grad_enabled():
+            self._passes.add(TO_BE_STEPPED)
+
+    def end_pass(self) -> None:
+        """Say that from here on who reads a weight wants the parameter."""
+        self._passes.discard(TO_BE_STEPPED)
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+        self.end_pass()

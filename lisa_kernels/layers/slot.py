@@ -132,10 +132,10 @@ class SlotModule(nn.Module):
             raise InputError("the adapters are merged into the weights; call unmerge() before weights are loaded.")
         slot, key = f"{prefix}slot", f"{prefix}weight"
         given = state_dict.get(key)
-        fits = isinstance(given, Tensor) and given.shape == self.weight.shape
+        fits = isinstance(given, Tensor) and given.shape == self.stored_weight.shape
         changes = fits and not self._holds(given)
         if fits and not changes:
-            state_dict[key] = self.weight
+            state_dict[key] = self.stored_weight
         # The slot is never saved: hand over what is here, so that strict loading misses nothing.
         state_dict[slot] = self.slot
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -145,10 +145,10 @@ class SlotModule(nn.Module):
             self.slot.data.zero_()
 
     def _merged(self) -> Tensor:
-        return self.add_slot_(self.weight.detach().clone()) if self.is_adapter else self.weight.detach()
+        return self.add_slot_(self.stored_weight.detach().clone()) if self.is_adapter else self.stored_weight.detach()
 
     def _holds(self, weight: Tensor) -> bool:
-        return torch.equal(weight.to(self.weight.device, self.weight.dtype), self._merged())
+        return torch.equal(weight.to(self.stored_weight.device, self.stored_weight.dtype), self._merged())
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` does."""

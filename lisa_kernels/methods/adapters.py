@@ -44,7 +44,7 @@ class Adapters:
         if self.merged:
             return
         self.aside = {
-            path: (layer.weight.detach().to("cpu", copy=True), layer.slot.detach().clone())
+            path: (layer.stored_weight.detach().to("cpu", copy=True), layer.slot.detach().clone())
             for path, layer in self.layers.items()
         }
         self._add_to_weights()
@@ -60,10 +60,10 @@ class Adapters:
     def unmerge(self) -> None:
         """Put weights and slots back bit for bit."""
         for path, (weight, slot) in self.aside.items():
-            self.layers[path].weight.data.copy_(weight)
+            self.layers[path].stored_weight.data.copy_(weight)
             self.layers[path].slot.data = slot
         self.aside = {}
 
     def _add_to_weights(self) -> None:
         for layer in self.layers.values():
-            layer.add_slot_(layer.weight.data)
+            layer.add_slot_(layer.stored_weight.data)

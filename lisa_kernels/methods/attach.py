@@ -78,6 +78,12 @@ def _tell_what_differs(survey: Survey) -> None:
             "frozen; to train them, detach(), call requires_grad_(True) on them and attach again.",
             stacklevel=3,
         )
+    if heads := survey.resting_head():
+        warnings.warn(
+            f"method {survey.method.name!r} trains nothing of {', '.join(heads)}, which transformers makes anew for a "
+            'task: if the checkpoint has no weights for it, it stays random. Use a method with embeddings="always".',
+            stacklevel=3,
+        )
 
 
 def _scores(

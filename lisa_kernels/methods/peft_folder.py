@@ -126,7 +126,7 @@ def read_adapter(adapters: Adapters, folder: Path) -> None:
     factors = {}
     for path, layer in adapters.layers.items():
         down, up = (tensors.pop(f"{path}.lora_{side}.weight") for side in "AB")
-        factors[path] = split(down, up.to(torch.float64) * (scale / layer.scale), layer.weight.dtype)
+        factors[path] = split(down, up.to(torch.float64) * (scale / layer.scale), layer.stored_weight.dtype)
     for path, (basis, slot) in factors.items():
         adapters.layers[path].basis.copy_(basis)
         adapters.layers[path].slot.data.copy_(slot)

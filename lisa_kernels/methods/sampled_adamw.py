@@ -242,6 +242,7 @@ class SampledAdamW(AdamW8bit):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._read_weights.end_pass()
         self._guard.check_unchanged(self.model)
         self._guard.enforce(self.model)
         if isinstance(self.sampler, AdaptiveSampler):

@@ -76,7 +76,7 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
         group = _group_of(optimizer, layer)
         decay = torch.where(optimizer.last_skip(layer.slot.device), 1.0, 1.0 - group["lr"] * group["weight_decay"])
         fold_(
-            layer.weight.data, *layer.lifting_factors(), decay=decay, clock=clock,
+            layer.stored_weight.data, *layer.lifting_factors(), decay=decay, clock=clock,
             stochastic=optimizer.rounding == "stochastic", seed=optimizer.seed,
             parameter=optimizer.index_of(layer.slot), remainder=layer.remainder if layer.remainder.numel() else None,
         )  # fmt: skip
@@ -104,7 +104,7 @@ def slots_state(
         entry: dict[str, Any] = dict(paged.get(path) or kept_buffers(layer))
         if "basis" in entry:
             if layer.tracker is None:
-                entry["slot"], entry["weight"] = layer.slot.detach(), layer.weight.detach()
+                entry["slot"], entry["weight"] = layer.slot.detach(), layer.stored_weight.detach()
             else:
                 entry["tracker"] = layer.tracker.state_dict()
             state[path] = entry
@@ -119,9 +119,9 @@ def check_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mapp
         layer = layers[path]
         wanted: dict[str, tuple[int, ...]] = {"basis": (layer.rank, layer.in_features)}
         if layer.tracker is None:
-            wanted["slot"], wanted["weight"] = (layer.rank, layer.out_features), tuple(layer.weight.shape)
+            wanted["slot"], wanted["weight"] = (layer.rank, layer.out_features), tuple(layer.stored_weight.shape)
         if "remainder" in entry:
-            wanted["remainder"] = tuple(layer.weight.shape)
+            wanted["remainder"] = tuple(layer.stored_weight.shape)
         for name, shape in wanted.items():
             given = tuple(entry[name].shape) if name in entry else ()
             if given != shape:
@@ -136,15 +136,15 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
             if not layer.active:
                 layer.deactivate()
             continue
-        layer.basis = entry["basis"].to(layer.weight.device, layer.weight.dtype, copy=True)  # type: ignore[union-attr,arg-type]
+        layer.basis = entry["basis"].to(layer.stored_weight.device, layer.stored_weight.dtype, copy=True)
         if layer.tracker is None:
             layer.slot.data.copy_(entry["slot"])
-            layer.weight.data.copy_(entry["weight"])
+            layer.stored_weight.data.copy_(entry["weight"])
             layer.restarted = False
         else:
             layer.tracker.load_state_dict(entry["tracker"])
-        if "remainder" in entry and layer.exact_master and layer.weight.dtype == torch.bfloat16:
-            layer.remainder = entry["remainder"].to(layer.weight.device, copy=True)  # type: ignore[union-attr,arg-type]
+        if "remainder" in entry and layer.exact_master and layer.stored_weight.dtype == torch.bfloat16:
+            layer.remainder = entry["remainder"].to(layer.stored_weight.device, copy=True)
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def slots_in_shape(layers: Iterable[SlotModule]) -> Iterator[None]:
     try:
         for layer in resting:
             shape = (layer.rank, layer.out_features)
-            layer.slot.data = torch.zeros((), device=layer.weight.device).expand(shape)  # type: ignore[union-attr,arg-type]
+            layer.slot.data = torch.zeros((), device=layer.stored_weight.device).expand(shape)
         yield
     finally:
         for layer in resting:

@@ -60,6 +60,16 @@ class Survey:
         frozen = set(self.frozen)
         return [name for name, param in self.model.named_parameters() if param in frozen]
 
+    def resting_head(self) -> list[str]:
+        """Return the paths of a task's own head, such as a classifier's, that this method never trains."""
+        trained = {param for plan in (*self.drawn, self.always) for param in plan.full}
+        trained.update(self.outer.weights() if self.outer else ())
+        trained.update(place.layer.weight for place in self.places())  # type: ignore[misc]
+        left = {
+            path: set(part.parameters()) - trained - set(self.frozen) for path, part in new_head(self.model).items()
+        }
+        return [path for path, params in left.items() if params]
+
 
 class _Shares:
     """Gives each parameter to one plan only, a tied one to the first that asks; the frozen ones to none."""

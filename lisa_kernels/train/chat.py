@@ -218,6 +218,9 @@ class _Writer:
         hidden = [_reasoning(m) for m, on in zip(messages, learnt) if on]
         if dropped := sum(bool(text) and text not in said for text in hidden):
             self.counts["the chat template leaves the reasoning of {} answers out"] += dropped
+        elsewhere = sum(_words(message) not in said for message, on in zip(messages, learnt) if on)
+        if elsewhere:
+            self.counts["the chat template leaves the text of {} answers out or apart: it is not learnt"] += elsewhere
         unlearnt = sum(
             message["role"] == "assistant" and not on and says_something(message)
             for message, on in zip(messages, learnt)
@@ -230,6 +233,10 @@ def _reasoning(message: Message) -> str:
     given = next((message[name] for name in REASONING_FIELDS if isinstance(message.get(name), str)), "")
     inside = text_of(message).partition(REASONING_START)[2].rpartition(REASONING_END)[0]
     return str(given or inside).strip()
+
+
+def _words(message: Message) -> str:
+    return text_of(message).rpartition(REASONING_END)[2].strip()
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
@@ -274,6 +281,5 @@ def _check_calls(messages: list[Message], whole: str) -> None:
 
 def _check_answers(messages: list[Message], whole: str) -> None:
     for number, message in enumerate(messages, start=1):
-        text = text_of(message)
-        if message["role"] == "assistant" and text.rpartition(REASONING_END)[2].strip() not in whole:
+        if message["role"] == "assistant" and _words(message) not in whole:
             raise _FormError(f"it leaves the text of message {number} out")

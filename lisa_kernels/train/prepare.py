@@ -66,7 +66,10 @@ def read_data(options: FineTuneOptions, console: Console) -> RunData:
     else:
         train = tokenize_records(records, tokenizer, options.seq_len, packing=False)
         held_out = _held_out(held_back, tokenizer, options.seq_len)
-    for note in dict.fromkeys([*([long_rows] if long_rows else []), *train.notes, *held_out.notes]):
+    notes = [*([long_rows] if long_rows else []), *train.notes, *held_out.notes]
+    if held_back is not None and options.eval_fraction not in (0, FineTuneOptions.eval_fraction):
+        notes.append(f"--eval-fraction {options.eval_fraction:g} holds nothing back beside --eval-data")
+    for note in dict.fromkeys(notes):
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(
         f"{records.source}: {train.examples} examples, {train.supervised_tokens:,} supervised tokens; "

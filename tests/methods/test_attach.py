@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import anatomy, llama, logits, t5, tokens, train
+from families import anatomy, build, common, llama, logits, t5, tokens, train
 from torch import nn
 
 from lisa_kernels import LISA, OWS, BAdam, GaLore, InputError, LoRAFA, OwLore, attach
@@ -195,3 +196,14 @@ def test_blocks_can_be_named() -> None:
     moved = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
     assert moved
     assert all(name.startswith("decoder.block.") for name in moved)
+
+
+@pytest.mark.parametrize("embeddings", ["frozen", "always"])
+def test_a_classifier_that_no_method_step_moves_is_told_of(embeddings: str) -> None:
+    """A new head under frozen embeddings would stay random without a word."""
+    model = build("LlamaForSequenceClassification", "LlamaConfig", **common(num_labels=2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(model, LISA(active_layers=1, embeddings=embeddings))
+    told = [str(warning.message) for warning in caught if "trains nothing of score" in str(warning.message)]
+    assert len(told) == (embeddings == "frozen")

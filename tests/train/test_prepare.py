@@ -80,6 +80,9 @@ def test_held_out_data_of_its_own_is_named_where_it_is_wrong(base: Path, tmp_pat
     short = written(tmp_path / "held.jsonl", PAIRS[:3])
     data = read_data(options(base, tmp_path, eval_data=short), console())
     assert (data.train.examples, data.held_out.examples) == (8, 3)
+    said = Console(file=io.StringIO(), width=200)
+    read_data(options(base, tmp_path, eval_data=short, eval_fraction=0.3), said)
+    assert "--eval-fraction 0.3 holds nothing back" in said.file.getvalue()  # type: ignore[attr-defined]
     long = written(tmp_path / "long.jsonl", [{"prompt": "q" * 100, "completion": "a"}])
     with pytest.raises(InputError, match=r"--eval-data .*no supervised token"):
         read_data(options(base, tmp_path, eval_data=long), console())

@@ -266,6 +266,19 @@ class TestEdges:
             assert supervised_text(data[0], tokenizer).strip() == ("done<|im_end|>" if template == CHATML else "done.")
             assert "1 answers are marked as not to be learnt" in data.notes
 
+    def test_text_that_a_template_leaves_out_beside_a_call_is_told_of(self, tokenizer: Any) -> None:
+        call = {"type": "function", "function": {"name": "look_up", "arguments": {}}}
+        chat = [CHAT[1], {"role": "assistant", "content": "Let me see.", "tool_calls": [call]}]
+        told = "the chat template leaves the text of 1 answers out or apart: it is not learnt"
+        for beside, notes in (("{{ m['content'] }}", []), ("", [told])):
+            tokenizer.chat_template = (
+                "{% for m in messages %}<|im_start|>{{ m['role'] }}: {% if m['tool_calls'] %}" + beside
+                + "[{{ m['tool_calls'][0]['function']['name'] }}]{% else %}{{ m['content'] }}{% endif %}<|im_end|>"
+                "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+            )  # fmt: skip
+            data = tokenize_records(Records("messages", [chat], "memory"), tokenizer, 512)
+            assert data.notes == notes
+
     def test_a_row_too_long_for_its_part_never_stops_a_split(self, tokenizer: Any) -> None:
         records = prompts(("z" * 90, "b"), ("the", "a"), ("the", "b"))
         for seed in range(4):
