@@ -33,7 +33,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per row")
     parser.add_argument("--batch-size", type=int, default=4, help="rows per forward pass")
     parser.add_argument(
-        "--dtype", default="auto", help="weights: fp32, bf16, or auto (bf16 on GPUs that have it, else fp32)"
+        "--dtype",
+        default="auto",
+        help="weights: fp32, bf16, fp16, or auto (bf16 on GPUs that multiply it, fp16 on older ones, else fp32)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of data order, sampler, rounding and random weights")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")

@@ -22,7 +22,7 @@ from lisa_kernels.train.counting import steps_of_passes
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
-from lisa_kernels.train.models import device, enable_checkpointing
+from lisa_kernels.train.models import check_dtype_here, device, enable_checkpointing
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.prepare import load_model_for, read_data
@@ -125,6 +125,7 @@ def _run(
     check_reporters(options)
     facts, checkpoint = open_run(options)
     # What a mistake may be in comes before what takes long.
+    check_dtype_here(options.dtype)
     data = read_data(options, console)
     tokenizer = data.tokenizer
     plan_of_run = None if plan is None else planned_memory(options, plan, console)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.ops.capability import auto_dtype, check_dtype
 from lisa_kernels.train.configs import PRESET_PREFIX, load_config, locate, unloadable, unusable_config_errors
 from lisa_kernels.train.presets import preset_config
 
@@ -27,12 +28,17 @@ def device() -> torch.device:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """Return the dtype called fp32, bf16 or fp16; auto is bf16 on a CUDA device that computes in it, else fp32."""
+    """Return the dtype called fp32, bf16, fp16, or auto: bf16 on a GPU that multiplies it, fp16 on older, else fp32."""
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        return auto_dtype(device())
     if name not in DTYPES:
         raise unknown_name("dtype", name, [*DTYPES, "auto"])
     return DTYPES[name]
+
+
+def check_dtype_here(name: str) -> None:
+    """Raise InputError where the device that trains here does not compute in the dtype of that name."""
+    check_dtype(parse_dtype(name), device())
 
 
 def load_model(spec: str, dtype: torch.dtype, seed: int) -> Any:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.ops import capability
 from lisa_kernels.train import models
 from lisa_kernels.train.models import (
+    check_dtype_here,
     check_no_meta,
     check_token_ids,
     load_model,
@@ -231,11 +233,24 @@ def test_a_token_without_an_embedding_row_is_refused() -> None:
         check_token_ids(model, 2048)
 
 
-@pytest.mark.parametrize(("cuda", "bf16", "expected"), [(0, 0, "fp32"), (1, 0, "fp32"), (1, 1, "bf16")])
-def test_auto_dtype_follows_the_device(cuda: int, bf16: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bool(bf16))
-    assert parse_dtype("auto") == parse_dtype(expected)
+def test_auto_dtype_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "device", lambda: torch.device("cpu"))
+    assert parse_dtype("auto") == torch.float32
+    monkeypatch.setattr(models, "device", lambda: torch.device("cuda", 0))
+    for wanted in (torch.bfloat16, torch.float16):
+        monkeypatch.setattr(models, "auto_dtype", {torch.device("cuda", 0): wanted}.get)
+        assert parse_dtype("auto") == wanted
+
+
+def test_a_dtype_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(capability, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for name in ("auto", "fp16", "fp32"):
+        check_dtype_here(name)
+    with pytest.raises(InputError, match=r"Tesla T4 has compute capability 7\.5.*use fp16"):
+        check_dtype_here("bf16")
 
 
 def test_dtype_names() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lisa_kernels.ops.capability import multiplies_bfloat16
+
 HALVES = (torch.bfloat16, torch.float16)
 # Up to so many rows torch's own x Wᵀ is faster than converting W: a token or two, where text is generated.
 FEW_ROWS = 8
@@ -79,12 +81,19 @@ def _multiply(left: Tensor, right: Tensor, result: Tensor) -> None:
         result.copy_(total)
 
 
+def _multiplies_into_float32(tensor: Tensor) -> bool:
+    """Return whether torch has a product of 16-bit matrices with a float32 result where this tensor is."""
+    if tensor.device.type != "cuda" or tensor.dtype not in HALVES:
+        return False
+    return tensor.dtype == torch.float16 or multiplies_bfloat16(tensor.device)
+
+
 def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
     """Return leftᵀ right, float32 [a, b], for rows left [..., a] and right [..., b], summed in float32."""
     left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
     if left.dtype == right.dtype == torch.float32:
         return left.t() @ right
-    if left.device.type == "cuda" and left.dtype == right.dtype and left.dtype in HALVES:
+    if left.dtype == right.dtype and _multiplies_into_float32(left):
         # On tensor cores, which converting the operands would leave idle.
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)

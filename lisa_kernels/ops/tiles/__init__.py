@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lisa_kernels.ops.capability import check_capability
+
 # Columns of `table`: addresses first, in the order of the kernel's tensors, then the element count in the last one.
 COLUMNS = 8
 COUNT_COLUMN = COLUMNS - 1
@@ -207,7 +209,8 @@ def tile_shape(block_size: int, vector: int, warp: int = WARP) -> Shape:
 
 @cache
 def warp_size(device: torch.device) -> int:
-    """Return how many threads of a device run in step."""
+    """Return how many threads of a device run in step; raises InputError for a device too old for kernels."""
+    check_capability(device)
     return int(torch.cuda.get_device_properties(device).warp_size)
 
 
