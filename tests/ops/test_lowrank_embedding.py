@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from atomic_adds import AtomicAdds
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding
-from lisa_kernels.ops.lowrank_embedding.reference import compact_gradient
+from lisa_kernels.ops.lowrank_embedding.reference import add_rows_, compact_gradient, slot_gradient
 
 VOCABULARY, N, RANK = 101, 24, 8
 FACTOR = 1.5
@@ -81,6 +82,28 @@ def test_16_bit_gradients_are_summed_in_float32(device: torch.device) -> None:
     assert slot.grad is not None
     assert slot.grad.dtype == torch.float32
     assert torch.equal(slot.grad[:, 5], torch.full((RANK,), 1024 + 8.0, device=device))
+
+
+def test_the_tokens_of_an_id_are_added_in_their_order(device: torch.device) -> None:
+    """Bit for bit, on every device; negative control: in another order the bits are others."""
+    place, rows = torch.tensor([2, 0, 2, 2, 1, 2] * 50), normal(300, 3, seed=5)
+    rows *= 10.0 ** (torch.arange(300) % 7).unsqueeze(1)
+    wanted = torch.zeros(4, 3)
+    for at, row in zip(place, rows):
+        wanted[at] += row
+    found = add_rows_(torch.zeros(4, 3, device=device), place.to(device), rows.to(device))
+    assert torch.equal(found.cpu(), wanted)
+    assert not torch.equal(add_rows_(torch.zeros(4, 3), place.flip(0), rows.flip(0)), wanted)
+
+
+def test_no_gradient_is_added_up_in_an_order_of_its_own() -> None:
+    """On the route that GPUs take, which is that of every device but CPUs."""
+    dy, ids = torch.empty(60, N, device="meta"), torch.empty(60, dtype=torch.int64, device="meta")
+    basis = torch.empty(RANK, N, device="meta")
+    with AtomicAdds() as adds:
+        slot_gradient(dy, ids, basis, VOCABULARY, FACTOR, 7)
+        compact_gradient(dy, ids, FACTOR, 7, RANK)
+    assert not adds.seen
 
 
 def test_a_gradient_for_what_came_in_passes_through() -> None:

@@ -3,7 +3,8 @@
     y = f · (E[ids] + B[:, ids]ᵀ P)      E [V, n], P [r, n], B [r, V], f a constant of the model
     dB[:, id] += f · P dy                summed over the tokens of each id: exactly P Gᵀ for G [V, n]
 
-Tokens are projected before they are scattered: G never exists, and what is scattered is r wide.
+Tokens are projected before they are scattered: G never exists, and what is scattered is r wide. The tokens of an id
+are added in their order, on every device, so that equal batches give equal bits.
 """
 
 from __future__ import annotations
@@ -22,12 +23,25 @@ def _flat(dy: Tensor, ids: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     return rows, flat
 
 
+def add_rows_(total: Tensor, place: Tensor, rows: Tensor) -> Tensor:
+    """Add row i of `rows` [k, w] to row place[i] of `total` [m, w], in the order of i; returns `total`.
+
+    On GPUs torch's `index_add_` adds with atomics, in whatever order they come; its accumulating `index_put_` sorts the
+    places first, and is what its deterministic mode puts in the other's place. On CPUs it is the other way round.
+    """
+    if total.device.type == "cpu":
+        return total.index_add_(0, place, rows)
+    return total.index_put_((place,), rows, accumulate=True)
+
+
 def slot_gradient(dy: Tensor, ids: Tensor, basis: Tensor, vocabulary: int, factor: float, padding: int) -> Tensor:
     """Return dB float32 [r, vocabulary], summed over all tokens in float32."""
     rows, flat = _flat(dy, ids, padding)
     projected = matmul(rows, basis.to(rows.dtype).t()).to(torch.float32)
+    if factor != 1.0:
+        projected.mul_(factor)
     summed = torch.zeros(vocabulary, len(basis), dtype=torch.float32, device=dy.device)
-    return summed.index_add_(0, flat, projected, alpha=factor).t().contiguous()
+    return add_rows_(summed, flat, projected).t().contiguous()
 
 
 def compact_gradient(dy: Tensor, ids: Tensor, factor: float, padding: int, least_rows: int) -> Tensor:
@@ -37,9 +51,13 @@ def compact_gradient(dy: Tensor, ids: Tensor, factor: float, padding: int, least
     known to the device only.
     """
     rows, flat = _flat(dy, ids, padding)
-    ordered, order = flat.sort()
+    # Stable: equal ids keep their order.
+    ordered, order = flat.sort(stable=True)
     first = torch.ones_like(ordered)
     first[1:] = ordered[1:] != ordered[:-1]
     place = first.cumsum(0) - 1
     compact = torch.zeros(max(len(flat), least_rows), rows.shape[1], dtype=torch.float32, device=dy.device)
-    return compact.index_add_(0, place, rows.index_select(0, order).to(torch.float32), alpha=factor)
+    summands = rows.index_select(0, order).to(torch.float32)
+    if factor != 1.0:
+        summands.mul_(factor)
+    return add_rows_(compact, place, summands)
