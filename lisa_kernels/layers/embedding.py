@@ -29,7 +29,8 @@ class LowRankEmbedding(SlotModule):
     """
 
     def __init__(self, embedding: nn.Embedding, rank: int, tracker: BasisTracker) -> None:
-        super().__init__((embedding.num_embeddings, embedding.embedding_dim), rank, tracker=tracker)
+        shape = embedding.num_embeddings, embedding.embedding_dim
+        super().__init__(shape, embedding.weight.device, rank, tracker=tracker)
         # Past nn.Module, which would register it a second time.
         object.__setattr__(self, "weight", embedding.weight)
 

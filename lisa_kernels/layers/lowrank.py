@@ -36,8 +36,8 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
     passes: Set[int] = frozenset()
 
     def __init__(self, original: nn.Module, rank: int, scale: float = 1.0, tracker: BasisTracker | None = None) -> None:
-        super().__init__(linear_shape(original), rank, scale, tracker)
         assert isinstance(original.weight, nn.Parameter)
+        super().__init__(linear_shape(original), original.weight.device, rank, scale, tracker)
         self.transposed = is_conv1d(original)
         # Past `weight`, which reads it.
         self._parameters["weight"] = original.weight

@@ -30,7 +30,10 @@ class SlotModule(nn.Module):
     basis: Tensor
     remainder: Tensor
 
-    def __init__(self, shape: tuple[int, int], rank: int, scale: float = 1.0, tracker: BasisTracker | None = None):
+    def __init__(
+        self, shape: tuple[int, int], device: torch.device, rank: int, scale: float = 1.0,
+        tracker: BasisTracker | None = None,
+    ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.rank, self.scale, self.tracker = rank, scale, tracker
@@ -40,9 +43,10 @@ class SlotModule(nn.Module):
         self.exact_master = False
         # Whether weights were loaded in the place of an adapter that had been trained.
         self.restarted = False
-        self.slot = nn.Parameter(torch.empty(0), requires_grad=False)
-        self.register_buffer("basis", torch.empty(0), persistent=False)
-        self.register_buffer("remainder", torch.empty(0, dtype=torch.int16), persistent=False)
+        # On the weight's device from the start: who asks an empty slot for its device is about to make something there.
+        self.slot = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        self.register_buffer("basis", torch.empty(0, device=device), persistent=False)
+        self.register_buffer("remainder", torch.empty(0, dtype=torch.int16, device=device), persistent=False)
 
     @property
     def stored_weight(self) -> nn.Parameter:
