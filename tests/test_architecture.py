@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "native": {"errors"},
+    "devices": {"errors"},
     "requirements": {"errors"},
     "uncompiled": set(),
     "ops": {"errors", "native", "uncompiled", "ops"},
@@ -39,8 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     # Reads what runs wrote; knows none of what wrote it.
     "report": {"errors", "report"},
     # A run leaves its page, and a history in the page's format.
-    "train": {*BOTTOM, "files", "requirements", "report", "ops", "paging", *MIDDLE, "methods", "train"},
-    "info": {*BOTTOM, "ops"},
+    "train": {*BOTTOM, "devices", "files", "requirements", "report", "ops", "paging", *MIDDLE, "methods", "train"},
+    "info": {*BOTTOM, "devices", "ops"},
     "commands": {
         *BOTTOM,
         "ops",
@@ -142,13 +143,13 @@ def test_samplers_know_the_standard_library_only(room: str) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_outside_packages_are_imported_in_their_places(room: str) -> None:
-    """Triton in kernels, ctypes at the edge of the native library, transformers only for training, planning, layers."""
+    """Triton in kernels, ctypes at the edge of native libraries, transformers only for training, planning, layers."""
     for file, item in [(path, item) for path in ROOMS[room] for item in imports_of(path)]:
         top = item.name.split(".")[0]
         if top == "triton":
             assert file.name == "triton_kernel.py", (file, item)
         if top in ("ctypes", "cffi"):
-            assert file.name in ("native.py", "cpu_kernel.py", "managed.py"), (file, item)
+            assert file.name in ("native.py", "cpu_kernel.py", "managed.py", "devices.py"), (file, item)
         if top in ("transformers", "datasets", "tokenizers", "accelerate", "peft"):
             assert room in ("train", "plan", "layers"), (file, item)
             assert not item.at_module_level or relative(file) in TRAINERS, (file, item)
@@ -158,8 +159,13 @@ def test_outside_packages_are_imported_in_their_places(room: str) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_environment_variable_is_read(room: str) -> None:
-    """Settings are arguments: nothing reads or writes `os.environ`."""
-    for file, node in [(path, node) for path in ROOMS[room] for node in ast.walk(ast.parse(path.read_text()))]:
+    """Settings are arguments: nothing reads or writes `os.environ`, but to say which GPUs CUDA was told to hide."""
+    told = 'os.environ.get("CUDA_VISIBLE_DEVICES")'
+    texts = {path: path.read_text() for path in ROOMS[room]}
+    texts = {
+        path: text.replace(told, "None") if relative(path) == "devices.py" else text for path, text in texts.items()
+    }
+    for file, node in [(path, node) for path, text in texts.items() for node in ast.walk(ast.parse(text))]:
         name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
         assert name not in ("environ", "environb", "getenv", "putenv"), (file, getattr(node, "lineno", 0))
 

@@ -53,6 +53,9 @@ def add_command(commands: Any) -> None:
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0 for before and after only")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for none")
     add("--max-checkpoints", type=int, default=2, help="checkpoints kept")
+    add(
+        "--device", default="auto", help="cpu, cuda, cuda:N, or auto: the first GPU where there is one; a run takes one"
+    )
     add("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
     add("--overwrite", action="store_true", help="replace the run in --output")
     add(

@@ -38,7 +38,7 @@ def check_capability(device: torch.device) -> None:
     if device.type == "cuda" and capability(device) < FIRST_SUPPORTED:
         raise InputError(
             f"{torch.cuda.get_device_name(device)} has compute capability {_dotted(capability(device))}; kernels need "
-            f"{_dotted(FIRST_SUPPORTED)}: use another card, or the CPU with CUDA_VISIBLE_DEVICES=-1."
+            f"{_dotted(FIRST_SUPPORTED)}: use another card (--device cuda:N), or the CPU (--device cpu)."
         )
 
 

@@ -82,26 +82,49 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def random_state() -> dict[str, Any]:
-    """Return the state of Python's, numpy's and torch's global generators."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of Python's, numpy's and torch's global generators, those of all GPUs with it.
+
+    device: the run's.
+    """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
         "torch": torch.random.get_rng_state(),
+        "device": str(device),
     }
     if torch.cuda.is_available():
         state["cuda"] = list(torch.cuda.get_rng_state_all())
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
+def set_random_state(state: dict[str, Any], device: torch.device) -> list[str]:
+    """Restore what `random_state` returned, of the GPUs that are here; the run's own goes to `device`, where it is now.
+
+    Returns what there is to say: which generators begin anew.
+    """
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.random.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    saved = state.get("cuda", [])
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    before = torch.device(state.get("device", "cuda:0" if saved else "cpu"))
+    if before.type != device.type:
+        return [
+            f"the checkpoint was written on {before} and the run goes on on {device}: what that draws (dropout) begins "
+            "anew, and its sums round otherwise"
+        ]
+    if device.type == "cpu":
+        return []
+    for index, words in enumerate(saved[:here]):
+        torch.cuda.set_rng_state(words, index)
+    torch.cuda.set_rng_state(saved[before.index], device)
+    if len(saved) == here:
+        return []
+    return [
+        f"the checkpoint was written with {len(saved)} GPUs in sight, and {here} are here; the run goes on on {device}"
+    ]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from lisa_kernels.layers import find_blocks, find_linears, linear_shape, offload_checkpoints
@@ -17,14 +18,15 @@ from lisa_kernels.report import PAGE_FILE, read_run, write_page
 from lisa_kernels.report.memory import most_held
 from lisa_kernels.report.memory import planned as planned_of
 from lisa_kernels.train.answers import Question, answers, held_out_questions, print_answers, samples_for
-from lisa_kernels.train.checkpoint import checkpoint_step
+from lisa_kernels.train.checkpoint import checkpoint_step, find_checkpoints
 from lisa_kernels.train.counting import steps_of_passes
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
-from lisa_kernels.train.models import check_dtype_here, device, enable_checkpointing
+from lisa_kernels.train.models import enable_checkpointing
 from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
+from lisa_kernels.train.placement import Memory, check_room, out_of_memory, settled_dtype, take_device
 from lisa_kernels.train.prepare import load_model_for, read_data
 from lisa_kernels.train.reporters import check_reporters, reporters
 from lisa_kernels.train.run_folder import open_run, start_run
@@ -57,7 +59,8 @@ def _scores(model: Any, method: Method, data: TokenizedData, options: FineTuneOp
         return None
     rows = [data[index] for index in range(min(len(data), options.calibration_rows))]
     batches = [rows[start : start + options.batch_size] for start in range(0, len(rows), options.batch_size)]
-    calibration = [{name: value.to(device()) for name, value in collate(batch, pad).items()} for batch in batches]
+    device = next(model.parameters()).device
+    calibration = [{name: value.to(device) for name, value in collate(batch, pad).items()} for batch in batches]
     return layer_scores(model, kind, calibration)
 
 
@@ -68,13 +71,13 @@ def _checksums(options: FineTuneOptions, train: TokenizedData, held_out: Tokeniz
     return {**found, "model": checksum_of_folder(folder)} if folder.is_dir() else found
 
 
-def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool) -> Any:
-    from transformers import TrainingArguments
+def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool, device: torch.device) -> Any:
+    from lisa_kernels.train.trainer import OneDevice
 
     steps = options.steps or DEFAULT_STEPS
     if options.epochs is not None:
         steps = steps_of_passes(options.epochs, rows, options.batch_size, options.accumulate)
-    arguments = TrainingArguments(
+    return OneDevice(
         output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.accumulate,
         learning_rate=options.learning_rate, lr_scheduler_type=SCHEDULES[options.lr_schedule],
@@ -85,12 +88,9 @@ def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool)
         eval_strategy="steps" if options.eval_every and has_held_out else "no", eval_steps=options.eval_every or None,
         save_strategy="steps" if options.save_every else "no", save_steps=options.save_every or 500,
         save_total_limit=options.max_checkpoints, remove_unused_columns=False, report_to="none", disable_tqdm=True,
-        use_cpu=device().type == "cpu", dataloader_pin_memory=device().type == "cuda", log_level="error",
+        use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", log_level="error",
+        run_device=str(device),
     )  # fmt: skip
-    if arguments.n_gpu > 1:
-        # With several in sight Trainer would wrap the model in DataParallel, under which layers cannot be switched.
-        arguments._n_gpu = 1
-    return arguments
 
 
 def wants_checkpointing(options: FineTuneOptions, model: Any) -> bool:
@@ -109,11 +109,17 @@ def finetune(
     plan: tells the memory of a run before it starts; summary and page have it beside the measured one.
     """
     with RunLock(options.output) as lock:
-        return _run(options, console, plan, lock)
+        device = take_device(options, console)
+        try:
+            return _run(options, device, console, plan, lock)
+        except torch.OutOfMemoryError as error:
+            resumable = bool(find_checkpoints(options.output))
+            raise out_of_memory(Memory.of(device), device, resumable) from error
 
 
 def _run(
-    options: FineTuneOptions, console: Console, plan: Callable[[FineTuneOptions], PlannedMemory] | None, lock: RunLock
+    options: FineTuneOptions, device: torch.device, console: Console,
+    plan: Callable[[FineTuneOptions], PlannedMemory] | None, lock: RunLock,
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     from transformers.utils import logging as transformers_logging
 
@@ -125,19 +131,22 @@ def _run(
     check_reporters(options)
     facts, checkpoint = open_run(options)
     # What a mistake may be in comes before what takes long.
-    check_dtype_here(options.dtype)
+    dtype = settled_dtype(options, facts, device)
+    settled = dataclasses.replace(options, dtype=dtype)
     data = read_data(options, console)
     tokenizer = data.tokenizer
-    plan_of_run = None if plan is None else planned_memory(options, plan, console)
+    plan_of_run = None if plan is None else planned_memory(settled, plan, console)
     planned = None if plan_of_run is None else plan_of_run.peak_bytes
-    meter = MemoryMeter.start()
-    model, train, held_out = load_model_for(options, data, console)
+    if device.type == "cuda" and planned is not None:
+        check_room(planned, Memory.of(device), device)
+    meter = MemoryMeter.start(device)
+    model, train, held_out = load_model_for(settled, data, device, console)
     rehearse_saving(options, model, tokenizer, console)
     began = _checksums(options, train, held_out)
     check_unchanged(facts.get("began", {}), began, options.output)
     method = build_method(options, model)
     pad = pad_token_id(tokenizer)
-    arguments = _training_arguments(options, len(train), len(held_out) > 0)
+    arguments = _training_arguments(options, len(train), len(held_out) > 0, device)
     model.config.use_cache = False
     if wants_checkpointing(options, model):
         enable_checkpointing(model)
@@ -155,13 +164,14 @@ def _run(
     interrupt = StopOnInterrupt()
     callbacks = [SamplingState(optimizer), interrupt, progress, history]
     trainer = _trainer(model, arguments, train, held_out, tokenizer, optimizer, callbacks)
+    trainer.say = lambda note: console.print(f"note: {note}", highlight=False)
     _describe(method, optimizer, arguments, console)
     loader = trainer.get_eval_dataloader() if len(held_out) else []
     for reporter in reporters(options, trainer):
         trainer.add_callback(reporter)
     if "eval_loss_before" not in facts:
         facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer)), "scores": scores}
-        facts["began"] = began
+        facts |= {"began": began, "dtype": dtype}
         lock.take()
         start_run(options, facts)
         lock.take()

@@ -27,20 +27,25 @@ class MemoryMeter:
     On a GPU, of what torch allocates on it; on a CPU, of the process's resident size, which is more than tensors.
     """
 
-    gpu: bool
+    device: torch.device
     before: int
 
+    @property
+    def gpu(self) -> bool:
+        """Whether a GPU's memory is measured."""
+        return self.device.type == "cuda"
+
     @classmethod
-    def start(cls) -> MemoryMeter:
-        """Return a meter that measures from now on."""
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            return cls(True, torch.cuda.memory_allocated())
-        return cls(False, _resident_bytes() if _reset_peak() else _peak_resident_bytes())
+    def start(cls, device: torch.device) -> MemoryMeter:
+        """Return a meter of what a run on `device` takes, which measures from now on."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return cls(device, torch.cuda.memory_allocated(device))
+        return cls(device, _resident_bytes() if _reset_peak() else _peak_resident_bytes())
 
     def peak_bytes(self) -> int:
         """Return the peak so far."""
-        peak = torch.cuda.max_memory_allocated() if self.gpu else _peak_resident_bytes()
+        peak = torch.cuda.max_memory_allocated(self.device) if self.gpu else _peak_resident_bytes()
         return max(0, peak - self.before)
 
     def describe(self, planned: int | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.ops.capability import auto_dtype, check_dtype
+from lisa_kernels.ops.capability import auto_dtype
 from lisa_kernels.train.configs import PRESET_PREFIX, load_config, locate, unloadable, unusable_config_errors
 from lisa_kernels.train.presets import preset_config
 
@@ -22,23 +22,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-def device() -> torch.device:
-    """Return where to train: the first CUDA device, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def parse_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
+    """Return the dtype called fp32, bf16, fp16, or auto: bf16 on a GPU that multiplies it, fp16 on older, else fp32.
 
-
-def parse_dtype(name: str) -> torch.dtype:
-    """Return the dtype called fp32, bf16, fp16, or auto: bf16 on a GPU that multiplies it, fp16 on older, else fp32."""
+    device: the one that trains; by default the first GPU where there is one.
+    """
     if name == "auto":
-        return auto_dtype(device())
+        first = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return auto_dtype(first if device is None else device)
     if name not in DTYPES:
         raise unknown_name("dtype", name, [*DTYPES, "auto"])
     return DTYPES[name]
-
-
-def check_dtype_here(name: str) -> None:
-    """Raise InputError where the device that trains here does not compute in the dtype of that name."""
-    check_dtype(parse_dtype(name), device())
 
 
 def load_model(spec: str, dtype: torch.dtype, seed: int) -> Any:

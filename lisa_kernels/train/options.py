@@ -28,7 +28,7 @@ _FREE = (
     "offload_activations", "samples",
 )  # fmt: skip
 # What says where and how one start of a run goes, and nothing of the run.
-_OF_ONE_START = ("output", "resume", "overwrite", "json")
+_OF_ONE_START = ("output", "resume", "overwrite", "json", "device")
 
 
 def default_options() -> dict[str, Any]:
@@ -70,6 +70,7 @@ class FineTuneOptions:
     seq_len: int = 512
     packing: bool = True
     dtype: str = "auto"
+    device: str = "auto"
     gradient_checkpointing: bool | None = None
     offload_activations: bool = False
     keep_logits: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lisa_kernels.errors import InputError
@@ -12,7 +13,6 @@ from lisa_kernels.train.chat import default_chat_template
 from lisa_kernels.train.configs import check_sequence_length, load_config
 from lisa_kernels.train.models import (
     check_token_ids,
-    device,
     load_model,
     load_tokenizer,
     parse_dtype,
@@ -82,10 +82,10 @@ def read_data(options: FineTuneOptions, console: Console) -> RunData:
 
 
 def load_model_for(
-    options: FineTuneOptions, data: RunData, console: Console
+    options: FineTuneOptions, data: RunData, device: torch.device, console: Console
 ) -> tuple[Any, TokenizedData, TokenizedData]:  # fmt: skip
-    """Return (model, training rows, held-out rows); rows share examples where the model keeps them apart."""
-    model = load_model(options.model, parse_dtype(options.dtype), options.seed).to(device())
+    """Return (model, on `device`; training rows, held-out rows); rows share examples where it keeps them apart."""
+    model = load_model(options.model, parse_dtype(options.dtype, device), options.seed).to(device)
     pad_note = settle_pad_token(data.tokenizer, model)
     if pad_note is not None:
         console.print(f"note: {pad_note}", highlight=False, markup=False)

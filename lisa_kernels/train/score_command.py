@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lisa_kernels.errors import InputError
@@ -25,7 +26,7 @@ def score(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         records = load_records(arguments.data, max_bytes=arguments.max_data_bytes, columns=columns)
     elif arguments.kind in CALIBRATED_KINDS:
         raise InputError(f"scores of kind {arguments.kind} are measured on data; give --data.")
-    model = load_model(arguments.model, parse_dtype(arguments.dtype), arguments.seed)
+    model = load_model(arguments.model, parse_dtype(arguments.dtype, torch.device("cpu")), arguments.seed)
     if records is not None:
         tokenizer = load_tokenizer(arguments.model, records.texts(), model.config.get_text_config().vocab_size)
         data = tokenize_records(records, tokenizer, arguments.seq_len)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import signal
+import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +29,31 @@ from lisa_kernels.train.checkpoint import (
 )
 
 TRAINING_STATE = "training_state"
+
+
+@dataclass
+class OneDevice(TrainingArguments):  # type: ignore[misc]
+    """Training arguments of a run on one device, however many there are: under DataParallel no layer can be switched.
+
+    run_device: its name; of a GPU with its number.
+    """
+
+    run_device: str = "cpu"
+
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs the process uses: one, or none."""
+        count: int = super().n_gpu
+        return min(1, count)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the run; a GPU is also the current one, on which accelerate puts batches."""
+        super().device  # noqa: B018 (sets up accelerate's state the first time, and the first GPU as the current one)
+        device = torch.device(self.run_device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
 
 
 class SamplingState(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -114,7 +141,7 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
                     "optimizer": self._base_optimizer().state_dict(),
                     "scheduler": self.lr_scheduler.state_dict(),
                     "scaler": None if scaler is None else scaler.state_dict(),
-                    "random": random_state(),
+                    "random": random_state(self.args.device),
                 },
                 folder, TRAINING_STATE,
             )  # fmt: skip
@@ -161,7 +188,12 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_random_state(load_tree(Path(checkpoint), TRAINING_STATE)["random"])
+            for note in set_random_state(load_tree(Path(checkpoint), TRAINING_STATE)["random"], self.args.device):
+                self.say(note)
+
+    def say(self, note: str) -> None:
+        """Tell the user something about the run; commands have their own way."""
+        warnings.warn(note, stacklevel=2)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Return the token-weighted mean loss over the held-out rows."""

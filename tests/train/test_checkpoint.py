@@ -19,6 +19,8 @@ from lisa_kernels.train.checkpoint import (
     set_random_state,
 )
 
+CPU = torch.device("cpu")
+
 
 def test_a_tree_comes_back_with_values_and_dtypes(tmp_path: Path) -> None:
     tree = {
@@ -40,7 +42,7 @@ def test_a_tree_comes_back_with_values_and_dtypes(tmp_path: Path) -> None:
 
 
 def test_there_is_no_pickle_in_it(tmp_path: Path) -> None:
-    save_tree({"a": torch.ones(1), "random": random_state()}, tmp_path, "state")
+    save_tree({"a": torch.ones(1), "random": random_state(CPU)}, tmp_path, "state")
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 
@@ -76,7 +78,66 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
 
 
 def test_all_generators_continue_where_they_were(tmp_path: Path) -> None:
-    save_tree({"random": random_state()}, tmp_path, "state")
+    save_tree({"random": random_state(CPU)}, tmp_path, "state")
     first = (random.random(), np.random.rand(), torch.rand(3).tolist())
-    set_random_state(load_tree(tmp_path, "state")["random"])
+    set_random_state(load_tree(tmp_path, "state")["random"], CPU)
     assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == first
+
+
+class Gpus:
+    """As many GPUs as asked for, of which nothing is there but a random state each."""
+
+    def __init__(self, count: int) -> None:
+        self.states = [torch.tensor([100 + number], dtype=torch.uint8) for number in range(count)]
+
+    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> Gpus:
+        """Have torch.cuda speak of these."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(self.states))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(self.states))
+        monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(self.states))
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self._set)
+        return self
+
+    def _set(self, state: torch.Tensor, device: int | torch.device) -> None:
+        self.states[device if isinstance(device, int) else device.index] = state
+
+
+# GPUs and device of the start, those of the resumption; what its generators then are, and the words of what is said.
+MOVES = {
+    "the same": (2, "cuda:0", 2, "cuda:0", [0, 1], ""),
+    "fewer": (3, "cuda:0", 1, "cuda:0", [0], "with 3 GPUs in sight, and 1 are here"),
+    "fewer, and the run's was another": (2, "cuda:1", 1, "cuda:0", [1], "with 2 GPUs in sight, and 1 are here"),
+    "more": (1, "cuda:0", 3, "cuda:0", [0, 101, 102], "with 1 GPUs in sight, and 3 are here"),
+    "another": (2, "cuda:0", 2, "cuda:1", [0, 0], ""),
+    "onto the CPU": (1, "cuda:0", 0, "cpu", [], "written on cuda:0 and the run goes on on cpu"),
+    "onto the CPU of the same machine": (1, "cuda:0", 1, "cpu", [100], "goes on on cpu"),
+    "from the CPU": (0, "cpu", 2, "cuda:0", [100, 101], "written on cpu and the run goes on on cuda:0"),
+    "from the CPU of a machine with GPUs": (1, "cpu", 1, "cpu", [100], ""),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_goes_on_where_there_are_other_gpus(move: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generators that are there are restored, the run's own wherever it is now, and what is not is said."""
+    count, device, there, now, found, said = MOVES[move]
+    before = Gpus(count).put_in(monkeypatch)
+    for number in range(count):
+        before.states[number] = torch.tensor([number], dtype=torch.uint8)
+    save_tree({"random": random_state(torch.device(device))}, tmp_path, "state")
+    drawn = torch.rand(3).tolist()
+    after = Gpus(there).put_in(monkeypatch)
+    notes = set_random_state(load_tree(tmp_path, "state")["random"], torch.device(now))
+    assert [int(state) for state in after.states] == found
+    assert len(notes) == bool(said)
+    assert said in "".join(notes)
+    assert torch.rand(3).tolist() == drawn
+
+
+def test_a_checkpoint_that_does_not_name_its_device_is_of_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those were that runs wrote before they could be told a device."""
+    Gpus(2).put_in(monkeypatch)
+    state = random_state(torch.device("cuda:0"))
+    del state["device"]
+    after = Gpus(1).put_in(monkeypatch)
+    assert set_random_state(state, torch.device("cuda:0"))
+    assert [int(each) for each in after.states] == [100]

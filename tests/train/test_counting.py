@@ -42,7 +42,7 @@ def handed_out(options: FineTuneOptions, rows: int, stop_at: int | None = None) 
             lambda module, args, inputs: seen.extend(inputs["input_ids"][:, 0].tolist()), with_kwargs=True
         )
         trainer = FineTuneTrainer(
-            model=model, args=_training_arguments(options, rows, False), train_dataset=data,
+            model=model, args=_training_arguments(options, rows, False, torch.device("cpu")), train_dataset=data,
             optimizers=(optimizer, None), callbacks=callbacks,
         )  # fmt: skip
         trainer.train_on(checkpoint)

@@ -16,12 +16,13 @@ from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held,
 from lisa_kernels.train.options import FineTuneOptions
 
 MB = 10**6
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_a_meter_sees_what_came_after_it_and_went_again() -> None:
     """400 MB that live for a moment are the peak; what was there before is not."""
     before = torch.ones(50 * MB)
-    meter = MemoryMeter.start()
+    meter = MemoryMeter.start(CPU)
     during = torch.ones(100 * MB)
     del during
     assert 395 * MB < meter.peak_bytes() < 480 * MB
@@ -32,7 +33,7 @@ def test_a_second_meter_does_not_see_the_peak_before_it() -> None:
     """Two runs in one process are measured apart, where the system lets a process reset its peak."""
     during = torch.ones(100 * MB)
     del during
-    meter = MemoryMeter.start()
+    meter = MemoryMeter.start(CPU)
     assert meter.peak_bytes() < 100 * MB
 
 
@@ -45,7 +46,7 @@ class Measured(MemoryMeter):
 
 @pytest.mark.parametrize(("planned", "warns"), [(1906, False), (1904, True), (3000, False), (None, False)])
 def test_a_gpu_run_warns_above_five_percent(planned: int | None, warns: bool) -> None:
-    meter = Measured(gpu=True, before=0)
+    meter = Measured(device=GPU, before=0)
     warning = meter.warning(None if planned is None else planned * MB)
     assert (warning is not None) == warns
     assert warning is None or "GB more than was planned" in warning
@@ -53,13 +54,13 @@ def test_a_gpu_run_warns_above_five_percent(planned: int | None, warns: bool) ->
 
 def test_a_cpu_run_never_warns() -> None:
     """The process's growth is more than tensors: it says nothing of whether the plan was kept."""
-    assert Measured(gpu=False, before=0).warning(MB) is None
+    assert Measured(device=CPU, before=0).warning(MB) is None
 
 
 def test_the_description_says_what_each_figure_counts() -> None:
-    assert Measured(gpu=True, before=0).describe(1600 * MB) == "peak memory 2.00 GB, 1.60 GB planned (+25.0%)"
-    assert Measured(gpu=False, before=0).describe(None) == "peak memory: the process grew by 2.00 GB"
-    text = Measured(gpu=False, before=0).describe(1600 * MB)
+    assert Measured(device=GPU, before=0).describe(1600 * MB) == "peak memory 2.00 GB, 1.60 GB planned (+25.0%)"
+    assert Measured(device=CPU, before=0).describe(None) == "peak memory: the process grew by 2.00 GB"
+    text = Measured(device=CPU, before=0).describe(1600 * MB)
     assert text.startswith("peak memory: the process grew by 2.00 GB (libraries")
     assert text.endswith("the plan's 1.60 GB count tensors alone")
 
@@ -107,4 +108,4 @@ def test_where_the_peak_cannot_be_reset_the_last_one_is_the_base(
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
     during = torch.ones(100 * MB)
     del during
-    assert MemoryMeter.start().peak_bytes() < 100 * MB
+    assert MemoryMeter.start(CPU).peak_bytes() < 100 * MB

@@ -18,6 +18,8 @@ from lisa_kernels.train.models import train_tokenizer
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.prepare import load_model_for, read_data
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,12 +53,12 @@ def test_rows_share_rows_once_the_model_is_known(base: Path, tmp_path: Path) -> 
     given = options(base, tmp_path)
     data = read_data(given, console())
     assert all("position_ids" not in row for row in data.train.rows)
-    _, train, _ = load_model_for(given, data, console())
+    _, train, _ = load_model_for(given, data, CPU, console())
     assert len(train) < len(data.train)
     assert (train.examples, train.tokens) == (data.train.examples, data.train.tokens)
     tokens = [sorted(torch.cat([row["input_ids"] for row in part.rows]).tolist()) for part in (train, data.train)]
     assert tokens[0] == tokens[1]
-    _, alone, _ = load_model_for(options(base, tmp_path, packing=False), data_of(base, tmp_path), console())
+    _, alone, _ = load_model_for(options(base, tmp_path, packing=False), data_of(base, tmp_path), CPU, console())
     assert [len(row["input_ids"]) for row in alone.rows] == [len(row["input_ids"]) for row in data.train.rows]
 
 
@@ -70,7 +72,7 @@ def test_a_pad_token_without_a_row_is_replaced_and_told_of(base: Path, tmp_path:
     data = read_data(given, console())
     data.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     said = Console(file=io.StringIO(), width=200)
-    load_model_for(given, data, said)
+    load_model_for(given, data, CPU, said)
     assert data.tokenizer.pad_token == data.tokenizer.eos_token
     assert "[PAD]" in said.file.getvalue()  # type: ignore[attr-defined]
 

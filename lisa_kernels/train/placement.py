@@ -1,0 +1,88 @@
+"""Where a run goes: its one device, the dtype of its weights there, and whether the memory that it takes is free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lisa_kernels.devices import Machine, choose_device, survey_machine, unused_gpu
+from lisa_kernels.errors import InputError
+from lisa_kernels.ops.capability import check_dtype
+from lisa_kernels.train.models import DTYPES, parse_dtype
+from lisa_kernels.train.options import FineTuneOptions
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a GPU: all, those that this process may still take, and those that it holds."""
+
+    total: int
+    free: int
+    held: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Memory:
+        """Ask the driver; what torch keeps for later tensors counts as free."""
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_allocated(device)
+        return cls(total, free + torch.cuda.memory_reserved(device) - held, held)
+
+    def __str__(self) -> str:
+        """Return who has it."""
+        others = max(0, self.total - self.free - self.held)
+        parts = [(self.free, "free"), (self.held, "held by this run"), (others, "by other programs and the driver")]
+        shares = ", ".join(f"{size / 1e9:.2f} {what}" for size, what in parts if size or what == "free")
+        return f"{self.total / 1e9:.2f} GB ({shares})"
+
+
+def take_device(options: FineTuneOptions, console: Console, machine: Machine | None = None) -> torch.device:
+    """Return the device of the run, and say which it is. Raises InputError where it is not there."""
+    machine = survey_machine() if machine is None else machine
+    device = choose_device(options.device, machine)
+    unused = unused_gpu(machine) if options.device == "auto" else None
+    if unused is not None:
+        console.print(f"note: {unused}", highlight=False, markup=False, style="yellow")
+    console.print(f"device {described(device, machine)}", highlight=False, markup=False)
+    return device
+
+
+def described(device: torch.device, machine: Machine) -> str:
+    """Return the name of a device, its card, and how many others are left alone."""
+    if device.type != "cuda":
+        return str(device)
+    card, others = machine.cards[device.index], len(machine.cards) - 1
+    left = "" if not others else f"; {others} other {'GPUs are' if others > 1 else 'GPU is'} not used"
+    return f"{device}, {card.name} (compute capability {card.capability}, {card.total_bytes / 1e9:.1f} GB){left}"
+
+
+def settled_dtype(options: FineTuneOptions, facts: Mapping[str, Any], device: torch.device) -> str:
+    """Return the name of the dtype of the run's weights: what auto means here, or meant where a resumed run began.
+
+    Raises InputError where the device does not compute in it.
+    """
+    name = facts.get("dtype", "auto") if options.dtype == "auto" else options.dtype
+    dtype = parse_dtype(name, device)
+    check_dtype(dtype, device)
+    return next(known for known, each in DTYPES.items() if each is dtype)
+
+
+def check_room(planned_bytes: int, memory: Memory, device: torch.device) -> None:
+    """Raise InputError where the tensors of a run are more than what is free on its GPU."""
+    if planned_bytes > memory.free:
+        raise InputError(
+            f"the run takes {planned_bytes / 1e9:.2f} GB by plan, more than is free of {device}'s {memory}; end other "
+            f"programs there, or have `lisa-kernels plan --fit {memory.free / 1e9:.1f}GB` find settings that fit."
+        )
+
+
+def out_of_memory(memory: Memory, device: torch.device, resumable: bool) -> InputError:
+    """Return the error for a GPU whose memory has ended in a run."""
+    again = "continue from the last checkpoint with --resume" if resumable else "start again"
+    return InputError(
+        f"no more memory on {device}: of its {memory}; end other programs there and {again}, or have `lisa-kernels "
+        "plan --fit SIZE` find settings that take less."
+    )
