@@ -46,9 +46,11 @@ class SimulatedDevice(TorchDispatchMode):
         name = func.name()
         self.operations[name] += 1
         if func.namespace == "lisa_kernels":
-            # Our own kernels, and torch's operations that make up the others, are seen again.
+            # A kernel of ours, or torch's operations that define what has none: they are seen again.
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+            key = torch._C.DispatchKey.CUDA if has_kernel else torch._C.DispatchKey.CompositeExplicitAutograd
             with self:
-                return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
+                return func._op_dk(key, *args, **kwargs)
         if name in VALUELESS:
             return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
