@@ -41,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "report"},
     # A run leaves its page, and a history in the page's format.
     "train": {*BOTTOM, "devices", "files", "requirements", "report", "ops", "paging", *MIDDLE, "methods", "train"},
-    "info": {*BOTTOM, "devices", "ops"},
+    "trial": {"ops", "optim"},
+    "info": {*BOTTOM, "devices", "ops", "trial"},
     "commands": {
         *BOTTOM,
         "ops",
