@@ -283,12 +283,15 @@ class AdamW8bit(Optimizer):
         self._before_update()
         self._key_bases.sets = max(self._key_bases.sets, 2 * len(windows))
         for window, following in zip(windows, [*windows[1:], []]):
-            some = set(window)
-            groups = [{**group, "params": [p for p in group["params"] if p in some]} for group in self.param_groups]
             with paged.at_hand(self.state, window, make=True):
                 paged.prefetch(following)
-                for batch in gather(groups, self._state_of):
-                    self._update(batch, grad_scale, batch.params)
+                self._update_window(set(window), grad_scale)
+
+    def _update_window(self, window: set[Tensor], grad_scale: Tensor) -> None:
+        """Update some parameters. No name outlives it that would keep their states' memory beside the next window's."""
+        groups = [{**group, "params": [p for p in group["params"] if p in window]} for group in self.param_groups]
+        for batch in gather(groups, self._state_of):
+            self._update(batch, grad_scale, batch.params)
 
     def _begin_step(self, gradients: Iterable[Tensor]) -> Tensor:
         """Decide from all gradients whether this step is skipped, and count it; returns what to multiply them by."""

@@ -138,7 +138,8 @@ class PagedStates:
         for portion in self._portions(param for param in params if param not in self._pages):
             layout = SlabLayout(self._entries(portion, states))
             names = [list(states.get(param) or self._new_state(param)) for param in portion]
-            page = self.open().page(f"state-{self._made}", layout.nbytes, portion[0].device)
+            slot_bytes = 0 if self.stay else PAGE_BYTES
+            page = self.open().page(f"state-{self._made}", layout.nbytes, portion[0].device, slot_bytes)
             self._made += 1
             held = _StatePage(page, layout, portion, names)
             before = {param: dict(states.get(param) or {}) for param in portion}

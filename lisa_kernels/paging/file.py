@@ -74,7 +74,7 @@ class FileStore(Store):
         """Return what a page of this name carries in this run and in no other."""
         return page_digest(self._identity, name)
 
-    def page(self, name: str, nbytes: int, device: torch.device) -> FilePage:
+    def page(self, name: str, nbytes: int, device: torch.device, slot_bytes: int = 0) -> FilePage:
         """Return a new page of zeros for slabs of `device`; its file is there from its first `give_back`."""
         self._pages[name] = nbytes
         return FilePage(self, name, nbytes, device)

@@ -124,7 +124,7 @@ class ManagedStore(Store):
         self._driver = driver
         self._memories: dict[torch.device, ManagedMemory] = {}
 
-    def page(self, name: str, nbytes: int, device: torch.device) -> ManagedPage:
+    def page(self, name: str, nbytes: int, device: torch.device, slot_bytes: int = 0) -> ManagedPage:
         """Return a new page of zeros; InputError where `device` shares no memory with the host."""
         if device not in self._memories:
             self._memories[device] = ManagedMemory(device, self._driver)

@@ -61,10 +61,12 @@ class Store(ABC):
     kind: ClassVar[str]
 
     @abstractmethod
-    def page(self, name: str, nbytes: int, device: torch.device) -> Page:
+    def page(self, name: str, nbytes: int, device: torch.device, slot_bytes: int = 0) -> Page:
         """Return a new page of zeros for slabs that are worked on on `device`.
 
-        name: of letters, digits, dots and dashes; no two pages in use share one.
+        name: of letters, digits, dots and dashes; no two pages in use share one. slot_bytes: above 0 for pages that
+        come for a moment, one after the other, and are no larger unless a single tensor is: where slabs are copied
+        they share a few pieces of the device's memory of this size at most.
         """
 
     @property

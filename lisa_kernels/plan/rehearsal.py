@@ -141,7 +141,7 @@ def take_steps(
     sampler = optimizer.sampler
     store = optimizer.store
     if isinstance(store, HostStore):
-        store.watch = lambda slab: tracker.label([slab], "pages")
+        store.watchers.append(lambda slab: tracker.label([slab], "pages"))
     with tracker.phase("attach"):
         _label_held(model, optimizer, tracker)
     if isinstance(sampler, GivenDraws) and sampler.visits:

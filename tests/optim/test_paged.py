@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lisa_kernels.errors import InputError
 from lisa_kernels.optim import AdamW8bit, paged, to_torch
 from lisa_kernels.paging import Page, Store
-from lisa_kernels.paging.host import HostPage
+from lisa_kernels.paging.host import HostPage, HostStore
 
 from .steps import LR, assert_same, normal, parameters, run, saved_and_loaded, set_gradients, tensors_of
 
@@ -102,42 +103,68 @@ def test_a_gradscalers_verdict_skips_all_pages() -> None:
 class Watched(HostPage):
     """A page that counts how many there are on the device."""
 
-    on_device: set[int]
+    there: set[int]
 
     def prefetch(self) -> None:
         super().prefetch()
-        if self._slab is not None:
-            self.on_device.add(id(self))
+        if self.on_device:
+            self.there.add(id(self))
 
     def take(self) -> Tensor:
-        self.on_device.add(id(self))
+        self.there.add(id(self))
         return super().take()
 
     def give_back(self) -> None:
         super().give_back()
-        self.on_device.discard(id(self))
+        self.there.discard(id(self))
 
 
 def test_two_pages_are_on_the_device_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one in use and the next one; between steps there is none."""
     monkeypatch.setattr("lisa_kernels.paging.host.HostPage", Watched)
-    Watched.on_device = set()
+    Watched.there = set()
     params = many()
     optimizer = grouped(params, "host")
     most = []
     update = optimizer._update
 
     def watch(*arguments: Any) -> None:
-        most.append(len(Watched.on_device))
+        most.append(len(Watched.there))
         update(*arguments)
 
     monkeypatch.setattr(optimizer, "_update", watch)
     run(optimizer, params, range(3))
     assert max(most) == 2
-    assert not Watched.on_device
+    assert not Watched.there
     sizes = [page.nbytes for page in pages_of(optimizer)]
     assert len(sizes) > 2
     assert max(sizes) <= paged.PAGE_BYTES
+
+
+def test_a_step_holds_three_pages_or_a_larger_one_and_the_next() -> None:
+    """In the bytes of storages that are alive, whoever holds them; nothing is left after a step."""
+    params = [nn.Parameter(normal(64, 80)) for _ in range(9)]
+    for place in (0, 6):
+        params.insert(place, nn.Parameter(normal(150, 100)))
+    optimizer = AdamW8bit(params, paging="host")
+    alive: dict[int, int] = {}
+    most = 0
+
+    def watch(slab: Tensor) -> None:
+        nonlocal most
+        storage = slab.untyped_storage()
+        alive[storage._cdata] = slab.numel()
+        weakref.finalize(storage, alive.pop, storage._cdata)
+        most = max(most, sum(alive.values()))
+
+    assert isinstance(optimizer.store, HostStore)
+    optimizer.store.watchers.append(watch)
+    run(optimizer, params, range(3))
+    sizes = [page.nbytes for page in pages_of(optimizer)]
+    regular, larger = max(size for size in sizes if size <= paged.PAGE_BYTES), max(sizes)
+    assert larger > paged.PAGE_BYTES
+    assert most == max(3 * regular, regular + larger)
+    assert not alive
 
 
 def test_a_state_larger_than_a_page_has_one_to_itself() -> None:

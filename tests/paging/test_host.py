@@ -1,115 +1,271 @@
-"""Copies beside other work: results do not depend on when they run, as long as they run when they are waited for."""
+"""Copies beside other work: results do not depend on when they run, and device memory has a bound."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any
+import gc
+import random
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.paging import host
-from lisa_kernels.paging.host import CopyLane, HostPage, HostStore
+from lisa_kernels.paging.host import HostPage, HostStore
+
+from .late_device import LateLanes
 
 CPU = torch.device("cpu")
 N = 1000
+SLOT = 1024
+# Of pages: most fill a slot or less, one is larger by itself.
+SIZES = (1024, 512, 1024, 1024, 2560)
 
 
-class Copy:
-    """A copy that runs when it is waited for, and all copies before it on its lane."""
+class Paged(NamedTuple):
+    """A page and the byte that fills it."""
 
-    def __init__(self, lane: LateLane, target: Tensor, source: Tensor, after: Copy | None) -> None:
-        self.lane, self.target, self.source, self.after = lane, target, source, after
-
-    def synchronize(self) -> None:
-        self.lane.run_until(self)
+    page: HostPage
+    value: int
 
 
-class LateLane(CopyLane):
-    """The slowest stream there can be."""
+class Trainer:
+    """Uses pages in any order, and expects of each what was last written to it."""
 
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.queue: list[Copy] = []
+    def __init__(self, lanes: LateLanes, slot_bytes: int) -> None:
+        self.lanes, self.slot_bytes = lanes, slot_bytes
+        self.store = HostStore(lambda _: lanes)
+        self.held = [self._new(number) for number in range(len(SIZES))]
+        self.taken: set[int] = set()
+        self.written = 0
+        self.busiest = 0
 
-    def copy_(self, target: Tensor, source: Tensor, after: Any = None) -> Any:
-        self.queue.append(Copy(self, target, source, after))
-        return self.queue[-1]
+    def _new(self, number: int) -> Paged:
+        return Paged(self.store.page(f"page-{number}", SIZES[number], CPU, self.slot_bytes), 0)
 
-    def wait(self, copied: Any) -> None:
-        if copied is not None:
-            copied.synchronize()
+    def take(self, number: int) -> None:
+        """Bring a page, look at it, and write it anew."""
+        page, value = self.held[number]
+        slab = page.take()
+        self.lanes.work.expect(slab, value)
+        self.written = self.written % 255 + 1
+        self.lanes.work.fill(slab, self.written)
+        self.held[number] = Paged(page, self.written)
+        self.taken.add(number)
 
-    def run_until(self, last: Copy) -> None:
-        while last in self.queue:
-            copy = self.queue.pop(0)
-            if copy.after is not None:
-                copy.after.synchronize()
-            copy.target.copy_(copy.source)
+    def prefetch(self, number: int) -> None:
+        self.held[number].page.prefetch()
+
+    def give_back(self, number: int) -> None:
+        self.held[number].page.give_back()
+        self.taken.discard(number)
+
+    def free(self, number: int) -> None:
+        self.held[number].page.free()
+        self.held[number] = self._new(number)
+        self.taken.discard(number)
+
+    def lose(self, number: int) -> None:
+        """Forget a page without a word, as what ends in an error does."""
+        self.held[number] = self._new(number)
+        self.taken.discard(number)
+
+    def settle(self, number: int) -> None:
+        """Read the page at home."""
+        page, value = self.held[number]
+        if number not in self.taken:
+            page.settle()
+            if not (page.home() == value).all():
+                self.lanes.faults.append("another home")
+
+    def other_work(self, number: int) -> None:
+        """Write to memory that pages may have had before."""
+        self.lanes.work.fill(self.lanes.empty(SIZES[number]), 255)
+
+    def close(self) -> None:
+        """End in the middle of everything."""
+        self.held.clear()
+        del self.store
+        self.lanes.run_all()
+        # What was in use when its owner went is among the youngest objects.
+        gc.collect(0)
 
 
-class LateStore(HostStore):
-    """A host store whose copies all run as late as they may."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inwards, self.outwards = LateLane(), LateLane()
-
-    def lanes(self, device: torch.device) -> tuple[CopyLane, CopyLane]:
-        return self.inwards, self.outwards
+ACTIONS = ["take", "prefetch", "give_back", "free", "lose", "settle", "other_work"]
+# What steps do, a page fetched in vain whose home serves the next one, and anything.
+HABITS = [
+    ["prefetch", "take", "give_back"], ["take", "give_back"],
+    ["take", "give_back", "prefetch", "free", "take", "give_back", "settle", "lose"],
+]  # fmt: skip
 
 
-def written(store: HostStore, value: int) -> HostPage:
-    page = store.page("page", N, CPU)
-    page.take().fill_(value)
-    page.give_back()
-    return page
+def act(trainer: Trainer, action: str, number: int) -> None:
+    getattr(trainer, action)(number)
 
 
-def test_a_page_is_read_after_it_was_written_however_late() -> None:
-    store = LateStore()
-    page = written(store, 7)
-    page.prefetch()
-    assert store.inwards.queue
-    assert store.outwards.queue
-    assert (page.take() == 7).all()
+def run(lanes: LateLanes, slot_bytes: int, seed: int, turns: int = 30) -> list[str]:
+    """Return the faults of a run in any order."""
+    trainer, order = Trainer(lanes, slot_bytes), random.Random(seed)
+    for _ in range(turns):
+        number = order.randrange(len(SIZES))
+        for action in order.choice([*HABITS, [order.choice(ACTIONS)], [order.choice(ACTIONS)]]):
+            act(trainer, action, number)
+    trainer.close()
+    return lanes.faults
 
 
-def test_home_is_right_once_it_is_settled() -> None:
-    """Negative control: before, it is not."""
-    page = written(LateStore(), 7)
-    page.home().zero_()
-    assert not (page.home() == 7).any()
-    page.settle()
-    assert (page.home() == 7).all()
+PROGRAM = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, len(SIZES) - 1)), max_size=60)
+MODE = st.none() | st.integers(0, 1000)
 
 
-def test_a_buffer_that_is_still_read_is_not_written_by_its_next_page() -> None:
-    """A page is freed right after it was taken, or only prefetched, and its buffer goes to another page."""
-    for taken in (False, True):
-        store = LateStore()
-        page = written(store, 7)
-        page.prefetch()
-        slab = page._slab
-        if taken:
+@settings(max_examples=150, deadline=None)
+@given(PROGRAM, MODE, st.sampled_from([0, SLOT]))
+def test_pages_are_what_was_written_in_every_order(
+    program: list[tuple[str, int]], seed: int | None, slot_bytes: int
+) -> None:
+    """Whatever is asked for when, and whenever the device does it; nothing is left locked in the end."""
+    lanes = LateLanes(seed)
+    trainer = Trainer(lanes, slot_bytes)
+    for action, number in program:
+        act(trainer, action, number)
+    trainer.close()
+    assert lanes.faults == []
+    assert not lanes.locked
+    assert lanes.live_bytes == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(PROGRAM, MODE)
+def test_a_ring_has_three_slots_or_what_is_taken_at_once_and_one_page_more(
+    program: list[tuple[str, int]], seed: int | None
+) -> None:
+    """In every order of calls, and where pages are lost: the bound is one of bytes that torch's allocator has given."""
+    lanes = LateLanes(seed)
+    trainer = Trainer(lanes, SLOT)
+    most = 3 * SLOT
+    for action, number in program:
+        if action == "other_work":
+            continue
+        taken = sum(max(SIZES[other], SLOT) for other in trainer.taken)
+        most = max(most, taken + max(SIZES))
+        act(trainer, action, number)
+        assert lanes.live_bytes == trainer.store.device_bytes(CPU)
+        assert lanes.peak_bytes <= most
+        if lanes.live_bytes == 0:
+            most = 3 * SLOT
+            lanes.peak_bytes = 0
+
+
+def test_a_step_holds_three_slots_and_nothing_afterwards() -> None:
+    """The host far ahead of the device; one page, larger than a slot, takes the room of those that have left."""
+    lanes = LateLanes()
+    store = HostStore(lambda _: lanes)
+    sizes = [2 * SLOT, *[SLOT] * 9, 2 * SLOT]
+    pages = [store.page(f"page-{number}", nbytes, CPU, SLOT) for number, nbytes in enumerate(sizes)]
+    for _ in range(3):
+        lanes.peak_bytes = 0
+        for page, following in zip(pages, [*pages[1:], None]):
             page.take()
-        page.free()
-        other = written(store, 9)
-        other.settle()
-        assert slab is not None
-        assert (slab == 7).all()
-        assert store.nbytes == N
+            if following is not None:
+                following.prefetch()
+            page.give_back()
+        assert lanes.live_bytes == 0
+    assert lanes.peak_bytes == 3 * SLOT
 
 
-def test_a_buffer_that_is_still_written_serves_its_next_page() -> None:
-    store = LateStore()
-    written(store, 7).free()
-    other = written(store, 9)
-    other.settle()
-    assert (other.home() == 9).all()
-    assert (other.take() == 9).all()
+# Who waits, and for whom.
+ORDERINGS = {
+    "arrival-of-what-left": ("in", "out"),
+    "arrival-in-used-memory": ("in", "work"),
+    "use-of-what-arrives": ("work", "in"),
+    "departure-of-what-is-used": ("out", "work"),
+    "reuse-of-memory-that-leaves": ("work", "out"),
+    "departure-to-memory-that-is-read": ("out", "in"),
+    "reading-at-home": ("host", "out"),
+}
+# The latest device and some at random, with slots of their own and in a ring.
+RUNS = [(mode, slot_bytes, turn) for turn in range(20) for mode in (None, turn) for slot_bytes in (0, SLOT)]
+
+
+def test_runs_in_any_order_have_no_fault() -> None:
+    assert not any(run(LateLanes(mode), slot_bytes, turn) for mode, slot_bytes, turn in RUNS)
+
+
+@pytest.mark.parametrize("name", ORDERINGS)
+def test_every_ordering_is_needed(name: str) -> None:
+    """Negative control: with any one of the waits left out, the same runs have faults."""
+    assert any(run(LateLanes(mode, {ORDERINGS[name]}), slot_bytes, turn) for mode, slot_bytes, turn in RUNS)
+
+
+def test_memory_of_a_late_device_outlives_its_pages_and_nothing_waits() -> None:
+    """All of it goes while copies are queued: the host's memory stays locked until they are over."""
+    lanes = LateLanes()
+    store = HostStore(lambda _: lanes)
+    page = store.page("page", N, CPU)
+    lanes.work.fill(page.take(), 7)
+    page.give_back()
+    page.prefetch()
+    del page, store
+    assert lanes.locked
+    assert lanes.live_bytes == N
+    gc.collect(0)
+    assert lanes.locked
+    lanes.run_all()
+    gc.collect(0)
+    assert not lanes.locked
+    assert lanes.live_bytes == 0
+    assert lanes.faults == []
+
+
+def test_nothing_is_unlocked_while_a_graph_is_captured() -> None:
+    """The driver would end the capture; even an event must not be asked for."""
+    lanes = LateLanes()
+    store = HostStore(lambda _: lanes)
+    page = store.page("page", N, CPU)
+    page.take()
+    page.give_back()
+    lanes.run_all()
+    lanes.capturing = True
+    del page, store
+    gc.collect(0)
+    assert lanes.locked
+    lanes.capturing = False
+    gc.collect(0)
+    assert not lanes.locked
+
+
+def test_each_device_waits_for_its_own() -> None:
+    """The other one's work may go on for ever."""
+    devices = {device: LateLanes(device=device) for device in (torch.device("cpu", 0), torch.device("cpu", 1))}
+    store = HostStore(lambda device: devices[device])
+    pages = {device: store.page("page", N, device) for device in devices}
+    for page in pages.values():
+        page.take()
+        page.give_back()
+    one, other = devices.values()
+    one.run_all()
+    del store, pages, page
+    gc.collect(0)
+    assert not one.locked
+    assert other.locked
+    assert other.outwards.queued
+    other.run_all()
+    gc.collect(0)
+    assert not other.locked
+
+
+def test_closing_waits_for_the_last_copies() -> None:
+    lanes = LateLanes()
+    store = HostStore(lambda _: lanes)
+    page = store.page("page", N, CPU)
+    page.take()
+    page.give_back()
+    page.free()
+    assert store.nbytes == N
+    store.close()
+    assert store.nbytes == 0
+    assert not lanes.locked
 
 
 def test_a_page_that_never_leaves_the_device_takes_no_host_memory() -> None:
@@ -129,47 +285,6 @@ def test_memory_that_is_not_there_is_refused_and_the_slab_stays_on_the_device() 
         real.give_back()
     assert (real.take() == 3).all()
     assert store.nbytes == 0
-
-
-class Runtime:
-    """Counts what is locked, as CUDA's runtime would."""
-
-    def __init__(self, error: int = 0) -> None:
-        self.error = error
-        self.locked: dict[int, int] = {}
-        self.waited: list[int] = []
-
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
-        self.locked[address] = size
-        return self.error
-
-    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
-        del self.locked[address]
-
-
-def test_locked_buffers_are_of_whole_pieces_of_their_own_and_are_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = Runtime()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: runtime.waited.append(len(runtime.locked)))
-    sizes = (1, 4095, 4096, 4097, 100_000)
-    buffers = [host._locked(size) for size in sizes]
-    assert [buffer.numel() for buffer in buffers] == list(sizes)
-    ranges = sorted((address, address + size) for address, size in runtime.locked.items())
-    assert all(begin % host.LOCKED_PIECE == 0 and end % host.LOCKED_PIECE == 0 for begin, end in ranges)
-    assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))
-    for buffer in buffers:
-        address = buffer.data_ptr()
-        assert any(begin <= address and address + buffer.numel() <= end for begin, end in ranges)
-    del buffer, buffers
-    assert not runtime.locked
-    # Before each one, for a copy may still be on its way to it.
-    assert runtime.waited == [5, 4, 3, 2, 1]
-
-
-def test_memory_that_cannot_be_locked_is_used_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(error=2))
-    with pytest.warns(UserWarning, match="cannot be locked"):
-        assert host._locked(N).numel() == N
 
 
 def test_pages_of_a_planned_run_have_sizes_only() -> None:

@@ -15,6 +15,7 @@ import torch
 from lisa_kernels import LISA, BAdam, FullFineTune, OwLore, attach
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import Method
+from lisa_kernels.optim import paged
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
@@ -223,14 +224,30 @@ def test_the_default_device_and_random_state_are_left_alone() -> None:
     assert after.device.type == "cpu"
 
 
+@pytest.mark.parametrize("name", ["full", "owlore-page"])
+def test_pages_of_a_rehearsal_are_those_of_a_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each birth and death of their memory on the device; a CPU has the homes too, which are state."""
+    monkeypatch.setattr(paged, "PAGE_BYTES", 1 << 13)
+    page = OwLore(active_layers=2, rank=4, embeddings="frozen", scores="uniform", retired_state="page")
+    given = replace(
+        workload("llama", {**METHODS, "owlore-page": page}[name]), paging="host" if name == "full" else None
+    )
+    planned, real = (
+        [(event.bytes, event.phase) for event in trace.events if event.category == "pages"]
+        for trace in (rehearse(given), tracked_run(given))
+    )
+    assert planned == real
+    assert len(planned) >= 4
+
+
 def test_pages_on_the_device_are_told_apart() -> None:
     """State that visits the device for its step is pages there; without paging it is state, and there are none."""
     given = workload("llama", FullFineTune())
-    paged = rehearse(replace(given, paging="host"))
-    seen = {name for index in range(len(paged.events)) for name, size in paged.live_at(index).items() if size}
+    moved = rehearse(replace(given, paging="host"))
+    seen = {name for index in range(len(moved.events)) for name, size in moved.live_at(index).items() if size}
     assert "pages" in seen
     assert "optimizer state" in seen  # the counters
     resident = rehearse(given)
     assert all(event.category != "pages" for event in resident.events)
     state = sum(event.bytes for event in resident.events if event.category == "optimizer state" and event.bytes > 0)
-    assert max(paged.live_at(index)["optimizer state"] for index in range(len(paged.events))) < state / 10
+    assert max(moved.live_at(index)["optimizer state"] for index in range(len(moved.events))) < state / 10
