@@ -41,6 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "report"},
     # A run leaves its page, and a history in the page's format.
     "train": {*BOTTOM, "devices", "files", "requirements", "report", "ops", "paging", *MIDDLE, "methods", "train"},
+    # Reads rows and loads models as a run does.
+    "evaluate": {"errors", "devices", "ops", "train", "evaluate"},
     "trial": {"ops", "optim"},
     "info": {*BOTTOM, "devices", "ops", "trial"},
     "commands": {
@@ -52,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "plan",
         "train",
         "report",
+        "evaluate",
         "info",
         "requirements",
         "commands",

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-_MODEL_HELP = (
+MODEL_HELP = (
     "directory, hub id, preset:NAME (random weights): tiny, small, tinyllama-1.1b, llama-2-7b, llama-3.1-8b, "
     "qwen2.5-7b, mistral-7b, or sample:smollm2-135m (a small pretrained one, of the extra sample)"
 )
@@ -29,7 +29,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Declare the model, the shape of its batches and what every command has."""
-    parser.add_argument("--model", required=True, help=_MODEL_HELP)
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per row")
     parser.add_argument("--batch-size", type=int, default=4, help="rows per forward pass")
     parser.add_argument(

@@ -84,7 +84,7 @@ def encode_conversations(records: Records, tokenizer: Any, notes: list[str]) -> 
         )
     if not tokenizer.chat_template:
         notes.append("the tokenizer has no chat template: conversations are written in a simple ChatML-like one")
-    writer = _Writer(tokenizer)
+    writer = ConversationWriter(tokenizer)
     for number, item in enumerate(records.items, start=1):
         rendered = writer.render(item, number)
         encoded = tokenizer(
@@ -113,7 +113,7 @@ def labels_in(encoded: Any, spans: Sequence[Span]) -> list[int]:
 
 
 @dataclass
-class _Writer:
+class ConversationWriter:
     """Renders conversations in the form that a template reads; counts holds what is to be told, with how often."""
 
     tokenizer: Any

@@ -37,13 +37,15 @@ class Records:
     kind: "text" (items: str), "prompt" (items: dict with str prompt and completion), "messages" (items: list of dict
     with str role and content, at least one from the assistant, or dict of such `messages` and their `tools`) or
     "instruction" (items as of messages: what `for_template` makes conversations or prompts of).
-    notes: what a reader of the data should be told, such as rows that were left out.
+    notes: what a reader of the data should be told, such as rows that were left out. rows: of each item (its place in
+    words, the row as it was read with all its columns), where `load_records` was asked to keep them.
     """
 
     kind: str
     items: list[Any]
     source: str
     notes: list[str] = field(default_factory=list, compare=False)
+    rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -90,12 +92,17 @@ def as_prompt(item: Any) -> dict[str, str]:
 
 
 def load_records(
-    specs: str | Sequence[str], *, max_bytes: int | None = None, columns: Mapping[str, str] | None = None
+    specs: str | Sequence[str],
+    *,
+    max_bytes: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    keep_rows: bool = False,
 ) -> Records:
     """Load the records that one or several `specs` name, in their own order.
 
     max_bytes: stop after this many bytes of UTF-8 text; the last text is cut, other examples are kept or left whole.
     columns: for each field of a row (prompt, completion, messages, ...) the column that holds it; see `FIELDS`.
+    keep_rows: keep in `Records.rows` what the columns beside these hold.
     Raises InputError for anything that cannot be read as records, and for sources of different kinds.
     """
     if max_bytes is not None and max_bytes < 1:
@@ -106,7 +113,7 @@ def load_records(
             break
         records = _load_one(spec, None if max_bytes is None else max_bytes - used_bytes, columns)
         used_bytes += sum(map(_size_bytes, records.items)) if max_bytes is not None else 0
-        loaded.append(records)
+        loaded.append(records if keep_rows else dataclasses.replace(records, rows=[]))
     return _joined(loaded)
 
 
@@ -123,6 +130,7 @@ def _joined(loaded: Sequence[Records]) -> Records:
         [item for records in loaded for item in records.items],
         ", ".join(records.source for records in loaded),
         list(dict.fromkeys(note for records in loaded for note in records.notes)),
+        [row for records in loaded for row in records.rows],
     )
 
 
@@ -147,7 +155,7 @@ def _folder_records(
     spec: str, folder: Path, max_bytes: int | None, columns: Mapping[str, str] | None
 ) -> Records:  # fmt: skip
     files, held_back = folder_files(spec, folder)
-    records = load_records([str(path) for path in files], max_bytes=max_bytes, columns=columns)
+    records = load_records([str(path) for path in files], max_bytes=max_bytes, columns=columns, keep_rows=True)
     note = f"data {spec!r}: read {', '.join(str(path.relative_to(folder)) for path in files[:8])}"
     note += f" and {len(files) - 8} more" if len(files) > 8 else ""
     if held_back:
@@ -161,7 +169,7 @@ def _gather(
 ) -> Records:
     """Check each (place, row) and collect the items up to `max_bytes`."""
     fields: tuple[str, ...] = ()
-    items, notes = list[Any](), list[str]()
+    items, notes, kept = list[Any](), list[str](), list[tuple[str, dict[str, Any]]]()
     used_bytes, rows_read, unanswered = 0, 0, 0
     for where, found in rows:
         if not isinstance(found, dict):
@@ -185,6 +193,7 @@ def _gather(
                 break
         if kind != "text" or item.strip():
             items.append(item)
+            kept.append((where, found))
         used_bytes += size_bytes
         if max_bytes is not None and used_bytes >= max_bytes:
             break
@@ -196,7 +205,7 @@ def _gather(
     kind = "messages" if FIELDS[fields] == "prompt" and not isinstance(items[0], dict) else FIELDS[fields]
     if kind == "prompt" and any(not isinstance(item, dict) or "prompt" not in item for item in items):
         raise InputError(f"data {source!r} has prompts that are text and others that are messages: use one kind.")
-    return Records(kind, items, source, notes)
+    return Records(kind, items, source, notes, kept)
 
 
 def _fields_of_first(source: str, row: dict[str, Any], where: str, notes: list[str]) -> tuple[str, ...]:
