@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 # Half a unit in the last place of float32, relative: 24 significant bits.
 FLOAT32_ROUNDING = 2.0**-24
 # Half a unit in the last place of bfloat16, relative: 8 significant bits.
@@ -45,6 +47,25 @@ TRANSPORT = PRODUCT
 # both instructions from the PTX manual), two products and step_size: 2 + 1 + 4.3 + 3 roundings; the definition's root,
 # sum, quotient and step_size are four; the rest is for the root of a subnormal v, which counts as zero.
 APPROXIMATE_UPDATE = 15 * FLOAT32_ROUNDING
+
+# The sum of squares of a GPU's tile of 4,096 elements, relative: a square is rounded, passes through 15 sums of its
+# thread's 16 and 8 of a tree over the 256 threads, all of them of positive numbers. Tiles are added in float64.
+SQUARES_OF_A_TILE = (1 + 15 + 8) * FLOAT32_ROUNDING
+
+
+def product_of_parts(left: torch.dtype, right: torch.dtype, terms: int) -> float:
+    """Return what a GPU kernel's sum of `terms` products may err by, as a share of the sum of their magnitudes.
+
+    Factors that are not both of one 16-bit dtype are taken in bfloat16 parts of 8 bits each, and products of the
+    smallest parts are left out: two parts each leave 2⁻¹⁶, three parts of two float32 leave 2⁻²³. The sums of tensor
+    cores need not round to nearest: 2⁻²³ for each term.
+    """
+    if left == right == torch.float32:
+        parts = 2.0**-23
+    else:
+        parts = 0.0 if left == right else 2.0**-16
+    return parts + terms * 2.0**-23
+
 
 # How far a weight of two runs, whose losses take their sums in another order, may be apart, as a share of its way since
 # the start. Gradients differ in their last bits; a moment may then be rounded to the neighbouring code (1/16 of itself,

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from unittest import mock
 
 import torch
-from tolerances import APPROXIMATE_UPDATE, BFLOAT16_ROUNDING, FLOAT32_ROUNDING
+from tolerances import APPROXIMATE_UPDATE, BFLOAT16_ROUNDING, FLOAT32_ROUNDING, SQUARES_OF_A_TILE
 from torch import Tensor
 
 from lisa_kernels.ops.adamw8 import Hyper, reference, step_scalars
@@ -370,5 +370,5 @@ def check_norm(machine: Machine, grads: list[Tensor], squares: bool = True, shif
     exact = float(magnitudes.max()), float(magnitudes.square().sum()) if squares else 0.0
     assert largest == exact[0] or (largest != largest and exact[0] != exact[0])
     if exact[0] < float("inf"):
-        assert abs(total - exact[1]) <= 40 * 2.0**-24 * exact[1]
+        assert abs(total - exact[1]) <= SQUARES_OF_A_TILE * exact[1]
     memory.assert_untouched()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ptx import Program, PtxError
+from tolerances import product_of_parts
 from torch import Tensor
 
 from lisa_kernels.ops.fold import master_weight, reference
@@ -109,9 +110,8 @@ def check_bound(machine: Machine, problem: Problem) -> int:
     """Fold a problem of any numbers: each weight lies where the product's error lets it; returns the unequal ones."""
     ours, rank = run(machine, problem), len(problem.left)
     product = problem.left.double().t() @ problem.right.double()
-    # What the kernel says that a product may err by, beside its sums.
-    parts = 2.0**-23 if problem.weight.dtype == FP32 else 2.0**-16
-    error = (parts + rank * 2.0**-23) * (problem.left.double().abs().t() @ problem.right.double().abs())
+    share = product_of_parts(problem.left.dtype, problem.right.dtype, rank)
+    error = share * (problem.left.double().abs().t() @ problem.right.double().abs())
     if problem.lower is None:
         old, found = problem.weight.to(FP32), ours[0]
     else:

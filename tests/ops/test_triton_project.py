@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ptx import PtxError
+from tolerances import product_of_parts
 from torch import Tensor
 
 from lisa_kernels.ops.tiles import ELEMENT, VECTOR
@@ -28,8 +29,6 @@ DTYPES = {
     "mixed halves": (FP16, FP32),
 }  # fmt: skip
 REST = ("float16", "float32", "mixed halves")
-# What products err by, over |P| · |G|ᵀ, beside n · 2⁻²³: nothing for two of one 16-bit dtype.
-PARTS = {"bfloat16": 0.0, "float16": 0.0, "float32": 2.0**-23, "mixed": 2.0**-16, "mixed halves": 2.0**-16}
 
 
 def whole(bits: int, *shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -69,10 +68,11 @@ def check_exact(machine: Machine, basis: Tensor, gradient: Tensor, tile: object 
     assert_equal_bits(ours.flatten(), (basis.double() @ gradient.double().t()).float().flatten(), "results")
 
 
-def check_bound(machine: Machine, kind: str, basis: Tensor, gradient: Tensor) -> None:
+def check_bound(machine: Machine, basis: Tensor, gradient: Tensor) -> None:
     """Project any numbers: each result errs by no more than the kernel says."""
     ours, (first, second) = run(machine, basis, gradient), (basis.double(), gradient.double())
-    bound = (PARTS[kind] + gradient.shape[1] * 2.0**-23) * (first.abs() @ second.abs().t())
+    share = product_of_parts(basis.dtype, gradient.dtype, gradient.shape[1])
+    bound = share * (first.abs() @ second.abs().t())
     assert bool(((ours.double() - first @ second.t()).abs() <= bound).all())
 
 
@@ -117,7 +117,7 @@ def test_parts_of_the_columns_are_added(machine: Machine) -> None:
 def test_any_numbers_stay_within_the_stated_bound(machine: Machine, kind: str) -> None:
     generator = torch.Generator().manual_seed(3)
     basis, gradient = (torch.randn(k, 264, generator=generator).to(d) for k, d in zip((16, 64), DTYPES[kind]))
-    check_bound(machine, kind, basis, gradient)
+    check_bound(machine, basis, gradient)
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_a_factor_rounded_to_bfloat16_breaks_the_bound() -> None:
     basis, gradient = torch.randn(16, 264, generator=generator).bfloat16(), torch.randn(64, 264, generator=generator)
     ours = run(SEEN[0], basis, gradient.bfloat16())
     error = (ours.double() - basis.double() @ gradient.double().t()).abs()
-    bound = (PARTS["mixed"] + 264 * 2.0**-23) * (basis.double().abs() @ gradient.double().abs().t())
+    bound = product_of_parts(BF16, FP32, 264) * (basis.double().abs() @ gradient.double().abs().t())
     assert bool((error > bound).any())
 
 

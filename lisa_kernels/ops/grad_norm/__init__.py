@@ -27,7 +27,9 @@ def grad_norm(grads: Sequence[Tensor], squares: bool = True) -> Tensor:
     """Return float64 [2] on the gradients' device: the largest magnitude, NaN if there is one, and the sum of squares.
 
     grads: at least one tensor, float32, bfloat16 or float16, all on one device. Without `squares` the sum is 0 and not
-    computed. The same for every number of threads; sums of different devices may differ in the last places.
+    computed. The largest magnitude is exact. The sum errs by at most 24 · 2⁻²⁴ of itself on GPUs, where tiles are
+    summed in float32 and their sums in float64, and as float64 sums do on CPUs. Both are the same in every run and for
+    every number of threads.
     """
     if not grads:
         raise InputError("there are no gradients to measure; at least one tensor is wanted.")

@@ -3,7 +3,8 @@
 Magnitudes are compared as integers: the bits of a float32 without its sign are in the order of its magnitude, with
 infinity above all numbers and NaN above infinity, so that neither is lost. Squares are summed after a scaling by the
 power of two that brings the program's largest magnitude to [1, 2), so that none overflows, in float32 over a tile and
-in float64 over the tiles: always in the same order.
+in float64 over the tiles: always in the same order. A square passes through at most 24 roundings to float32: its own,
+15 sums of a thread's elements and 8 over the threads.
 """
 
 from __future__ import annotations

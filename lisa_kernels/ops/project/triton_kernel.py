@@ -1,8 +1,8 @@
 """R = P Gᵀ in Triton: one pass over G for each 128 rows of P, on the tensor cores, summed in float32.
 
 Where G has too few rows to occupy a GPU, its columns are divided among programs too; each writes a sum of its own, and
-these are added in their order, so that a result never depends on timing. Products err as `add_product` says, sums of n
-terms by up to n · 2⁻²³ of |P| · |G|ᵀ.
+these are added in their order, so that a result never depends on timing. It errs as `add_product` says and the
+contract repeats.
 """
 
 from __future__ import annotations
