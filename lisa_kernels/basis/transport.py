@@ -13,6 +13,7 @@ There the second moment begins with the square of the new gradient, as Adam's ow
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,13 +30,13 @@ def largest_update_squared(betas: tuple[float, float]) -> float:
     return (1.0 - beta1) ** 2 / ((1.0 - beta2) * (1.0 - beta1 * beta1 / beta2))
 
 
-def _correction(beta: float, step: Tensor) -> Tensor:
-    """Return float32 0-d 1 − βᵗ, at least the smallest normal number.
+def _correction(beta: float, steps: Tensor) -> Tensor:
+    """Return float32 1 − βᵗ of the shape of `steps`, at least the smallest normal number.
 
     Before the first update it is zero and so are the moments: any divisor gives zero back.
     """
-    base = torch.full((), beta, dtype=torch.float64, device=step.device)
-    correction = (1.0 - torch.pow(base, step.to(torch.float64))).to(torch.float32)
+    base = torch.full((), beta, dtype=torch.float64, device=steps.device)
+    correction = torch.rsub(torch.pow(base, steps.to(torch.float64)), 1.0).to(torch.float32)
     return correction.clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -48,14 +49,35 @@ def transport_moments(
     taken with bias corrections (m̂ = m / (1 − β₁ᵗ), v̂ likewise) and given back without them. gradient: float32 [r, k] in
     the new basis, what the next update will see; entries that are not finite count as zero.
     """
-    correction1, correction2 = _correction(betas[0], step), _correction(betas[1], step)
-    mean = m / correction1
-    variance = v / correction2 - mean * mean
-    new_mean = rotation @ mean
-    squares = rotation * rotation
-    new_square = (squares @ variance + new_mean * new_mean).abs()
-    if gradient is not None:
-        unknown = (1.0 - squares.sum(1, keepdim=True)).clamp_min(0.0)
-        new_square = new_square + unknown * torch.nan_to_num(gradient, posinf=0.0, neginf=0.0).square()
-    new_m, new_v = new_mean * correction1, new_square * correction2
-    return new_m, torch.maximum(new_v, new_m * new_m / largest_update_squared(betas))
+    return transport_many([(m, v)], rotation[None], step[None], betas, [gradient])[0]
+
+
+def transport_many(
+    moments: Sequence[tuple[Tensor, Tensor]], rotations: Tensor, steps: Tensor, betas: tuple[float, float],
+    gradients: Sequence[Tensor | None],
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Return what `transport_moments` does for several matrices of one rank, in few launches.
+
+    rotations: [matrices, r, r]; steps: [matrices]. What the corrections multiply is a factor of small matrices here:
+    with κ = (1 − β₂ᵗ) / (1 − β₁ᵗ)², v ← |(Q∘Q) v + κ ((Q m)² − (Q∘Q) m²)|.
+    """
+    correction1, correction2 = _correction(betas[0], steps), _correction(betas[1], steps)
+    kappa = correction2 / correction1 / correction1
+    squares = rotations * rotations
+    unknown = (1.0 - squares.sum(2, keepdim=True)).clamp_min(0.0) * correction2[:, None, None]
+    turns = zip(rotations.unbind(), moments)
+    new_m = [rotation @ m for rotation, (m, _) in turns]
+    new_v = [square @ v for square, (_, v) in zip(squares.unbind(), moments)]
+    old_squares = torch._foreach_mul([m for m, _ in moments], [m for m, _ in moments])
+    for v, square, part in zip(new_v, (squares * kappa[:, None, None]).unbind(), old_squares):
+        v.addmm_(square, part, alpha=-1.0)
+    new_squares = torch._foreach_mul(new_m, new_m)
+    for v, square, factor in zip(new_v, new_squares, kappa.unbind()):
+        v.addcmul_(square, factor)
+    torch._foreach_abs_(new_v)
+    for v, gradient, part in zip(new_v, gradients, unknown.unbind()):
+        if gradient is not None:
+            v.addcmul_(torch.nan_to_num(gradient, posinf=0.0, neginf=0.0).square_(), part)
+    torch._foreach_div_(new_squares, largest_update_squared(betas))
+    torch._foreach_maximum_(new_v, new_squares)
+    return list(zip(new_m, new_v))

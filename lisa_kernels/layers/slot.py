@@ -108,8 +108,7 @@ class SlotModule(nn.Module):
     def add_slot_(self, weight: Tensor) -> Tensor:
         """Add scale · Bᵀ P to a weight, the layer's own or a copy of it, in place; returns it."""
         # To nearest, which errs least where a weight is rounded once; steps round often, and so stochastically.
-        decay, clock = self.slot.new_ones(()), self.slot.new_zeros((), dtype=torch.int64)
-        fold_(weight, *self.lifting_factors(), decay=decay, clock=clock, stochastic=False)
+        fold_(weight, *self.lifting_factors(), decay=self.slot.new_ones(()))
         return weight
 
     def refresh_basis(self, gradient: Gradient) -> Tensor:

@@ -18,6 +18,7 @@ from lisa_kernels.methods.projection import (
     is_projected,
     stagger,
 )
+from lisa_kernels.methods.slots import Decays
 from lisa_kernels.ops.fold import fold_
 from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.optim.batches import gather, with_gradients
@@ -166,8 +167,8 @@ class GaLoreAdamW8bit(AdamW8bit):
         for each in projected:
             if each.projection.due and each.projection.has_bases:
                 self._refresh(each, grad_scale)
-        for batch in gather([group for group in self.param_groups if not is_projected(group)], self._state_of):
-            self._update(batch, grad_scale, batch.params)
+        plain = [group for group in self.param_groups if not is_projected(group)]
+        self._update(gather(plain, self._state_of), grad_scale)
         for portion in _portions(projected):
             self._step_slots(portion, grad_scale)
         for each in projected:
@@ -209,27 +210,18 @@ class GaLoreAdamW8bit(AdamW8bit):
             owners.update({slot: each.param for slot, each in zip(slots, some)})
             group = some[0].group
             groups.append({**group, "params": slots, "lr": group["lr"] * group["scale"], "weight_decay": 0.0})
-        for batch in gather(groups, lambda slot: self.state[owners[slot]]):
-            self._update(batch, grad_scale, [owners[slot] for slot in batch.params])
+        self._update(gather(groups, lambda slot: self.state[owners[slot]]), grad_scale, owners)
+        decays = Decays(self)
         for each, slot in zip(portion, owners):
-            self._fold(each, slot)
+            # A skipped step left the slot at zero; without the decay the weight stays as it was.
+            decay = decays.of(each.group, each.param.device)
+            factors = each.projection.factors(self.state[each.param], slot)
+            fold_(each.param.detach(), *factors, decay=decay, key=self.step_key(each.param))
 
     def _slot(self, moving: _Moving) -> Tensor:
         slot = torch.zeros(moving.projection.slot_shape, dtype=torch.float32, device=moving.param.device)
         slot.grad = moving.projection.project(self._state_of(moving.param), moving.grad)
         return slot
-
-    def _fold(self, moving: _Moving, slot: Tensor) -> None:
-        param, group = moving.param, moving.group
-        clock, _ = self._counters_on(param.device)
-        one = torch.ones((), dtype=torch.float32, device=param.device)
-        # A skipped step left the slot at zero; without the decay the weight stays as it was.
-        decay = torch.where(self.last_skip(param.device), one, one - group["lr"] * group["weight_decay"])
-        left, right = moving.projection.factors(self.state[param], slot)
-        fold_(
-            param.detach(), left, right, decay=decay.to(torch.float32), clock=clock,
-            stochastic=self.rounding == "stochastic", seed=self.seed, parameter=self.index_of(param),
-        )  # fmt: skip
 
 
 def _portions(moving: list[_Moving]) -> Iterator[list[_Moving]]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lisa_kernels.basis import transport_moments
+from lisa_kernels.basis import transport_many
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import SlotModule
 from lisa_kernels.ops.fold import fold_
 from lisa_kernels.optim import AdamW8bit
+from lisa_kernels.optim.moments import read_moments, write_moments
+
+# Elements of moments that are carried into new bases at a time: many small matrices take few launches then, and large
+# ones, one after the other, the memory of one.
+TURNED_ELEMENTS = 1 << 20
 
 
 def stagger(layers: Sequence[SlotModule]) -> None:
@@ -23,8 +28,33 @@ def stagger(layers: Sequence[SlotModule]) -> None:
         tracker.offset = index * tracker.gap // len(tracked)
 
 
-def _group_of(optimizer: AdamW8bit, layer: SlotModule) -> dict[str, Any]:
-    return next(group for group in optimizer.param_groups if any(param is layer.slot for param in group["params"]))
+def group_of(optimizer: AdamW8bit) -> dict[Tensor, dict[str, Any]]:
+    """Return the group of each parameter."""
+    return {param: group for group in optimizer.param_groups for param in group["params"]}
+
+
+class Decays:
+    """What the step just taken leaves of weights, 1 − lr·wd, and 1 where it was skipped: once for a group's many."""
+
+    def __init__(self, optimizer: AdamW8bit) -> None:
+        self._optimizer = optimizer
+        self._made: dict[tuple[int, torch.device], Tensor] = {}
+
+    def of(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        """Return float32 0-d for the weights of a group on a device."""
+        key = id(group), device
+        if key not in self._made:
+            kept = torch.where(self._optimizer.last_skip(device), 1.0, 1.0 - group["lr"] * group["weight_decay"])
+            self._made[key] = kept.to(torch.float32)
+        return self._made[key]
+
+
+class _Turn(NamedTuple):
+    """A slot whose basis was refreshed, float32: P_new P_oldᵀ [r, r] and P_old [r, n]."""
+
+    layer: SlotModule
+    rotation: Tensor
+    old: Tensor
 
 
 def transport_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule], skip: Mapping[torch.device, Tensor]) -> None:
@@ -33,35 +63,56 @@ def transport_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule], skip: Ma
     A gradient that was of no use left the basis and a rotation of exactly one; then the state keeps its every bit. So
     it does where the step is skipped (bool 0-d for each device): the old basis then comes back.
     """
-    turned: dict[Tensor, tuple[SlotModule, Tensor]] = {}
+    turns: dict[Tensor, _Turn] = {}
     for layer in layers:
         turn = None if layer.tracker is None else layer.tracker.take_turn()
         if turn is None:
             continue
         rotation, old = turn
-        back = skip.get(old.device, torch.zeros((), dtype=torch.bool, device=old.device))
-        layer.basis.copy_(torch.where(back, old.to(layer.basis.dtype), layer.basis))
+        if old.device in skip:
+            torch.where(skip[old.device], old.to(layer.basis.dtype), layer.basis, out=layer.basis)
         if layer.slot in optimizer.state:
-            unit = torch.eye(layer.rank, dtype=rotation.dtype, device=rotation.device)
-            turned[layer.slot] = layer, torch.where(back, unit, rotation)
-    for slots in optimizer.windows(turned):
+            turns[layer.slot] = _Turn(layer, rotation, old)
+    groups = group_of(optimizer) if turns else {}
+    for slots in optimizer.windows(turns):
         with optimizer.at_hand(slots):
-            for slot in slots:
-                _transport(optimizer, *turned[slot])
+            for some, betas in _alike([turns[slot] for slot in slots], groups):
+                _transport(optimizer, some, betas, skip)
 
 
-def _transport(optimizer: AdamW8bit, layer: SlotModule, rotation: Tensor) -> None:
-    betas = _group_of(optimizer, layer)["betas"]
-    state = optimizer.state[layer.slot]
-    before = {name: tensor.clone() for name, tensor in state.items()}
-    m, v = optimizer.moments(layer.slot)
-    gradient = layer.slot.grad
-    if gradient is not None:
-        gradient = gradient * optimizer._unscaling(gradient.device)
-    optimizer.set_moments(layer.slot, *transport_moments(m, v, rotation, state["step"], betas, gradient))
-    turned = (rotation != torch.eye(layer.rank, device=rotation.device)).any()
-    for name, tensor in state.items():
-        tensor.copy_(torch.where(turned, tensor, before[name]))
+def _alike(
+    turns: Sequence[_Turn], groups: Mapping[Tensor, dict[str, Any]]
+) -> Iterator[tuple[list[_Turn], tuple[float, float]]]:  # fmt: skip
+    """Yield turns of one device, rank and pair of betas, whose moments have up to `TURNED_ELEMENTS` together."""
+    portions: dict[Any, list[_Turn]] = {}
+    sizes: dict[Any, int] = {}
+    for turn in turns:
+        slot, betas = turn.layer.slot, groups[turn.layer.slot]["betas"]
+        key = slot.device, turn.layer.rank, betas
+        if key in portions and sizes[key] + slot.numel() > TURNED_ELEMENTS:
+            yield portions.pop(key), betas
+        sizes[key] = slot.numel() + (sizes[key] if key in portions else 0)
+        portions.setdefault(key, []).append(turn)
+    yield from ((some, key[-1]) for key, some in portions.items())
+
+
+def _transport(
+    optimizer: AdamW8bit, turns: Sequence[_Turn], betas: tuple[float, float], skip: Mapping[torch.device, Tensor]
+) -> None:  # fmt: skip
+    slots = [turn.layer.slot for turn in turns]
+    device, states = slots[0].device, [optimizer.state[slot] for slot in slots]
+    moments = [read_moments(state, slot.shape, optimizer.block_size) for state, slot in zip(states, slots)]
+    rotations = torch.stack([turn.rotation for turn in turns])
+    unit = torch.eye(rotations.shape[1], dtype=rotations.dtype, device=device)
+    if device in skip:
+        rotations = torch.where(skip[device], unit, rotations)
+    gradients = [None if slot.grad is None else optimizer.unscaled(slot.grad) for slot in slots]
+    steps = torch.stack([state["step"] for state in states])
+    new = transport_many(moments, rotations, steps, betas, gradients)
+    turned = (rotations != unit).flatten(1).any(1)
+    keys = optimizer.rewriting_keys(slots)
+    for state, moved, key, chosen in zip(states, new, keys, turned.unbind()):
+        write_moments(state, *moved, optimizer.block_size, key, chosen)
 
 
 def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
@@ -69,18 +120,15 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
 
     A skipped step left B at zero; its decay is then left out on the device, so that W stays as it was.
     """
-    for layer in layers:
-        if layer.tracker is None:
-            continue
-        clock, _ = optimizer._counters_on(layer.slot.device)
-        group = _group_of(optimizer, layer)
-        decay = torch.where(optimizer.last_skip(layer.slot.device), 1.0, 1.0 - group["lr"] * group["weight_decay"])
+    folded = [layer for layer in layers if layer.tracker is not None]
+    groups, decays = group_of(optimizer), Decays(optimizer)
+    for layer in folded:
         fold_(
-            layer.stored_weight.data, *layer.lifting_factors(), decay=decay, clock=clock,
-            stochastic=optimizer.rounding == "stochastic", seed=optimizer.seed,
-            parameter=optimizer.index_of(layer.slot), remainder=layer.remainder if layer.remainder.numel() else None,
+            layer.stored_weight.data, *layer.lifting_factors(), decay=decays.of(groups[layer.slot], layer.slot.device),
+            key=optimizer.step_key(layer.slot), remainder=layer.remainder if layer.remainder.numel() else None,
         )  # fmt: skip
-        layer.slot.data.zero_()
+    if folded:
+        torch._foreach_zero_([layer.slot.data for layer in folded])
 
 
 def kept_buffers(layer: SlotModule) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.adamw8 import FLOAT_DTYPES
-from lisa_kernels.ops.blockwise8 import block_count, dequantize_blockwise, quantize_blockwise
+from lisa_kernels.ops.blockwise8 import block_count
 from lisa_kernels.ops.grad_norm import grad_norm
-from lisa_kernels.ops.random_bits import random_key
-from lisa_kernels.optim.batches import Batch, KeyBases, gather, with_gradients
+from lisa_kernels.ops.random_bits import keys_at
+from lisa_kernels.optim.batches import Batch, KeyBases, by_device, gather, inputs_of, key_bases, with_gradients
+from lisa_kernels.optim.moments import read_moments, write_moments
 from lisa_kernels.optim.paged import PagedStates
 from lisa_kernels.optim.settings import check_hyper, check_settings
 from lisa_kernels.paging import Store, open_store
@@ -103,6 +104,7 @@ class AdamW8bit(Optimizer):
         self._last_skip: dict[torch.device, Tensor] = {}
         self._last_taken: dict[torch.device, Tensor] = {}
         self._last_grad_norm: Tensor | None = None
+        self._step_keys: dict[Tensor, Tensor] = {}
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -224,6 +226,11 @@ class AdamW8bit(Optimizer):
             return torch.ones((), dtype=torch.float32, device=device)
         return torch.reciprocal(scale.to(device, torch.float32).reshape(()))
 
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """Return a gradient as it is without GradScaler's scale."""
+        is_scaled = getattr(self, "grad_scale", None) is not None
+        return gradient * self._unscaling(gradient.device) if is_scaled else gradient
+
     def _measure(self, grads: dict[torch.device, list[Tensor]]) -> tuple[Tensor, Tensor]:
         """Return on the first device (take the step? bool 0-d, what to multiply the gradients by, float32 0-d)."""
         first = next(iter(grads))
@@ -262,8 +269,7 @@ class AdamW8bit(Optimizer):
         if batches:
             grad_scale = self._begin_step(grad for batch in batches for grad in batch.grads)
             self._before_update()
-            for batch in batches:
-                self._update(batch, grad_scale, batch.params)
+            self._update(batches, grad_scale)
 
     def _before_update(self) -> None:
         """Do what has to wait until the gradients are known to be finite or not: for subclasses."""
@@ -290,8 +296,7 @@ class AdamW8bit(Optimizer):
     def _update_window(self, window: set[Tensor], grad_scale: Tensor) -> None:
         """Update some parameters. No name outlives it that would keep their states' memory beside the next window's."""
         groups = [{**group, "params": [p for p in group["params"] if p in window]} for group in self.param_groups]
-        for batch in gather(groups, self._state_of):
-            self._update(batch, grad_scale, batch.params)
+        self._update(gather(groups, self._state_of), grad_scale)
 
     def _begin_step(self, gradients: Iterable[Tensor]) -> Tensor:
         """Decide from all gradients whether this step is skipped, and count it; returns what to multiply them by."""
@@ -299,6 +304,7 @@ class AdamW8bit(Optimizer):
         for grad in gradients:
             grads.setdefault(grad.device, []).append(grad)
         took, grad_scale = self._measure(grads)
+        self._step_keys = {}
         skip, taken = ~took, took.to(torch.int64)
         if self._counters is None:
             zero = torch.zeros((), dtype=torch.int64, device=took.device)
@@ -309,14 +315,24 @@ class AdamW8bit(Optimizer):
         self._last_taken = {device: taken.to(device) for device in grads}
         return grad_scale
 
-    def _update(self, batch: Batch, grad_scale: Tensor, owners: Iterable[Tensor]) -> None:
-        """Update one batch; its random numbers are keyed by `owners`, the parameters that its tensors stand for."""
-        skip = self._last_skip[batch.kind.device]
-        batch.count(self._last_taken[batch.kind.device])
-        indices = tuple([self._indices[param] for param in owners])
-        bases = self._key_bases.on(skip.device, self.seed, indices)
-        clock, stochastic = self._counters_on(skip.device)[0], self.rounding == "stochastic"
-        batch.update(skip, grad_scale.to(skip.device), bases, clock, self.block_size, stochastic)
+    def _update(
+        self, batches: Iterable[Batch], grad_scale: Tensor, owners: Mapping[Tensor, Tensor] | None = None
+    ) -> None:
+        """Update batches; random numbers are keyed by `owners`, the parameters that their tensors stand for, if any."""
+        stochastic = self.rounding == "stochastic"
+        for device, some in by_device(batches).items():
+            skip, clock = self._last_skip[device], self._counters_on(device)[0]
+            params = [param if owners is None else owners[param] for batch in some for param in batch.params]
+            bases = self._key_bases.on(device, self.seed, tuple([self._indices[param] for param in params]))
+            scalars, keys = inputs_of(some, self._last_taken[device], grad_scale.to(device), bases, clock)
+            self._step_keys.update(zip(params, keys.unbind()))
+            sizes = [len(batch.params) for batch in some]
+            for batch, *inputs in zip(some, scalars.split(sizes), keys.split(sizes)):
+                batch.update(*inputs, skip, self.block_size, stochastic)
+
+    def step_key(self, param: Tensor) -> Tensor | None:
+        """Return the key of a parameter's random numbers at the step just taken, int64 0-d; None to round nearest."""
+        return self._step_keys[param] if self.rounding == "stochastic" else None
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -327,31 +343,24 @@ class AdamW8bit(Optimizer):
     def moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """Return float32 copies of (m, v) in the parameter's shape."""
         with self.at_hand([param]):
-            state, shape = self.state[param], self._moment_shape(param)
-            if "m" in state:
-                return state["m"].view(shape).clone(), state["v"].view(shape).clone()
-            m = dequantize_blockwise(state["m_codes"], state["m_absmax"], "m", self.block_size)
-            v = dequantize_blockwise(state["v_codes"], state["v_absmax"], "v", self.block_size)
-            return m.view(shape), v.view(shape)
+            state = self.state[param]
+            m, v = read_moments(state, self._moment_shape(param), self.block_size)
+            return (m.clone(), v.clone()) if "m" in state else (m, v)
 
     def set_moments(self, param: Tensor, m: Tensor, v: Tensor) -> None:
         """Replace the moments by float32 (m, v) of the parameter's shape, quantising them as a step would."""
         with self.at_hand([param]):
-            self._write_moments(param, self.state[param], m, v)
+            (key,) = self.rewriting_keys([param])
+            write_moments(self.state[param], m, v, self.block_size, key)
 
-    def _write_moments(self, param: Tensor, state: dict[str, Tensor], m: Tensor, v: Tensor) -> None:
-        if "m" in state:
-            state["m"].copy_(m.reshape(-1))
-            state["v"].copy_(v.reshape(-1))
-            return
-        key = None
-        if self.rounding == "stochastic":
-            # Beyond the indices that parameters use, so that no step's random numbers are used twice.
-            key = random_key(self.seed, (1 << 32) + self._indices[param], self._counters_on(param.device)[0])
-        for name, value in (("m", m), ("v", v)):
-            codes, absmax = quantize_blockwise(value.reshape(-1).contiguous(), name, self.block_size, key)
-            state[f"{name}_codes"].copy_(codes)
-            state[f"{name}_absmax"].copy_(absmax)
+    def rewriting_keys(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return a key for `write_moments` for each of some parameters of one device, by their forms of state."""
+        if self.rounding != "stochastic" or not any(map(self._in_8_bits, params)):
+            return [None] * len(params)
+        # Beyond the indices that parameters use, so that no step's random numbers are used twice.
+        device, indices = params[0].device, [(1 << 32) + self._indices[param] for param in params]
+        keys = keys_at(key_bases(device, self.seed, indices), self._counters_on(device)[0])
+        return list(keys.unbind())
 
     def retire(self, params: Iterable[Tensor]) -> None:
         """Forget the state of these parameters and free its memory."""

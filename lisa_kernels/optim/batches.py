@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.adamw8 import Hyper, adamw8_, adamw8_op, adamw32_, adamw32_op, step_inputs
 from lisa_kernels.ops.random_bits import key_base
+from lisa_kernels.ops.tiles import to_device
 
 
 class Kind(NamedTuple):
@@ -31,18 +32,10 @@ class Batch:
         # Each group's hyper-parameters and where its parameters end in the lists.
         self.groups: list[tuple[Hyper, int]] = []
 
-    def count(self, took: Tensor) -> None:
-        """Add `took` (int64 0-d: 1, or 0 for a skipped step) to every parameter's count of updates."""
-        torch._foreach_add_([state["step"] for state in self.states], [took] * len(self.states))
-
-    def update(
-        self, skip: Tensor, grad_scale: Tensor, bases: Tensor, clock: Tensor, block_size: int, stochastic: bool
-    ) -> None:
-        """Take the step: bool 0-d, float32 0-d, int64 [parameters] and int64 0-d on the batch's device."""
+    def update(self, scalars: Tensor, keys: Tensor, skip: Tensor, block_size: int, stochastic: bool) -> None:
+        """Take the step: float32 [parameters, 8], int64 [parameters] and bool 0-d, as `step_inputs` makes them."""
         names = ("m_codes", "m_absmax", "v_codes", "v_absmax") if self.kind.eight_bit else ("m", "v")
         moments = [[state[name] for state in self.states] for name in names]
-        steps = [state["step"] for state in self.states]
-        scalars, keys = step_inputs(steps, self.groups, grad_scale, bases, clock)
         dense = all(map(Tensor.is_contiguous, self.params)) and all(map(Tensor.is_contiguous, self.grads))
         if self.kind.eight_bit and dense:
             adamw8_op(self.params, self.grads, *moments, scalars, keys, skip, block_size, stochastic)
@@ -59,6 +52,30 @@ class Batch:
             )  # fmt: skip
         # The operations run below autograd, which would not notice that weights in a graph have changed.
         torch.autograd.graph.increment_version(self.params)
+
+
+def by_device(batches: Iterable[Batch]) -> dict[torch.device, list[Batch]]:
+    """Return the batches of each device."""
+    found: dict[torch.device, list[Batch]] = {}
+    for batch in batches:
+        found.setdefault(batch.kind.device, []).append(batch)
+    return found
+
+
+def inputs_of(
+    batches: Sequence[Batch], took: Tensor, grad_scale: Tensor, bases: Tensor, clock: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Count an update of all parameters in batches of one device; returns their scalars and keys, one after the other.
+
+    took: int64 0-d, 1, or 0 for a skipped step; the others as for `step_inputs`.
+    """
+    steps = [state["step"] for batch in batches for state in batch.states]
+    torch._foreach_add_(steps, [took] * len(steps))
+    groups: list[tuple[Hyper, int]] = []
+    for batch in batches:
+        before = groups[-1][1] if groups else 0
+        groups += [(hyper, before + end) for hyper, end in batch.groups]
+    return step_inputs(steps, groups, grad_scale, bases, clock)
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:
@@ -108,6 +125,12 @@ def _refuse(param: Tensor, grad: Tensor) -> None:
     )
 
 
+def key_bases(device: torch.device, seed: int, indices: Iterable[int]) -> Tensor:
+    """Return the part of parameters' random keys that does not change, int64 [parameters], without waiting."""
+    bases = torch.tensor([key_base(seed, index) for index in indices], dtype=torch.int64, device="cpu")
+    return to_device(bases, device)
+
+
 class KeyBases:
     """The part of many parameters' random keys that does not change with the step, kept from step to step."""
 
@@ -122,7 +145,5 @@ class KeyBases:
         if which not in self._bases:
             while len(self._bases) >= self.sets:
                 del self._bases[next(iter(self._bases))]
-            bases = torch.tensor([key_base(seed, index) for index in indices], dtype=torch.int64, device="cpu")
-            on_gpu = device.type == "cuda"
-            self._bases[which] = (bases.pin_memory() if on_gpu else bases).to(device, non_blocking=on_gpu)
+            self._bases[which] = key_bases(device, seed, indices)
         return self._bases[which]

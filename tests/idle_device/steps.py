@@ -105,6 +105,7 @@ def stand_ins() -> Iterator[None]:
         (embedding, "lookup_factor", lambda module: 1.0),
         (outer_slots, "lookup_factor", lambda module: 1.0),
         (torch.cuda, "current_stream", Stream),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
     )
     with ExitStack() as stack:
         for owner, name, value in replaced:

@@ -355,7 +355,8 @@ def test_fold_equals_the_reference_within_a_band_and_across_bands(
     left, right = torch.randn(4, shape[0], generator=generator), torch.randn(4, shape[1], generator=generator).to(dtype)
     weight = torch.randn(shape, generator=generator).to(dtype)
     ours, reference = weight.clone(), weight.clone()
-    arguments = (left, right, scalar(0.999, torch.float32), scalar(5), stochastic, 3, 11)
+    key = random_key(3, 11, scalar(5)) if stochastic else None
+    arguments = (left, right, scalar(0.999, torch.float32), key)
     fold_kernel.fold_(library, ours, *arguments)
     fold_reference.fold_(reference, *arguments)
     assert_equal_bits([ours], [reference])
@@ -371,7 +372,7 @@ def test_fold_keeps_masters_as_the_reference_does(library: native.Library, shape
     remainder = torch.randint(-(2**15), 2**15, shape, generator=generator).to(torch.int16)
     ours, reference = [weight, remainder], [weight.clone(), remainder.clone()]
     for clock in (5, 6):
-        arguments = (left * 1e-3, right, scalar(0.999, torch.float32), scalar(clock), True, 3, 11)
+        arguments = (left * 1e-3, right, scalar(0.999, torch.float32), random_key(3, 11, scalar(clock)))
         fold_kernel.fold_(library, ours[0], *arguments, ours[1])
         fold_reference.fold_(reference[0], *arguments, reference[1])
     assert_equal_bits(ours, reference)
@@ -418,7 +419,7 @@ def test_the_ops_run_the_kernels_on_cpu_tensors() -> None:
     codes, absmax = blockwise8.quantize_blockwise(values, "m", key=key)
     assert_equal_bits([codes, absmax], blockwise8_kernel.quantize(LIBRARY, values, True, 256, key))
     weight, left, right = torch.zeros(8, 4), torch.ones(1, 8), torch.ones(1, 4)
-    fold.fold_(weight, left, right, decay=scalar(1.0, torch.float32), clock=scalar(1))
+    fold.fold_(weight, left, right, decay=scalar(1.0, torch.float32), key=random_key(0, 0, scalar(1)))
     assert torch.equal(weight, torch.ones(8, 4))
     assert torch.equal(grad_norm.grad_norm(grads), grad_norm_kernel.grad_norm(LIBRARY, grads, True))
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.fold import fold_, master_weight, reference
+from lisa_kernels.ops.random_bits import random_key
 
 SHAPES = [(1, 1, 1), (5, 7, 3), (64, 96, 8), (255, 257, 4)]
 
@@ -20,14 +21,15 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def fold(weight: Tensor, left: Tensor, right: Tensor, decay: float = 1.0, clock: int = 1, **options: object) -> Tensor:
+def fold(
+    weight: Tensor, left: Tensor, right: Tensor, decay: float = 1.0, clock: int = 1, seed: int = 0, parameter: int = 0,
+    stochastic: bool = True, remainder: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Fold into a copy of `weight` and return it."""
     folded = weight.clone()
-    device = weight.device
-    fold_(
-        folded, left, right, decay=torch.full((), decay, device=device),
-        clock=torch.full((), clock, dtype=torch.int64, device=device), **options,  # type: ignore[arg-type]
-    )  # fmt: skip
+    key = random_key(seed, parameter, torch.full((), clock, dtype=torch.int64, device=weight.device))
+    rate = torch.full((), decay, device=weight.device)
+    fold_(folded, left, right, decay=rate, key=key if stochastic else None, remainder=remainder)
     return folded
 
 
@@ -54,8 +56,7 @@ def test_a_transposed_weight_is_folded_with_slot_and_basis_swapped() -> None:
 def test_a_strided_weight_is_folded_in_place() -> None:
     weight, slot, basis = normal(48, 64), normal(4, 48, seed=1), normal(4, 64, seed=2)
     strided = weight.t().contiguous().t()
-    decay, clock = torch.tensor(0.9), torch.tensor(1)
-    fold_(strided, slot, basis, decay=decay, clock=clock)
+    fold_(strided, slot, basis, decay=torch.tensor(0.9))
     assert torch.equal(strided, fold(weight, slot, basis, 0.9))
 
 
@@ -89,7 +90,7 @@ def test_the_result_does_not_depend_on_the_band_size(dtype: torch.dtype, monkeyp
     for elements in (1 << 20, 1, 1000, 130 * 33):
         monkeypatch.setattr(reference, "BAND_ELEMENTS", elements)
         folded = weight.clone()
-        reference.fold_(folded, slot, basis, torch.tensor(0.5), torch.tensor(3), True, 1, 2)
+        reference.fold_(folded, slot, basis, torch.tensor(0.5), random_key(1, 2, torch.tensor(3)))
         results.append(folded)
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -118,9 +119,9 @@ def test_an_empty_weight_is_no_error(shape: tuple[int, int]) -> None:
 
 def test_the_definition_runs_on_fake_tensors_and_so_reads_nothing_on_the_host() -> None:
     with FakeTensorMode():
-        decay, clock = torch.ones(()), torch.ones((), dtype=torch.int64)
+        decay, key = torch.ones(()), torch.ones((), dtype=torch.int64)
         weight = torch.ones(8, 16, dtype=torch.bfloat16)
-        reference.fold_(weight, torch.ones(2, 8), torch.ones(2, 16), decay, clock, True, 0, 0)
+        reference.fold_(weight, torch.ones(2, 8), torch.ones(2, 16), decay, key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -131,9 +132,6 @@ def test_the_operation_passes_torchs_own_checks(dtype: torch.dtype) -> None:
         normal(2, 16),
         torch.tensor(0.9),
         torch.tensor(1),
-        True,
-        0,
-        0,
     )
     torch.library.opcheck(torch.ops.lisa_kernels.fold_, arguments)
     if dtype == torch.bfloat16:
@@ -167,8 +165,8 @@ def test_masters_take_the_steps_that_a_float32_weight_takes() -> None:
     for clock in range(50):
         slot, basis = normal(4, 48, seed=clock) * 1e-5, normal(4, 64, seed=100 + clock)
         decay = torch.tensor(1 - 1e-5)
-        fold_(whole, slot, basis, decay=decay, clock=torch.tensor(clock))
-        fold_(weight, slot, basis, decay=decay, clock=torch.tensor(7 * clock), seed=clock, remainder=remainder)
+        fold_(whole, slot, basis, decay=decay, key=random_key(0, 0, torch.tensor(clock)))
+        fold_(weight, slot, basis, decay=decay, key=random_key(clock, 0, torch.tensor(7)), remainder=remainder)
     assert torch.equal(master_weight(weight, remainder), whole)
     assert torch.equal(weight, reference.split(whole)[0])
     assert not torch.equal(weight, start)
@@ -179,7 +177,7 @@ def test_a_strided_master_is_folded_in_place() -> None:
     plain, rest = weight.clone(), torch.zeros(48, 64, dtype=torch.int16)
     strided, lower = weight.t().contiguous().t(), rest.t().contiguous().t()
     for given, remainder in ((plain, rest), (strided, lower)):
-        fold_(given, slot, basis, decay=torch.tensor(0.9), clock=torch.tensor(1), remainder=remainder)
+        fold_(given, slot, basis, decay=torch.tensor(0.9), remainder=remainder)
     assert torch.equal(strided, plain)
     assert torch.equal(lower, rest)
 

@@ -52,7 +52,8 @@ class Problem:
         """Return what the definition makes of the weight, and of the remainder."""
         folded = [tensor.clone() for tensor in (self.weight, self.lower) if tensor is not None]
         rest = folded[1] if len(folded) > 1 else None
-        given = (self.left, self.right, torch.tensor(self.decay), CLOCK, self.stochastic, SEED, PARAMETER)
+        key = random_key(SEED, PARAMETER, CLOCK) if self.stochastic else None
+        given = (self.left, self.right, torch.tensor(self.decay), key)
         reference.fold_(folded[0], *given, rest)
         return folded
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lisa_kernels.ops.blockwise8.reference import decode, quantize, scales
 from lisa_kernels.ops.random_bits import keys_at, moment_bits, random_words, round_to_bfloat16, weight_bits
+from lisa_kernels.ops.tiles import to_device
 
 # Elements worked on at a time; a multiple of every block size, so that temporaries stay small and blocks whole.
 CHUNK = 1 << 20
@@ -76,11 +77,38 @@ def step_inputs(
     ends: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the scalars and keys of a step; see the contract in the package."""
-    rows = [
-        step_scalars(torch.stack(steps[start:end]), Hyper(*hyper[5 * group : 5 * group + 5]), grad_scale)
-        for group, (start, end) in enumerate(pairwise([0, *ends]))
-    ]
-    return torch.cat(rows) if len(rows) > 1 else rows[0], keys_at(bases, clock)
+    groups = [Hyper(*hyper[5 * group : 5 * group + 5]) for group in range(len(ends))]
+    spans = list(pairwise([0, *ends]))
+    keys = keys_at(bases, clock)
+    if not any(isinstance(value, Tensor) for value in hyper):
+        rates = [_rates(each) for each, (start, end) in zip(groups, spans) for _ in range(start, end)]
+        host = torch.tensor(rates, dtype=torch.float64, device="cpu")
+        return _all_scalars(torch.stack(steps), to_device(host, grad_scale.device), grad_scale), keys
+    rows = [step_scalars(torch.stack(steps[start:end]), each, grad_scale) for each, (start, end) in zip(groups, spans)]
+    return torch.cat(rows) if len(rows) > 1 else rows[0], keys
+
+
+def _rates(hyper: Hyper) -> list[float]:
+    """Return what `step_scalars` makes of numbers alone: a row of `Scalars`, zeros for what is not, and factors."""
+    lr, beta1, beta2, eps, weight_decay = map(float, hyper)
+    rest1, rest2 = 1.0 - beta1, 1.0 - beta2
+    row = [beta1 / rest1, rest1, beta2 / rest2, rest2, 0.0, 1.0 - lr * weight_decay, 0.0, 0.0]
+    return [*row, beta1, beta2, eps, lr * rest1]
+
+
+def _all_scalars(steps: Tensor, rates: Tensor, grad_scale: Tensor) -> Tensor:
+    """Return `step_scalars` of parameters of several groups; rates: float64 [k, 12], rows of `_rates`.
+
+    The same operations on the same numbers, and so the same bits, in as few launches as one group's.
+    """
+    t = steps.to(torch.float64)
+    beta1, beta2, eps, scaled_lr = rates[:, len(Scalars._fields) :].unbind(1)
+    root = torch.rsub(torch.pow(beta2, t), 1.0).div_(rates[:, 3]).sqrt_()
+    table = rates[:, : len(Scalars._fields)].to(torch.float32)
+    table[:, 4].copy_((root * eps).clamp_min_(SMALLEST_EPS))
+    table[:, 6].copy_(root * scaled_lr / torch.rsub(torch.pow(beta1, t), 1.0))
+    table[:, 7].copy_(grad_scale)
+    return table
 
 
 def square_root(value: Tensor) -> Tensor:

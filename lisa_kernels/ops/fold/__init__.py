@@ -12,16 +12,14 @@ from lisa_kernels.ops.library import triton_kernel, triton_present
 
 @torch.library.custom_op("lisa_kernels::fold_", mutates_args=("weight", "remainder"))
 def _fold(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int,
-    parameter: int, remainder: Tensor | None = None,
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None
 ) -> None:  # fmt: skip
-    reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter, remainder)
+    reference.fold_(weight, left, right, decay, key, remainder)
 
 
 @_fold.register_fake
 def _(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int,
-    parameter: int, remainder: Tensor | None = None,
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None
 ) -> None:  # fmt: skip
     return None
 
@@ -32,14 +30,14 @@ if triton_present():
 
 
 def fold_(
-    weight: Tensor, left: Tensor, right: Tensor, *, decay: Tensor, clock: Tensor,
-    stochastic: bool = True, seed: int = 0, parameter: int = 0, remainder: Tensor | None = None,
+    weight: Tensor, left: Tensor, right: Tensor, *, decay: Tensor, key: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Replace `weight` [m, n] by decay · weight + leftᵀ · right, in float32, rounded once to the weight's dtype.
 
     left: [r, m] and right: [r, n], any float dtype: the slot B and the basis P of a weight stored [m, n], or P and B of
-    one stored transposed (GPT-2's Conv1D). decay: float32 0-d tensor, 1 − lr·wd. A bfloat16 weight is rounded
-    stochastically with random numbers keyed by (seed, clock, parameter, element).
+    one stored transposed (GPT-2's Conv1D). decay: float32 0-d tensor, 1 − lr·wd. key: int64 0-d of `random_key`
+    for the stochastic rounding of a bfloat16 weight, None to round to nearest.
 
     remainder: int16 [m, n] beside a bfloat16 weight, mutated: together they are a float32 master weight, see
     `master_weight`; the weight is then its nearest bfloat16 and nothing is random.
@@ -52,7 +50,7 @@ def fold_(
         )
     if remainder is not None:
         check_remainder(weight, remainder)
-    _fold(weight, left, right, decay, clock, stochastic, seed, parameter, remainder)
+    _fold(weight, left, right, decay, key, remainder)
 
 
 def check_remainder(weight: Tensor, remainder: Tensor) -> None:

@@ -14,23 +14,23 @@ from torch import Tensor
 from lisa_kernels import native
 from lisa_kernels.native import DTYPE_CODES, Library, pointer
 from lisa_kernels.ops.fold import reference
-from lisa_kernels.ops.random_bits import random_key
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
 
 
 def fold_(
-    library: Library, weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor,
-    stochastic: bool, seed: int, parameter: int, remainder: Tensor | None = None,
+    library: Library, weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None,
+    remainder: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add leftᵀ · right to `decay` · weight in place; the contract is the package's. float64 weights stay in torch."""
     if weight.dtype not in DTYPE_CODES:
-        reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter, remainder)
+        reference.fold_(weight, left, right, decay, key, remainder)
         return
     rows, columns = weight.shape
     band = reference.band_rows(columns)
-    key, scale, right = int(random_key(seed, parameter, clock).item()), float(decay.item()), right.to(torch.float32)
+    number = 0 if key is None else int(key.item())
+    scale, right = float(decay.item()), right.to(torch.float32)
     for start in range(0, rows, band):
         targets = [tensor[start : start + band] for tensor in (weight, remainder) if tensor is not None]
         update = left[:, start : start + band].to(torch.float32).t() @ right
@@ -38,7 +38,7 @@ def fold_(
         places = [pointer("the weight", tensor, target.dtype) for tensor, target in zip(dense, targets)]
         library.call(
             "fold", places[0], places[1] if len(places) > 1 else None, pointer("the update", update, torch.float32),
-            update.numel(), start * columns, scale, key, DTYPE_CODES[weight.dtype], stochastic,
+            update.numel(), start * columns, scale, number, DTYPE_CODES[weight.dtype], key is not None,
         )  # fmt: skip
         for target, folded in zip(targets, dense):
             if folded.data_ptr() != target.data_ptr():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lisa_kernels.ops.random_bits import random_key, random_words, round_to_bfloat16, weight_bits
+from lisa_kernels.ops.random_bits import random_words, round_to_bfloat16, weight_bits
 
 # Elements of W worked on at a time.
 BAND_ELEMENTS = 1 << 20
@@ -28,13 +28,12 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fold_(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int,
-    parameter: int, remainder: Tensor | None = None,
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None
 ) -> None:  # fmt: skip
     """Add leftᵀ · right to `decay` · weight in place; see the contract in the package."""
     rows, columns = weight.shape
     band = band_rows(columns)
-    key, right = random_key(seed, parameter, clock), right.to(torch.float32)
+    right = right.to(torch.float32)
     for start in range(0, rows, band):
         target = weight[start : start + band]
         rest = None if remainder is None else remainder[start : start + band]
@@ -44,7 +43,7 @@ def fold_(
         if rest is not None:
             for part, value in zip((target, rest), split(new)):
                 part.copy_(value)
-        elif stochastic and weight.dtype == torch.bfloat16:
+        elif key is not None and weight.dtype == torch.bfloat16:
             bits = weight_bits(random_words(key, start * columns, new.numel()))
             target.copy_(round_to_bfloat16(new, bits.view(new.shape)))
         else:

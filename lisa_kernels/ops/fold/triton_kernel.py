@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lisa_kernels.ops.fold import reference
-from lisa_kernels.ops.random_bits import random_key
 from lisa_kernels.ops.tiles import ACCESS_BYTES, ELEMENT, LONGEST_VECTOR, VECTOR, WARP, Launch, warp_size
 from lisa_kernels.ops.tiles.triton_kernel import (
     TRITON_DTYPES,
@@ -146,16 +145,17 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def fold_(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, clock: Tensor, stochastic: bool, seed: int,
-    parameter: int, remainder: Tensor | None = None,
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None
 ) -> None:  # fmt: skip
     """Fold on a GPU; the contract is the package's. float64 weights stay in torch."""
     if weight.dtype not in TRITON_DTYPES or not weight.numel() or max(weight.shape) >= LARGEST_SIDE:
-        reference.fold_(weight, left, right, decay, clock, stochastic, seed, parameter, remainder)
+        reference.fold_(weight, left, right, decay, key, remainder)
         return
-    key, dense = random_key(seed, parameter, clock), weight.contiguous()
-    rest = None if remainder is None else remainder.contiguous()
-    fold_launch(dense, _dense(left), _dense(right), decay, key, rest, stochastic, warp_size(weight.device)).run()
+    dense, rest = weight.contiguous(), None if remainder is None else remainder.contiguous()
+    # Read in any case, and without effect where rounding is to nearest.
+    seen = decay.new_zeros((), dtype=torch.int64) if key is None else key
+    warp = warp_size(weight.device)
+    fold_launch(dense, _dense(left), _dense(right), decay, seen, rest, key is not None, warp).run()
     for given, folded in ((weight, dense), (remainder, rest)):
         if given is not None and folded is not None and given.data_ptr() != folded.data_ptr():
             given.copy_(folded)
