@@ -26,7 +26,7 @@ from bench.basis_steps import steps
 from bench.numerics import batches
 from bench.rows import append_row
 from bench.timing import seconds_per_call
-from lisa_kernels.basis import FactoredGradient, first_basis, orthonormal_rows, random_basis, refresh_basis
+from lisa_kernels.basis import FactoredGradient, RandomRows, first_basis, orthonormal_rows, random_basis, refresh_basis
 from lisa_kernels.basis.orthonormal import leading_rows, nearest_turn
 from lisa_kernels.train.models import load_model
 
@@ -67,16 +67,16 @@ def energies(recorded: list[dict[str, Tensor]], rank: int) -> dict[str, list[flo
     """
     found: dict[str, list[float]] = {"first": [], "refreshed": [], "kept": [], "random": []}
     for index, name in enumerate(recorded[0]):
-        generator = torch.Generator().manual_seed(index)
-        kept = refreshed = first_basis(recorded[0][name], rank, generator)
+        source = RandomRows(index)
+        kept = refreshed = first_basis(recorded[0][name], rank, source)
         for gradients in recorded[1:]:
             gradient = gradients[name]
-            refreshed = refresh_basis(gradient, refreshed, generator)
+            refreshed = refresh_basis(gradient, refreshed, source)
             bases = {
-                "first": first_basis(gradient, rank, generator),
+                "first": first_basis(gradient, rank, source),
                 "refreshed": refreshed,
                 "kept": kept,
-                "random": random_basis(rank, gradient.shape[1], generator, gradient.device),
+                "random": random_basis(rank, gradient.shape[1], source, gradient.device),
             }
             for kind, basis in bases.items():
                 found[kind].append(energy(basis, gradient))
@@ -116,14 +116,14 @@ def speed(device: str) -> list[Row]:
     """Return the row of first basis and refresh, through the factors and formed, and of their parts."""
     factored = _factors(device)
     gradient = factored.formed()
-    generator = torch.Generator().manual_seed(0)
-    basis = first_basis(factored, RANK, generator)
-    other = random_basis(RANK, N, generator, gradient.device)
+    source = RandomRows(0)
+    basis = first_basis(factored, RANK, source)
+    other = random_basis(RANK, N, source, gradient.device)
     calls: dict[str, Callable[[], object]] = {
-        "first, through factors": lambda: first_basis(factored, RANK, generator),
-        "first, of a formed gradient": lambda: first_basis(gradient, RANK, generator),
-        "refresh, through factors": lambda: refresh_basis(factored, basis, generator),
-        "refresh, of a formed gradient": lambda: refresh_basis(gradient, basis, generator),
+        "first, through factors": lambda: first_basis(factored, RANK, source),
+        "first, of a formed gradient": lambda: first_basis(gradient, RANK, source),
+        "refresh, through factors": lambda: refresh_basis(factored, basis, source),
+        "refresh, of a formed gradient": lambda: refresh_basis(gradient, basis, source),
         "part: forming the gradient": factored.formed,
         "part: product with a formed gradient": lambda: basis @ gradient.t(),
         "part: product through factors": lambda: (basis @ factored.x.t()) @ factored.dy,

@@ -2,19 +2,20 @@
 
 from lisa_kernels.basis.gradients import FactoredGradient, Gradient
 from lisa_kernels.basis.orthonormal import orthonormal_rows
+from lisa_kernels.basis.random_rows import RandomRows
 from lisa_kernels.basis.range_finder import first_basis, random_basis, refresh_basis
-from lisa_kernels.basis.tracker import BasisTracker, stream_generator
+from lisa_kernels.basis.tracker import BasisTracker
 from lisa_kernels.basis.transport import transport_many, transport_moments
 
 __all__ = [
     "BasisTracker",
     "FactoredGradient",
     "Gradient",
+    "RandomRows",
     "first_basis",
     "orthonormal_rows",
     "random_basis",
     "refresh_basis",
-    "stream_generator",
     "transport_many",
     "transport_moments",
 ]

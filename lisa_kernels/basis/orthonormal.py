@@ -74,7 +74,7 @@ def nearest_turn(old: Tensor, new: Tensor) -> Tensor:
     """
     turn = (old @ new.t()).to(torch.float64)
     for _ in range(POLAR_STEPS):
-        turn = 1.5 * turn - 0.5 * (turn @ turn.t()) @ turn
+        turn = torch.addmm(turn, turn @ turn.t(), turn, beta=1.5, alpha=-0.5)
     return orthonormal_rows(turn)
 
 

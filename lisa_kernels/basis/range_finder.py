@@ -20,6 +20,7 @@ from lisa_kernels.basis.orthonormal import (
     orthonormal_rows,
     whitened_rows,
 )
+from lisa_kernels.basis.random_rows import RandomRows
 
 OVERSAMPLING = 16
 # Each multiplies the sketch by GᵀG; two hold 0.99 of the exact energy on spectra as flat as k^-0.6.
@@ -33,18 +34,9 @@ class Found(NamedTuple):
     usable: Tensor
 
 
-def _normal(rows: int, columns: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Return float32 normal numbers, drawn where the generator lives, so that every device gets the same."""
-    if device.type == "meta":
-        return torch.empty(rows, columns, dtype=torch.float32, device=device)
-    drawn = torch.randn(rows, columns, generator=generator, device=generator.device, dtype=torch.float32)
-    # A copy from memory that is not pinned would wait for the GPU.
-    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
-
-
-def random_basis(rank: int, columns: int, generator: torch.Generator, device: torch.device) -> Tensor:
+def random_basis(rank: int, columns: int, source: RandomRows, device: torch.device) -> Tensor:
     """Return float32 [rank, columns] with orthonormal rows in random directions."""
-    return orthonormal_rows(_normal(rank, columns, generator, device))
+    return orthonormal_rows(source.draw(rank, columns, device))
 
 
 def _power_pass(gradient: Gradient, rows: Tensor) -> Tensor:
@@ -55,22 +47,22 @@ def _power_pass(gradient: Gradient, rows: Tensor) -> Tensor:
     return lift(whitened_rows(filled_rows(project(rows, gradient))), gradient)
 
 
-def _with_others(rows: Tensor, m: int, generator: torch.Generator) -> Tensor:
+def _with_others(rows: Tensor, m: int, source: RandomRows) -> Tensor:
     """Return [k, n]: `rows` [r, n] and, where the matrix has room for them, `OVERSAMPLING` random ones of length 1."""
     rank, n = rows.shape
     others = min(rank + OVERSAMPLING, m, n) - rank
-    return torch.cat([rows, _normal(others, n, generator, rows.device) / n**0.5])
+    return torch.cat([rows, source.draw(others, n, rows.device)])
 
 
 def _affordable(gradient: Gradient, rows: Tensor, passes: int) -> Gradient:
     return cheaper(gradient, 2 * passes * len(rows)) if isinstance(gradient, FactoredGradient) else gradient
 
 
-def find_first(gradient: Gradient, rank: int, generator: torch.Generator) -> Found:
+def find_first(gradient: Gradient, rank: int, source: RandomRows) -> Found:
     """Return the basis of the leading row space of `gradient`, or a random one where it has no say."""
     m, n = gradient.shape
-    start = _normal(rank, n, generator, gradient.device) / n**0.5
-    rows = _with_others(start, m, generator)
+    start = source.draw(rank, n, gradient.device)
+    rows = _with_others(start, m, source)
     gradient = _affordable(gradient, rows, FIRST_PASSES)
     rows = _power_pass(gradient, rows)
     for _ in range(FIRST_PASSES - 1):
@@ -79,13 +71,13 @@ def find_first(gradient: Gradient, rank: int, generator: torch.Generator) -> Fou
     return Found(orthonormal_rows(torch.where(usable, leading_rows(rows, rank), start), start), usable)
 
 
-def find_refreshed(gradient: Gradient, basis: Tensor, generator: torch.Generator) -> Found:
+def find_refreshed(gradient: Gradient, basis: Tensor, source: RandomRows) -> Found:
     """Return the basis after one power pass from `basis` float32 [r, n], or that one where the gradient has no say.
 
     Random rows go along, which find within one pass what the old rows do not see at all. The new rows are turned to lie
     as near to the old ones as they can, so that transport moves little.
     """
-    rows = _with_others(basis, gradient.shape[0], generator)
+    rows = _with_others(basis, gradient.shape[0], source)
     rows = _power_pass(_affordable(gradient, rows, 1), rows)
     found = orthonormal_rows(leading_rows(rows, len(basis)), basis)
     usable = _has_say(rows)
@@ -97,20 +89,20 @@ def _has_say(rows: Tensor) -> Tensor:
     return torch.isfinite(rows).all() & (rows != 0).any()
 
 
-def first_basis(gradient: Gradient, rank: int, generator: torch.Generator) -> Tensor:
+def first_basis(gradient: Gradient, rank: int, source: RandomRows) -> Tensor:
     """Return float32 [rank, n] with orthonormal rows that capture the leading row space of `gradient` [m, n].
 
     Rows are ordered by energy, as far as neighbours differ. A gradient that is zero, or has a NaN or an infinity, gives
     random directions.
     """
-    return find_first(gradient, rank, generator).basis
+    return find_first(gradient, rank, source).basis
 
 
-def refresh_basis(gradient: Gradient, basis: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def refresh_basis(gradient: Gradient, basis: Tensor, source: RandomRows | None = None) -> Tensor:
     """Return the basis after one warm power iteration, float32 [r, n]: P ← orth((P Gᵀ) G) from the previous P.
 
     The rows lie as near to the old ones as a basis of the new space can. A gradient that is zero, or has a NaN or an
-    infinity, gives the old basis back. Without a generator the random rows that go along are always the same.
+    infinity, gives the old basis back. Without a source the random rows that go along are always the same.
     """
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    return find_refreshed(gradient, basis.to(torch.float32), generator).basis
+    source = RandomRows(0) if source is None else source
+    return find_refreshed(gradient, basis.to(torch.float32), source).basis

@@ -10,17 +10,12 @@ from torch import Tensor
 
 from lisa_kernels.basis.gradients import FactoredGradient, Gradient
 from lisa_kernels.basis.orthonormal import deviation
+from lisa_kernels.basis.random_rows import RandomRows
 from lisa_kernels.basis.range_finder import find_first, find_refreshed
 from lisa_kernels.ops.autocast import no_autocast
 
 # Of |P Pᵀ − 1|. A basis rounded to bfloat16 deviates by up to 0.008.
 LOST = 0.05
-
-
-def stream_generator(seed: int, stream: int, activation: int) -> torch.Generator:
-    """Return a generator for one matrix and activation, the three numbers kept apart by odd multipliers."""
-    mixed = seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + activation * 0xA0761D6478BD642F
-    return torch.Generator(device="cpu").manual_seed(mixed % (1 << 63))
 
 
 class Heard:
@@ -129,12 +124,12 @@ class BasisTracker:
             self._heard = Heard(self._found)
         return basis
 
-    def _generator(self) -> torch.Generator:
-        return stream_generator(self.seed, self.stream, self.activation + self.steps)
+    def _rows(self) -> RandomRows:
+        return RandomRows(self.seed, self.stream, self.activation + self.steps)
 
     def _find(self, gradient: Gradient, basis: Tensor) -> tuple[Tensor, Tensor]:
         """Write a first basis; returns bool 0-d whether the gradient was usable, and that nothing was lost."""
-        found = find_first(gradient, self.rank, self._generator())
+        found = find_first(gradient, self.rank, self._rows())
         basis.copy_(found.basis)
         return found.usable, torch.zeros_like(found.usable)
 
@@ -145,7 +140,7 @@ class BasisTracker:
         lost = ~(deviation(old) < LOST)
         # Any orthonormal rows will do to begin again from.
         old = torch.where(lost, torch.eye(*old.shape, dtype=old.dtype, device=old.device), old)
-        found = find_refreshed(gradient, old, self._generator())
+        found = find_refreshed(gradient, old, self._rows())
         wanted = found.usable
         if self.retrying:
             wanted = wanted & (lost | ~torch.as_tensor(self._found, device=basis.device))

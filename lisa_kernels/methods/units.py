@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lisa_kernels.basis import BasisTracker, random_basis, stream_generator
+from lisa_kernels.basis import BasisTracker, RandomRows, random_basis
 from lisa_kernels.layers import LowRankLinear, SlotModule, TappedEmbedding, swap_linears
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.outer_slots import add_outer_slots
@@ -67,8 +67,7 @@ class _SlotMaker:
 
     def _fixed_basis(self, layer: LowRankLinear) -> Tensor:
         self.made += 1
-        generator = stream_generator(self.seed, self.made, 0)
-        return random_basis(layer.rank, layer.in_features, generator, layer.slot.device)
+        return random_basis(layer.rank, layer.in_features, RandomRows(self.seed, self.made), layer.slot.device)
 
 
 def make_layout(survey: Survey, seed: int = 0) -> Layout:

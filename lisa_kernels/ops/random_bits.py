@@ -79,6 +79,11 @@ def random_key(seed: int, parameter: int, step: Tensor) -> Tensor:
     return _mix64(step.to(torch.int64) * _signed64(_STEP) + key_base(seed, parameter))
 
 
+def number_key(seed: int, parameter: int, step: int) -> int:
+    """Return the key of one parameter at one step as a number of the host, what `random_key` holds."""
+    return _signed64(_mix64_int(step * _STEP + key_base(seed, parameter)))
+
+
 def random_words(key: Tensor, start: int, count: int) -> Tensor:
     """Return int64 [count], 32 random bits for each of the elements start … start + count − 1."""
     element = torch.arange(start, start + count, dtype=torch.int64, device=key.device)
@@ -86,6 +91,26 @@ def random_words(key: Tensor, start: int, count: int) -> Tensor:
     hashes = _mix32(((element & _MASK32) >> 2) ^ base)
     once, twice = torch.where(element & 1 > 0, _FACTOR, 1), torch.where(element & 2 > 0, _factor_to(2), 1)
     return (((hashes * once) & _MASK32) * twice) & _MASK32
+
+
+def _mix32_(value: Tensor) -> Tensor:
+    """Hash int32 values in place, as `_mix32` does: products keep their low 32 bits."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        value.bitwise_xor_((value >> shift).bitwise_and_(0xFFFFFFFF >> shift)).mul_(factor)
+    return value.bitwise_xor_((value >> 16).bitwise_and_(0xFFFF))
+
+
+def random_floats(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Return float32 [count] of mean 0 and variance 1 for the elements start … start + count − 1 of a `number_key`.
+
+    Each is a sum of two uniform numbers of 16 bits, exact but for one rounding: the same bits on every device, made
+    there. Bytes meanwhile: 8 per number.
+    """
+    low, high = (part - (1 << 32) if part >> 31 else part for part in (key & _MASK32, key >> 32 & _MASK32))
+    words = torch.arange(start, start + count, dtype=torch.int32, device=device)
+    words = _mix32_(_mix32_(words.bitwise_xor_(low)).bitwise_xor_(high))
+    sums = (words >> 16).bitwise_and_(0xFFFF).add_(words.bitwise_and_(0xFFFF)).sub_(0xFFFF)
+    return sums.to(torch.float32).mul_((6.0 / _MASK32) ** 0.5)
 
 
 def round_to_bfloat16(value: Tensor, bits16: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from tolerances import BASIS_ENERGY, ORTHONORMAL
 from torch import Tensor
 
-from lisa_kernels.basis import FactoredGradient, first_basis, orthonormal_rows, random_basis, refresh_basis
+from lisa_kernels.basis import FactoredGradient, RandomRows, first_basis, orthonormal_rows, random_basis, refresh_basis
 from lisa_kernels.basis.gradients import cheaper
 
 M, N, RANK = 160, 256, 16
@@ -27,6 +27,10 @@ every_spectrum = pytest.mark.parametrize("spectrum", list(SPECTRA))
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def source(seed: int = 0) -> RandomRows:
+    return RandomRows(seed)
 
 
 def gradient_of(spectrum: str, seed: int = 0) -> Tensor:
@@ -53,7 +57,7 @@ def assert_orthonormal(basis: Tensor) -> None:
 @every_spectrum
 def test_the_first_basis_keeps_what_the_exact_svd_keeps(spectrum: str) -> None:
     gradient = gradient_of(spectrum)
-    basis = first_basis(gradient, RANK, generator())
+    basis = first_basis(gradient, RANK, source())
     assert basis.dtype == torch.float32
     assert basis.shape == (RANK, N)
     assert_orthonormal(basis)
@@ -62,14 +66,14 @@ def test_the_first_basis_keeps_what_the_exact_svd_keeps(spectrum: str) -> None:
 
 @every_spectrum
 def test_the_energy_check_sees_a_random_basis(spectrum: str) -> None:
-    assert energy(random_basis(RANK, N, generator(), CPU), gradient_of(spectrum)) < 0.5
+    assert energy(random_basis(RANK, N, source(), CPU), gradient_of(spectrum)) < 0.5
 
 
 @every_spectrum
 def test_the_first_basis_orders_its_rows_by_energy(spectrum: str) -> None:
     """The first rows hold what a smaller basis would; the last, the negative control, do not."""
     gradient = gradient_of(spectrum)
-    basis = first_basis(gradient, RANK, generator())
+    basis = first_basis(gradient, RANK, source())
     assert energy(basis[: RANK // 4], gradient) >= 0.95
     assert energy(basis[: RANK // 2], gradient) >= 0.98
     # Of the spectra one is flat there.
@@ -93,16 +97,16 @@ def test_a_warm_refresh_finds_directions_that_the_old_basis_does_not_see(spectru
     gradient = gradient_of(spectrum)
     weakest = torch.linalg.svd(gradient)[2][-RANK:]
     assert energy(weakest, gradient) < 0.2
-    once = refresh_basis(gradient, weakest, generator(1))
+    once = refresh_basis(gradient, weakest, source(1))
     assert energy(once, gradient) > 0.7
-    assert energy(refresh_basis(gradient, once, generator(2)), gradient) > 0.97
+    assert energy(refresh_basis(gradient, once, source(2)), gradient) > 0.97
 
 
 def test_refreshes_follow_a_gradient_that_turns() -> None:
     """Kept as it was, the negative control, the basis loses the energy."""
     old, turn = gradient_of("power-law"), torch.randn(N, N, generator=generator(4)) / N**0.5
     rotation = torch.matrix_exp(0.1 * (turn - turn.t()))
-    kept = basis = first_basis(old, RANK, generator())
+    kept = basis = first_basis(old, RANK, source())
     for step in range(1, 11):
         gradient = old @ torch.linalg.matrix_power(rotation, step)
         basis = refresh_basis(gradient, basis)
@@ -114,11 +118,11 @@ def test_refreshes_follow_a_gradient_that_turns() -> None:
 def test_refreshed_rows_stay_near_the_old_ones(spectrum: str) -> None:
     """Of all bases of the new space the nearest is taken; its own order, the negative control, is far."""
     gradient = gradient_of(spectrum)
-    basis = first_basis(gradient, RANK, generator())
+    basis = first_basis(gradient, RANK, source())
     shuffled = basis[torch.randperm(RANK, generator=generator(5))] * torch.randn(RANK, 1, generator=generator(6)).sign()
     refreshed = refresh_basis(gradient, shuffled)
     nearness = (refreshed * shuffled).sum(1)
-    fresh = first_basis(gradient, RANK, generator(7))
+    fresh = first_basis(gradient, RANK, source(7))
     assert float(nearness.min()) > 0.8
     assert float((fresh * shuffled).sum(1).min()) < 0.5
     # The polar factor: the matrix of products between new and old rows is symmetric and positive.
@@ -131,8 +135,8 @@ def test_refreshed_rows_stay_near_the_old_ones(spectrum: str) -> None:
 def test_gradients_of_lower_rank_still_give_orthonormal_rows_that_hold_them(true_rank: int) -> None:
     g = generator(8)
     gradient = torch.randn(M, true_rank, generator=g) @ torch.randn(true_rank, N, generator=g)
-    basis = first_basis(gradient, RANK, generator())
-    refreshed = refresh_basis(gradient, random_basis(RANK, N, generator(9), CPU))
+    basis = first_basis(gradient, RANK, source())
+    refreshed = refresh_basis(gradient, random_basis(RANK, N, source(9), CPU))
     for found in (basis, refreshed):
         assert_orthonormal(found)
         if true_rank:
@@ -150,12 +154,12 @@ def test_factors_give_the_basis_of_their_product(tokens: int, dtype: torch.dtype
     gradient = dy.float().t() @ x.float()
     assert factored.shape == gradient.shape
     torch.testing.assert_close(factored.formed(), gradient, rtol=1e-4, atol=1e-4)
-    first = first_basis(factored, RANK, generator())
-    old = random_basis(RANK, N, generator(9), CPU)
+    first = first_basis(factored, RANK, source())
+    old = random_basis(RANK, N, source(9), CPU)
     for found in (first, refresh_basis(factored, first), refresh_basis(factored, old)):
         assert_orthonormal(found)
     for found, wanted in (
-        (first, first_basis(gradient, RANK, generator())),
+        (first, first_basis(gradient, RANK, source())),
         (refresh_basis(factored, old), refresh_basis(gradient, old)),
     ):
         assert energy(found, gradient) == pytest.approx(energy(wanted, gradient), abs=1e-4)
@@ -176,7 +180,7 @@ def test_the_cheaper_of_factors_and_gradient_is_taken(tokens: int, rows: int, fo
 def test_bad_gradients_give_random_first_directions_and_leave_old_ones(bad: float) -> None:
     gradient = gradient_of("power-law")
     gradient[7, 9] = bad
-    first = first_basis(gradient, RANK, generator())
+    first = first_basis(gradient, RANK, source())
     assert_orthonormal(first)
     assert torch.equal(refresh_basis(gradient, first), first)
 
@@ -185,7 +189,7 @@ def test_bad_gradients_give_random_first_directions_and_leave_old_ones(bad: floa
 def test_a_basis_does_not_depend_on_the_gradients_scale(scale: float) -> None:
     gradient = gradient_of("geometric")
     scaled = gradient * scale
-    basis = first_basis(scaled, RANK, generator())
+    basis = first_basis(scaled, RANK, source())
     for found in (basis, refresh_basis(scaled, basis)):
         assert_orthonormal(found)
         assert energy(found, gradient) >= BASIS_ENERGY
@@ -194,26 +198,26 @@ def test_a_basis_does_not_depend_on_the_gradients_scale(scale: float) -> None:
 @pytest.mark.parametrize("shape", [(RANK, N), (M, RANK), (RANK, RANK), (RANK + 3, N)], ids=str)
 def test_a_rank_as_large_as_the_matrix_is_allowed(shape: tuple[int, int]) -> None:
     gradient = torch.randn(*shape, generator=generator())
-    basis = first_basis(gradient, RANK, generator())
+    basis = first_basis(gradient, RANK, source())
     for found in (basis, refresh_basis(gradient, basis)):
         assert found.shape == (RANK, shape[1])
         assert_orthonormal(found)
         assert energy(found, gradient) >= BASIS_ENERGY
 
 
-def test_the_first_basis_is_a_function_of_gradient_and_generator() -> None:
+def test_the_first_basis_is_a_function_of_gradient_and_source() -> None:
     gradient = gradient_of("power-law")
-    one, two, other = (first_basis(gradient, RANK, generator(seed)) for seed in (1, 1, 2))
+    one, two, other = (first_basis(gradient, RANK, source(seed)) for seed in (1, 1, 2))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 
 
 def test_bases_are_float32_whatever_the_default_dtype() -> None:
     gradient = gradient_of("power-law")
-    wanted = first_basis(gradient, RANK, generator()), random_basis(RANK, N, generator(), CPU)
+    wanted = first_basis(gradient, RANK, source()), random_basis(RANK, N, source(), CPU)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        given = first_basis(gradient, RANK, generator()), random_basis(RANK, N, generator(), CPU)
+        given = first_basis(gradient, RANK, source()), random_basis(RANK, N, source(), CPU)
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(wanted, given))

@@ -13,7 +13,7 @@ from families import llama, tokens
 from torch import Tensor, nn
 
 from lisa_kernels import LoRAFA, OwLore, attach
-from lisa_kernels.basis import BasisTracker, random_basis
+from lisa_kernels.basis import BasisTracker, RandomRows, random_basis
 from lisa_kernels.layers import LowRankLinear, find_linears, linear_shape, swap_linears
 
 IN, OUT, RANK = 24, 16, 4
@@ -44,7 +44,7 @@ def tracker(gap: int = 0) -> BasisTracker:
 
 
 def basis() -> Tensor:
-    return random_basis(RANK, IN, torch.Generator().manual_seed(3), torch.device("cpu"))
+    return random_basis(RANK, IN, RandomRows(3), torch.device("cpu"))
 
 
 def matrix_gradient(linear: nn.Module, gradient: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from lisa_kernels.ops.random_bits import (
     key_base,
     keys_at,
     moment_bits,
+    number_key,
+    random_floats,
     random_key,
     random_words,
     round_to_bfloat16,
@@ -218,3 +220,32 @@ def test_bfloat16_rounding_never_moves_what_bfloat16_holds() -> None:
     values = torch.randn(1000).bfloat16()
     for bits in (0, 1, 0xFFFF):
         assert torch.equal(round_to_bfloat16(values.float(), torch.full((1000,), bits)), values)
+
+
+def float_in_integers(key: int, element: int) -> float:
+    """Return the number of `random_floats` by Python's integers."""
+    word = mix32(mix32(element ^ (key & MASK32)) ^ (key >> 32 & MASK32))
+    return ((word >> 16) + (word & 0xFFFF) - 0xFFFF) * (6.0 / MASK32) ** 0.5
+
+
+def test_random_floats_are_the_formulas_of_any_part(device: torch.device) -> None:
+    for seed, step in ((0, 0), (7, 3), (-1, 1 << 40)):
+        key = number_key(seed, 11, step)
+        assert key == int(key_of(seed, step, 11))
+        found = random_floats(key, 5, 1000, device)
+        assert found.dtype == torch.float32
+        wanted = torch.tensor([float_in_integers(key, 5 + place) for place in range(1000)], dtype=torch.float64)
+        torch.testing.assert_close(found.double().cpu(), wanted, rtol=2**-22, atol=0)
+        assert torch.equal(found[300:], random_floats(key, 305, 700, device))
+
+
+def test_random_floats_have_mean_zero_variance_one_and_no_neighbours(device: torch.device) -> None:
+    found = random_floats(number_key(3, 1, 4), 0, COUNT, device).double()
+    error = COUNT**-0.5
+    assert abs(float(found.mean())) < STANDARD_ERRORS * error
+    # The square of a sum of two uniform numbers has variance 1.4.
+    assert abs(float(found.square().mean()) - 1.0) < STANDARD_ERRORS * 1.4**0.5 * error
+    for lag in (1, 2, 3, 4, 64, 1024):
+        assert abs(float((found[lag:] * found[:-lag]).mean())) < STANDARD_ERRORS * error
+    other = random_floats(number_key(3, 1, 5), 0, COUNT, device).double()
+    assert abs(float((found * other).mean())) < STANDARD_ERRORS * error
