@@ -15,21 +15,29 @@ from lisa_kernels.ops.capability import check_dtype
 from lisa_kernels.train.models import DTYPES, parse_dtype
 from lisa_kernels.train.options import FineTuneOptions
 
+# The share of a card that lies in pieces between tensors from which on these are why there is no more memory.
+SCATTERED = 0.05
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a GPU: all, those that this process may still take, and those that it holds."""
+    """Bytes of a GPU: all, those that this process may still take, and those that it holds.
+
+    scattered: of the free ones, those in pieces that torch keeps between tensors.
+    """
 
     total: int
     free: int
     held: int
+    scattered: int = 0
 
     @classmethod
     def of(cls, device: torch.device) -> Memory:
         """Ask the driver; what torch keeps for later tensors counts as free."""
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_allocated(device)
-        return cls(total, free + torch.cuda.memory_reserved(device) - held, held)
+        scattered = torch.cuda.memory_reserved(device) - held
+        return cls(total, free + scattered, held, scattered)
 
     def __str__(self) -> str:
         """Return who has it."""
@@ -82,6 +90,13 @@ def check_room(planned_bytes: int, memory: Memory, device: torch.device) -> None
 def out_of_memory(memory: Memory, device: torch.device, resumable: bool) -> InputError:
     """Return the error for a GPU whose memory has ended in a run."""
     again = "continue from the last checkpoint with --resume" if resumable else "start again"
+    if memory.scattered > SCATTERED * memory.total:
+        # torch has given back what it could before it said that there is no more.
+        return InputError(
+            f"no more memory on {device} in one piece: of its {memory}, {memory.scattered / 1e9:.2f} GB are free "
+            "between tensors; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which joins such pieces, and "
+            f"{again}."
+        )
     return InputError(
         f"no more memory on {device}: of its {memory}; end other programs there and {again}, or have `lisa-kernels "
         "plan --fit SIZE` find settings that take less."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -76,7 +77,19 @@ def test_memory_that_ends_in_a_run_is_one_sentence() -> None:
     ):
         raise out_of_memory(memory, GPU, resumable=False)
     assert "--resume" in str(out_of_memory(memory, GPU, resumable=True))
+    assert "expandable_segments" not in str(out_of_memory(memory, GPU, resumable=True))
     assert "--resume" not in str(out_of_memory(memory, GPU, resumable=False))
+
+
+def test_memory_that_is_free_in_pieces_says_how_they_are_joined() -> None:
+    """Only where the pieces are more than what is always left between tensors."""
+    scattered = Memory(total=24_000_000_000, free=5_000_000_000, held=19_000_000_000, scattered=4_000_000_000)
+    said = str(out_of_memory(scattered, GPU, resumable=True))
+    assert "4.00 GB are free between tensors" in said
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in said
+    assert said.endswith("--resume.")
+    whole = dataclasses.replace(scattered, scattered=1_000_000_000)
+    assert "expandable_segments" not in str(out_of_memory(whole, GPU, resumable=True))
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "cuda", "tpu"])
