@@ -90,6 +90,9 @@ def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool,
         save_total_limit=options.max_checkpoints, remove_unused_columns=False, report_to="none", disable_tqdm=True,
         use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", log_level="error",
         run_device=str(device),
+        # What would make the host wait at every micro-batch: asking whether the loss is a number (the Trainer sees to
+        # that on the device), and copying a batch.
+        logging_nan_inf_filter=False, accelerator_config={"non_blocking": device.type == "cuda"},
     )  # fmt: skip
 
 

@@ -124,6 +124,8 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
     state; it is written under another name, synced and renamed: a kill at any instant leaves the last one whole.
     """
 
+    _last_loss: Tensor | None = None
+
     def _base_optimizer(self) -> SampledAdamW:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         assert isinstance(inner, SampledAdamW)
@@ -153,6 +155,17 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
             for old in find_checkpoints(run)[: -self.args.save_total_limit]:
                 remove_checkpoint(old)
         remove_leftovers(run)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Take a micro-batch forward and backward; returns its loss, or the one before where it is no number.
+
+        That is what a log is to show, and here the device sees to it: with `logging_nan_inf_filter` transformers would
+        ask for each loss, and wait.
+        """
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        before = torch.zeros_like(loss) if self._last_loss is None else self._last_loss
+        self._last_loss = torch.where(torch.isfinite(loss), loss, before)
+        return self._last_loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
         # transformers would measure all gradients once more; the optimizer has the norm, see SamplingState.
