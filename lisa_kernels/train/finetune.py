@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from lisa_kernels.errors import InputError
 from lisa_kernels.layers import find_blocks, find_linears, linear_shape, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
@@ -174,6 +175,7 @@ def _run(
         trainer.add_callback(reporter)
     if "eval_loss_before" not in facts:
         facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer)), "scores": scores}
+        _check_within_float16(dtype, facts["eval_loss_before"], len(held_out))
         facts |= {"began": began, "dtype": dtype}
         lock.take()
         start_run(options, facts)
@@ -205,11 +207,25 @@ def _run(
         **_summary(options, trainer, optimizer, losses, progress.tokens_per_second),
         "peak_bytes_measured": peak, "peak_bytes_planned": planned,
     }  # fmt: skip
+    if summary["skipped_steps"]:
+        console.print(
+            f"{summary['skipped_steps']} of {steps} steps changed nothing: a gradient was not finite, or too large",
+            highlight=False,
+        )
     ornament("the memory that was taken", lambda: _tell_memory(memory, excess, console), console)
     finish_run(options, optimizer, summary, console)
     _ask(model, tokenizer, questions, history, steps, console)
     ornament("the page of the run", lambda: _write_page(options.output, console), console)
     return 0, summary
+
+
+def _check_within_float16(dtype: str, loss: float | None, held_out_rows: int) -> None:
+    """Raise InputError where the model's numbers are beyond float16: every step would be skipped."""
+    if dtype == "fp16" and loss is None and held_out_rows:
+        raise InputError(
+            "the model's loss is not finite in fp16, whose largest number is 65504: use --dtype fp32, or bf16 on a GPU "
+            "of compute capability 8.0 or more."
+        )
 
 
 def _tell_memory(memory: str, excess: str | None, console: Console) -> None:

@@ -122,9 +122,18 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
 
     A checkpoint holds model, tokenizer, optimizer (with sampler, bases and slots), schedule, gradient scaler and random
     state; it is written under another name, synced and renamed: a kill at any instant leaves the last one whole.
+
+    The loss of a model with float16 weights is scaled by a `GradScaler`. The optimizer undoes that in its step, which
+    a gradient beyond float16 skips and counts; the scale is halved then.
     """
 
     _last_loss: Tensor | None = None
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        super().__init__(model=model, **settings)
+        if any(param.dtype == torch.float16 for param in model.parameters()):
+            # The weights are narrow already, so no autocast; gradients below 2⁻²⁴ would be zeros all the same.
+            self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
 
     def _base_optimizer(self) -> SampledAdamW:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
