@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -94,7 +95,12 @@ class Lanes:
         """Lock host memory in its place; returns the runtime's error, 0 where there is none."""
         # A driver that has nothing to do on another device is not woken there.
         with torch.cuda.device(self.device):
-            return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 1))
+            error = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 1))
+            if error:
+                # The runtime keeps an error until it is asked, and torch asks after each operation: this one takes it.
+                with suppress(RuntimeError):
+                    torch.zeros(1, device=self.device)
+        return error
 
     def unlock(self, address: int) -> None:
         """Unlock host memory that no copy is on its way from or to."""
