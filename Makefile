@@ -89,12 +89,8 @@ bench: $(STAMP)  ## time optimizers, layers and steps beside their peers, plan t
 	$(BIN)/lisa-kernels bench step --record
 	$(BIN)/python -m bench.memory --record --plot bench/results/memory.png
 
-gpu: $(STAMP)  ## on a machine with a GPU: the same tests and benchmarks there
-	$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
-	$(BIN)/python -m pytest
-	$(BIN)/lisa-kernels bench optimizer --device cuda --small-tensors --record
-	$(BIN)/lisa-kernels bench lowrank --device cuda --record
-	$(BIN)/lisa-kernels bench step --device cuda --record
+gpu: $(STAMP)  ## on a machine with a GPU: all that it can tell us, in one file to send (a quarter of an hour)
+	$(BIN)/python -m bench.gpu --output runs/gpu-report.md
 
 device: device-env $(DRIVER) $(DEVICE)/.library  ## run the GPU paths on a simulated CUDA device (once: 3 minutes and 6.5 GB for its environment)
 	LD_PRELOAD=$(CURDIR)/$(DRIVER) TRITON_LIBCUDA_PATH=$(CURDIR)/$(DEVICE) TRITON_CACHE_DIR=$(CURDIR)/$(DEVICE)/triton \

@@ -23,6 +23,7 @@ from lisa_kernels.train.models import enable_checkpointing, parse_dtype
 
 # A peer's state is there from its first step on; its second has everything at once.
 STEPS = 2
+CPU = torch.device("cpu")
 FOUR_BIT_BLOCK, FOUR_BIT_SCALES = 64, 256
 
 
@@ -104,9 +105,9 @@ PEERS = {
 }
 
 
-def measured(workload: Workload) -> Trace:
-    """Return our method's storages in the same steps with real tensors on the CPU."""
-    tracker, model = StorageTracker("cpu"), real_model(workload)
+def measured(workload: Workload, device: torch.device = CPU) -> Trace:
+    """Return our method's storages in the same steps with real tensors."""
+    tracker, model = StorageTracker(device.type), real_model(workload, device)
     with tracker:
         optimizer = prepare(model, workload)
         take_steps(model, optimizer, workload, tracker, lambda: _random_batch(workload, model))
@@ -130,18 +131,19 @@ def measured_peer(peer: Peer, workload: Workload) -> Trace:
     return tracker.trace()
 
 
-def real_model(workload: Workload) -> Any:
-    """Return the workload's model with random weights on the CPU."""
+def real_model(workload: Workload, device: torch.device = CPU) -> Any:
+    """Return the workload's model with random weights."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(workload.model) if isinstance(workload.model, str) else workload.model
-    model = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(workload.dtype))
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(workload.dtype))
     model.config.use_cache = False
     return model.train()
 
 
 def _random_batch(workload: Workload, model: Any) -> dict[str, Tensor]:
-    ids = torch.randint(1, model.config.vocab_size, (workload.batch_size, workload.seq_len))
+    ids = torch.randint(1, model.config.vocab_size, (workload.batch_size, workload.seq_len), device=model.device)
     return {"input_ids": ids, "labels": ids.clone()}
 
 
