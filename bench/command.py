@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bench.rows import environment
 from lisa_kernels.cli import USAGE_ERROR
+from lisa_kernels.devices import choose_device, survey_machine
 from lisa_kernels.errors import InputError, unknown_name
 
 WIDTH = 180
@@ -23,9 +24,7 @@ def parse_device(text: str) -> str:
     """Return `cpu` or `cuda`; `auto` is a GPU where torch sees one."""
     if text not in ("auto", "cpu", "cuda"):
         raise unknown_name("device", text, ["auto", "cpu", "cuda"])
-    if text == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU here; use --device cpu, or a CUDA build of torch.")
-    return "cuda" if text != "cpu" and torch.cuda.is_available() else "cpu"
+    return choose_device(text, survey_machine()).type
 
 
 def positive(name: str, value: int) -> int:

@@ -67,10 +67,13 @@ def _values(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _key(device: torch.device) -> Tensor:
+    return random_key(0, 0, torch.zeros((), dtype=torch.int64, device=device))
+
+
 def _quantize(device: torch.device) -> list[Tensor]:
     values = _values(1000).to(device)
-    key = random_key(0, 0, torch.zeros((), dtype=torch.int64, device=device))
-    return [*quantize_blockwise(values, "m"), *quantize_blockwise(values.abs(), "v", key=key)]
+    return [*quantize_blockwise(values, "m"), *quantize_blockwise(values.abs(), "v", key=_key(device))]
 
 
 def _dequantize(device: torch.device) -> list[Tensor]:
@@ -84,9 +87,9 @@ def _grad_norm(device: torch.device) -> list[Tensor]:
 
 def _fold(device: torch.device) -> list[Tensor]:
     weights = [_values(64, 80).to(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    decay, clock = torch.tensor(0.999, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    decay = torch.tensor(0.999, device=device)
     for weight in weights:
-        fold_(weight, _values(8, 64).to(device), _values(8, 80).to(device), decay=decay, clock=clock)
+        fold_(weight, _values(8, 64).to(device), _values(8, 80).to(device), decay=decay, key=_key(device))
     return weights
 
 
