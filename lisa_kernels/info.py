@@ -15,6 +15,7 @@ from lisa_kernels.devices import Machine, survey_machine, unused_gpu, why_no_gpu
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.capability import auto_dtype, check_capability
 from lisa_kernels.ops.dispatch import kernels_in_use
+from lisa_kernels.ops.library import triton_present
 from lisa_kernels.trial import Trial, try_kernels
 
 PACKAGES = ("lisa_kernels", "torch", "triton", "transformers", "accelerate", "datasets", "peft", "safetensors")
@@ -78,15 +79,18 @@ def _of_card(index: int) -> dict[str, Any]:
     return {
         "free_bytes": free,
         "auto_dtype": NAMES[auto_dtype(device)],
-        "kernels": verdict(try_kernels(device)),
+        "kernels": verdict(try_kernels(device), triton_present()),
     }
 
 
-def verdict(trials: Sequence[Trial]) -> str:
-    """Return in a few words what came of the kernels on a card."""
+def verdict(trials: Sequence[Trial], triton: bool) -> str:
+    """Return in a few words what came of the operations on a card, which are kernels where Triton is."""
     wrong = [f"{trial.op}: {trial.problem}" for trial in trials if trial.problem]
     seconds = sum(trial.seconds for trial in trials)
-    return "; ".join(wrong) or f"all {len(trials)} compile and give the CPU's results ({seconds:.1f} s)"
+    done = (
+        f"all {len(trials)} compile and give" if triton else f"none without Triton; all {len(trials)} operations give"
+    )
+    return "; ".join(wrong) or f"{done} the CPU's results ({seconds:.1f} s)"
 
 
 def print_info(info: dict[str, Any], console: Console) -> None:

@@ -62,8 +62,9 @@ def test_a_machine_without_a_usable_gpu_is_told_why(machine: Machine, said: list
 
 def test_kernels_that_fail_are_named() -> None:
     fine = Trial("fold_", 1.5, "")
-    assert verdict([fine, fine]) == "all 2 compile and give the CPU's results (3.0 s)"
-    assert verdict([fine, Trial("project", 0.1, "RuntimeError: no")]) == "project: RuntimeError: no"
+    assert verdict([fine, fine], triton=True) == "all 2 compile and give the CPU's results (3.0 s)"
+    assert verdict([fine], triton=False) == "none without Triton; all 1 operations give the CPU's results (1.5 s)"
+    assert verdict([fine, Trial("project", 0.1, "RuntimeError: no")], triton=True) == "project: RuntimeError: no"
 
 
 def test_json_has_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
