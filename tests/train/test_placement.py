@@ -16,6 +16,7 @@ from lisa_kernels.devices import Card, Machine, Version
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops import capability
 from lisa_kernels.train import placement
+from lisa_kernels.train.memory import PlannedMemory
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.placement import Memory, check_room, out_of_memory, settled_dtype, take_device
 
@@ -113,6 +114,7 @@ def test_a_card_that_is_full_ends_the_command_with_2(
     finetune = "lisa_kernels.train.finetune"
     full = Memory(total=8_000_000_000, free=1_000, held=0)
     monkeypatch.setattr(Memory, "of", lambda device: full)
+    monkeypatch.setattr("lisa_kernels.plan.command.plan_run", lambda options: PlannedMemory(2_000_000_000))
     if moment == "before":
         monkeypatch.setattr(f"{finetune}.take_device", lambda options, console: GPU)
         monkeypatch.setattr(capability, "capability", lambda device: (8, 6))
