@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     # A run leaves its page, and a history in the page's format.
     "train": {*BOTTOM, "devices", "files", "requirements", "report", "ops", "paging", *MIDDLE, "methods", "train"},
     # Reads rows and loads models as a run does.
-    "evaluate": {"errors", "devices", "ops", "train", "evaluate"},
+    "evaluate": {"errors", "requirements", "devices", "ops", "methods", "train", "evaluate"},
+    "difference": {"errors", "files", "layers", "methods", "train", "difference"},
     "trial": {"ops", "optim"},
     "info": {*BOTTOM, "devices", "ops", "trial"},
     "commands": {
@@ -55,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "train",
         "report",
         "evaluate",
+        "difference",
         "info",
         "requirements",
         "commands",
@@ -155,7 +157,7 @@ def test_outside_packages_are_imported_in_their_places(room: str) -> None:
         if top in ("ctypes", "cffi"):
             assert file.name in ("native.py", "cpu_kernel.py", "managed.py", "devices.py"), (file, item)
         if top in ("transformers", "datasets", "tokenizers", "accelerate", "peft"):
-            assert room in ("train", "plan", "layers"), (file, item)
+            assert room in ("train", "plan", "layers", "evaluate", "difference"), (file, item)
             assert not item.at_module_level or relative(file) in TRAINERS, (file, item)
         if top == "matplotlib":
             assert not item.at_module_level, (file, item)

@@ -14,13 +14,14 @@ from rich.table import Table
 
 from lisa_kernels.devices import choose_device, survey_machine
 from lisa_kernels.errors import InputError
+from lisa_kernels.evaluate.adapters import base_of, load_with_adapter, tokenizer_of
 from lisa_kernels.evaluate.choices import Choices, find_choices
 from lisa_kernels.evaluate.encoding import scored_choices, scored_rows
 from lisa_kernels.evaluate.intervals import Ratio, difference_interval, interval
 from lisa_kernels.evaluate.likelihood import Scored, log_likelihoods
 from lisa_kernels.ops.capability import check_dtype
 from lisa_kernels.train.configs import load_config
-from lisa_kernels.train.models import check_token_ids, load_model, load_tokenizer, parse_dtype
+from lisa_kernels.train.models import check_token_ids, load_tokenizer, parse_dtype
 from lisa_kernels.train.records import Records, load_records
 from lisa_kernels.train.sources.kinds import parse_columns
 from lisa_kernels.train.tokenize import pad_token_id, tokenize_records
@@ -86,7 +87,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, Any]:
     _check_alike(options.model, asked, console)
     measured = []
     for spec, rows in zip(options.model, asked):
-        model = load_model(spec, dtype, options.seed).to(device)
+        model = load_with_adapter(spec, dtype, options.seed).to(device)
         measured.append(_measure(model, spec, rows, options.batch_tokens, console))
         del model
         gc.collect()
@@ -112,8 +113,8 @@ def _sample(
 
 def _ask(spec: str, records: Records, choices: list[Choices] | None, options: EvaluateOptions) -> _Rows:
     """Return the rows as the tokens of one model."""
-    config = load_config(spec).get_text_config()
-    tokenizer = load_tokenizer(spec, records.texts(), config.vocab_size)
+    config = load_config(base_of(spec)).get_text_config()
+    tokenizer = load_tokenizer(tokenizer_of(spec), records.texts(), config.vocab_size)
     longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
     seq_len = options.seq_len or (min(longest, TEXT_ROW) if records.kind == "text" else longest)
     if seq_len > longest:

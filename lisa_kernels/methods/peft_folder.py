@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.files import written_whole
-from lisa_kernels.layers import SlotModule
 from lisa_kernels.methods.adapter_layout import new_head
 from lisa_kernels.methods.adapters import Adapters
 from lisa_kernels.methods.definitions import LoRAFA
@@ -47,7 +46,7 @@ def write_adapter(adapters: Adapters, folder: Path) -> None:
     A folder that is there is replaced if it holds an adapter and nothing else, and refused with InputError otherwise.
     """
     folder = folder.expanduser().resolve()
-    _check_replaceable(folder)
+    check_replaceable(folder)
     tensors = dict(adapters.head())
     for path, layer in adapters.layers.items():
         tensors[f"{path}.lora_A.weight"] = layer.basis.to(torch.float32)
@@ -59,10 +58,11 @@ def write_adapter(adapters: Adapters, folder: Path) -> None:
         (partial / CONFIG_FILE).write_text(json.dumps(_peft_config(adapters), indent=2) + "\n")
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, beside: Iterable[str] = ()) -> None:
+    """Raise InputError unless an adapter, with files `beside` it, can take this folder's place without a loss."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder for the adapter.")
-    others = sorted({path.name for path in folder.glob("*")} - {CONFIG_FILE, WEIGHTS_FILE})
+    others = sorted({path.name for path in folder.glob("*")} - {CONFIG_FILE, WEIGHTS_FILE, *beside})
     if others:
         raise InputError(f"{folder} holds {others[0]}, which writing an adapter would delete; give a new folder.")
 
@@ -82,7 +82,7 @@ def _peft_config(adapters: Adapters) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(layer.transposed for layer in adapters.layers.values()),
-        "target_modules": _target_modules(model, adapters.layers, heads),
+        "target_modules": target_names(model, adapters.layers, heads),
         "modules_to_save": heads or None,
     }
 
@@ -98,18 +98,18 @@ def _task_type(model: nn.Module) -> str | None:
     return TASKS.get(getattr(model, "loss_type", None) or "")
 
 
-def _target_modules(model: nn.Module, layers: Mapping[str, SlotModule], heads: list[str]) -> list[str]:
-    """Return names by which peft finds exactly these layers.
+def target_names(model: nn.Module, paths: Iterable[str], heads: Sequence[str] = ()) -> list[str]:
+    """Return names by which peft finds exactly the modules at these paths.
 
     peft takes every module whose path ends with a name: the last part of a path will do where all modules of that name
     have adapters (it passes over `heads` by itself), else the whole path is given.
     """
-    bearers = defaultdict(set)
+    wanted, bearers = set(paths), defaultdict(set)
     for path, _ in model.named_modules():
         if path.partition(".")[0] not in heads:
             bearers[path.rpartition(".")[2]].add(path)
-    names = ((path, path.rpartition(".")[2]) for path in layers)
-    return sorted({name if bearers[name] <= layers.keys() else path for path, name in names})
+    names = ((path, path.rpartition(".")[2]) for path in wanted)
+    return sorted({name if bearers[name] <= wanted else path for path, name in names})
 
 
 def read_adapter(adapters: Adapters, folder: Path) -> None:

@@ -168,7 +168,7 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
 ) -> None:
     change, said = BAD[case]
     given = {"model": [str(saved)], "data": [written(tmp_path, ROWS)], **change(saved, tmp_path)}
-    monkeypatch.setattr("lisa_kernels.evaluate.command.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lisa_kernels.evaluate.command.load_with_adapter", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=said):
         evaluate(EvaluateOptions(**given), Console(file=io.StringIO()))
 
