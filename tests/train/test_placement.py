@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 from pathlib import Path
 
@@ -114,7 +115,9 @@ def test_a_card_that_is_full_ends_the_command_with_2(
     finetune = "lisa_kernels.train.finetune"
     full = Memory(total=8_000_000_000, free=1_000, held=0)
     monkeypatch.setattr(Memory, "of", lambda device: full)
-    monkeypatch.setattr("lisa_kernels.plan.command.plan_run", lambda options: PlannedMemory(2_000_000_000))
+    # The package's function of the same name hides the module.
+    planning = importlib.import_module("lisa_kernels.plan.command")
+    monkeypatch.setattr(planning, "plan_run", lambda options: PlannedMemory(2_000_000_000))
     if moment == "before":
         monkeypatch.setattr(f"{finetune}.take_device", lambda options, console: GPU)
         monkeypatch.setattr(capability, "capability", lambda device: (8, 6))
