@@ -12,6 +12,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers.host_copies import HostCopies
 
 
 def offload_checkpoints(model: nn.Module) -> None:
@@ -28,13 +29,14 @@ def offload_checkpoints(model: nn.Module) -> None:
             "this model keeps its activations, so it has no checkpoints to offload; switch gradient checkpointing on "
             'first: gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
         )
+    copies = HostCopies()
     for module in checkpointed:
         settings = getattr(module._gradient_checkpointing_func, "keywords", {})
         # Where transformers puts it, and each block looks for it.
-        module._gradient_checkpointing_func = functools.partial(_checkpoint_on_host, **settings)  # type: ignore[assignment]
+        module._gradient_checkpointing_func = functools.partial(_checkpoint_on_host, copies, **settings)  # type: ignore[assignment]
 
 
-def _checkpoint_on_host(block: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+def _checkpoint_on_host(copies: HostCopies, block: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
     """Do what torch's checkpoint does, the inputs that a gradient flows to being saved in host memory."""
     places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor) and value.requires_grad]
     if not places:
@@ -50,14 +52,16 @@ def _checkpoint_on_host(block: Callable[..., Any], *inputs: Any, **settings: Any
 
     flowing = [inputs[place] for place in places]
     # Inside, the checkpoint's own hooks replace these: only its inputs are seen here.
-    with _kept_on_host(flowing[0].device.type):
+    with _kept_on_host(copies, flowing[0].device.type):
         return checkpoint(from_flowing, *flowing, **settings)
 
 
-def _kept_on_host(device: str) -> saved_tensors_hooks:
+def _kept_on_host(copies: HostCopies, device: str) -> saved_tensors_hooks:
     if device == "meta":
         # A plan: the device is to hold nothing meanwhile.
         return saved_tensors_hooks(
             lambda tensor: (tensor.shape, tensor.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1], device="meta")
         )
+    if device == "cuda":
+        return saved_tensors_hooks(copies.send, copies.bring_back)
     return save_on_cpu(pin_memory=device != "cpu", device_type=device)
