@@ -15,16 +15,15 @@ from torch.nn.utils import get_total_norm
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import FreezeGuard, LossWithoutLogits, PlainLinears, ReadWeights, SlotModule, leave_out_logits
 from lisa_kernels.methods.adapters import Adapters
+from lisa_kernels.methods.attachment import attachment_state, check_attachment
 from lisa_kernels.methods.definitions import LoRAFA, Method
 from lisa_kernels.methods.foreign_steps import ForeignSteps
 from lisa_kernels.methods.peft_folder import read_adapter, write_adapter
 from lisa_kernels.methods.shelf import Shelf
 from lisa_kernels.methods.slots import (
-    check_slots_state,
     fold_slots,
     kept_buffers,
     slots_in_shape,
-    slots_state,
     stagger,
     take_slots_state,
     transport_slots,
@@ -33,7 +32,7 @@ from lisa_kernels.methods.units import Layout, Unit
 from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.optim.paged import PagedStates
 from lisa_kernels.paging import Store
-from lisa_kernels.samplers import AdaptiveSampler, Sampler, sampler_from_state
+from lisa_kernels.samplers import AdaptiveSampler, Sampler
 
 
 class SampledAdamW(AdamW8bit):
@@ -308,19 +307,7 @@ class SampledAdamW(AdamW8bit):
         Adapters come with the weights beneath them, those of the model and no copies; what is saved is larger by them.
         """
         self._check_unmerged()
-        packed = super().state_dict()
-        packed["attachment"] = {
-            "method": self.method.settings(),
-            "seed": self.seed,
-            "sampler": None if self.sampler is None else self.sampler.state_dict(),
-            "calls": self.calls,
-            "active_layers": self.active_layers,
-            "visits": list(self.visits),
-            "history": [list(row) for row in self.history],
-            "norms": {str(index): seen for index, seen in self._norms.items()},
-            "slots": slots_state(self._layers(), self._shelf.held()),
-        }
-        return packed
+        return {**super().state_dict(), "attachment": attachment_state(self)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -334,16 +321,8 @@ class SampledAdamW(AdamW8bit):
         if self._guard is None:
             raise InputError("this optimizer was detached; attach the model again to load a state.")
         self._check_unmerged()
-        if saved["method"] != self.method.settings():
-            raise InputError(f"the state was saved with {saved['method']}; this run has {self.method.settings()}.")
+        sampler = check_attachment(self, saved)
         layers = self._layers()
-        sampler = None if saved["sampler"] is None else sampler_from_state(saved["sampler"])
-        drawable = len(self.layout.drawable)
-        if len(saved["visits"]) != len(self.layout.drawn):
-            raise InputError(f"the state is of {len(saved['visits'])} layers; this model has {len(self.layout.drawn)}.")
-        if sampler is not None and sampler.layers != drawable:
-            raise InputError(f"the state draws from {sampler.layers} layers; of this model's {drawable} can be drawn.")
-        check_slots_state(layers, saved["slots"])
         with slots_in_shape(layers.values()):
             self._check_loadable(state_dict)
         self.sampler, self.seed = sampler, saved["seed"]
@@ -357,16 +336,19 @@ class SampledAdamW(AdamW8bit):
         for layer in layers.values():
             if layer.tracker is not None:
                 layer.tracker.seed = self.seed
+        self._take_units(saved["slots"])
+        self._arm()
+
+    def _take_units(self, slots: dict[str, Any]) -> None:
+        """Take over what slots had, unit by unit: the device never holds what is to rest elsewhere."""
         active = {unit.name for unit in self._active_units()}
         for unit in self.layout.units():
             self._shelf.forget(unit)
-            take_slots_state(unit.lowrank, saved["slots"])
-            # Unit by unit, so that the device never holds what is to rest elsewhere.
+            take_slots_state(unit.lowrank, slots)
             if self._retired_state == "page" and unit.name not in active:
                 self._shelf.put(unit, {path: kept_buffers(layer) for path, layer in unit.lowrank.items()})
                 for layer in unit.lowrank.values():
                     layer.deactivate()
-        self._arm()
 
     # Adapters
 

@@ -327,8 +327,8 @@ class AdamW8bit(Optimizer):
             scalars, keys = inputs_of(some, self._last_taken[device], grad_scale.to(device), bases, clock)
             self._step_keys.update(zip(params, keys.unbind()))
             sizes = [len(batch.params) for batch in some]
-            for batch, *inputs in zip(some, scalars.split(sizes), keys.split(sizes)):
-                batch.update(*inputs, skip, self.block_size, stochastic)
+            for batch, its_scalars, its_keys in zip(some, scalars.split(sizes), keys.split(sizes)):
+                batch.update(its_scalars, its_keys, skip, self.block_size, stochastic)
 
     def step_key(self, param: Tensor) -> Tensor | None:
         """Return the key of a parameter's random numbers at the step just taken, int64 0-d; None to round nearest."""
