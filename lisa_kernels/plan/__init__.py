@@ -22,6 +22,7 @@ def plan(
     `batch_size` rows of `seq_len` tokens, a switch of layers and a refresh of bases. Methods that draw layers by scores
     draw any here. Raises InputError for what a run would refuse.
     """
+    from lisa_kernels.plan.gpu_memory import GpuMemory
     from lisa_kernels.plan.rehearsal import Workload, rehearse
 
     workload = Workload(
@@ -29,4 +30,4 @@ def plan(
         gradient_checkpointing=gradient_checkpointing, offload_activations=offload_activations,
         max_grad_norm=max_grad_norm, block_size=block_size, paging=paging, keep_logits=keep_logits, seed=seed,
     )  # fmt: skip
-    return Plan(workload, rehearse(workload))
+    return Plan(workload, rehearse(workload, gpu=GpuMemory.here()))

@@ -8,8 +8,8 @@ import re
 from lisa_kernels.errors import InputError
 
 GIB = 2**30
-# What is on the card and no plan sees: CUDA's context, cuBLAS and its workspace, loaded kernels and the buffers inside
-# of them. An allowance, not a measurement: people report 0.3 to 0.6 GB from Ampere on.
+# What is on the card and no plan sees: CUDA's context, cuBLAS without its workspaces, loaded kernels and the buffers
+# inside of them. An allowance, not a measurement: people report 0.3 to 0.6 GB from Ampere on.
 CONTEXT_BYTES = 600_000_000
 CARDS_GB = (8, 10, 12, 16, 24, 32, 48, 80)
 # A card sold as 24 GB has 24 GiB, of which driver and firmware keep 1 to 3 %: torch's messages speak of 7.8 GiB in all

@@ -8,15 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from lisa_kernels.plan.allocator import replay
 from lisa_kernels.plan.cards import gb, parse_size
 from lisa_kernels.plan.fit import Fit, fit
+from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.options import finetune_command, workload_of
 from lisa_kernels.plan.plot import plot_timeline, stacked
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.report import print_fit, print_plan
-from lisa_kernels.plan.result import Plan
+from lisa_kernels.plan.result import Plan, allocated_bytes
 from lisa_kernels.plan.trace import CATEGORIES, Trace
 from lisa_kernels.scores.report import new_figure
 from lisa_kernels.train.memory import PlannedMemory
@@ -55,13 +58,14 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
 
 def plan_run(options: FineTuneOptions) -> PlannedMemory:
     """Return what a run with `options` takes by plan, and what is alive over its steps."""
-    trace = rehearse(workload_of(options))
+    on_gpu = torch.cuda.is_available()
+    trace = rehearse(workload_of(options), gpu=GpuMemory.here() if on_gpu else None)
     numbers, rows = stacked(trace, PAGE_POINTS)
     names = [trace.events[number].phase for number in numbers]
     starts = [at for at, name in enumerate(names) if at == 0 or name != names[at - 1]]
     return PlannedMemory(
-        trace.peak_bytes, trace.live_at(trace.peak_index), held_before_steps(trace), dict(zip(CATEGORIES, rows)),
-        [(at, names[at]) for at in starts],
+        allocated_bytes(replay(trace)) if on_gpu else trace.peak_bytes, trace.live_at(trace.peak_index),
+        held_before_steps(trace), dict(zip(CATEGORIES, rows)), [(at, names[at]) for at in starts],
     )  # fmt: skip
 
 
@@ -87,7 +91,7 @@ def _find(workload: Workload, device_bytes: int | None, console: Console) -> Fit
     with console.status("rehearsing") as status:
 
         def make_plan(asked: Workload) -> Plan:
-            plan = Plan(asked, rehearse(asked))
+            plan = Plan(asked, rehearse(asked, gpu=GpuMemory.here()))
             status.update(f"rehearsing (the last: {gb(plan.peak_bytes)})")
             return plan
 

@@ -21,6 +21,7 @@ from lisa_kernels.paging import check_paging
 from lisa_kernels.paging.host import HostStore
 from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer
 from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
@@ -64,21 +65,27 @@ class Workload:
             raise InputError(f"method is {self.method!r}; an instance such as OwLore(active_layers=5) is wanted.")
 
 
-def rehearse(workload: Workload, draws: Sequence[Sequence[int]] | None = None) -> Trace:
+def rehearse(
+    workload: Workload, draws: Sequence[Sequence[int]] | None = None, gpu: GpuMemory | None = None
+) -> Trace:  # fmt: skip
     """Return the storages of a run's steps; no weights are made, and no operation computes anything.
 
     Two steps with the layers that cost most, one that finds bases and one that has them, and after a switch one with
     layers in the middle of what a draw may bring; or, with `draws`, one step with each of these lists of layers, as
-    many as the method has active. Of several micro-batches two are taken. Bytes are those of a GPU's device memory;
-    see `StorageTracker` for what no plan sees. Raises InputError for what the run itself would refuse.
+    many as the method has active. Of several micro-batches two are taken. Bytes are those of a GPU's device memory,
+    and `gpu` says what it holds beside tensors; see `StorageTracker` for what no plan sees. Raises InputError for what
+    the run itself would refuse.
     """
-    # The last token of a row is no label: nothing follows it.
-    tracker = StorageTracker("meta", EmptyOperations(workload.batch_size * (workload.seq_len - 1)))
+    # The last token of a row is no label, for nothing follows it; on a GPU nobody asks, and its row stays.
+    operations = EmptyOperations(workload.batch_size * (workload.seq_len - (gpu is None)))
+    tracker = StorageTracker("meta", operations)
+    if gpu is not None:
+        tracker = StorageTracker("meta", operations, gpu.inside, gpu.definitions)
     model = empty_model(workload.model, workload.dtype)
     try:
         with FusedAttention(), tracker:
             optimizer = prepare(model, workload, draws)
-            take_steps(model, optimizer, workload, tracker, lambda: empty_batch(workload, META))
+            take_steps(model, optimizer, workload, tracker, lambda: empty_batch(workload, META), gpu)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise NotRehearsedError(
@@ -134,7 +141,7 @@ def device_paging(paging: str | None) -> str | None:
 
 def take_steps(
     model: nn.Module, optimizer: SampledAdamW, workload: Workload, tracker: StorageTracker,
-    make_batch: Callable[[], dict[str, Tensor]],
+    make_batch: Callable[[], dict[str, Tensor]], gpu: GpuMemory | None = None,
 ) -> None:  # fmt: skip
     """Take the steps of a rehearsal with an attached model, whose storages so far are the phase "attach"."""
     tracker.recording = True
@@ -150,6 +157,8 @@ def take_steps(
                 _leave_state(optimizer)
             _label_held(model, optimizer, tracker)
     steps = len(sampler.draws) - sampler.visits if isinstance(sampler, GivenDraws) else STEPS
+    # The backward's from the start too: before the first one no run is at its peak.
+    workspaces = [] if gpu is None else [gpu.workspace(), gpu.workspace()]
     with tracker.following(model):
         for number in range(1, steps + 1):
             for _ in range(min(workload.accumulate, MICRO_BATCHES)):
@@ -160,6 +169,7 @@ def take_steps(
                 optimizer.step()
                 _label_held(model, optimizer, tracker)
                 optimizer.zero_grad()
+    del workspaces
 
 
 def micro_batch(

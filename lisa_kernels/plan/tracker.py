@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,21 +43,30 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
+def _nothing(func: Any, args: tuple[Any, ...]) -> Sequence[Tensor]:
+    return ()
+
+
 class StorageTracker(TorchDispatchMode):
     """Records every storage that an operation makes on one kind of device, from birth to death.
 
-    What lives inside a compiled kernel, or an operation of `torch.library`, is not seen: the buffers of a matrix
-    product or an attention kernel, and the bands of float32 that our own operations work in, tens of megabytes.
+    What lives inside a compiled kernel, or an operation of `torch.library`, is not seen, unless it is told (`inside`,
+    `definitions`): the buffers of a matrix product or an attention kernel.
     A storage's category is what it turns out to be (`label`); until then it is "temporaries". What a forward makes and
     a backward reads is "saved activations", a checkpointed block's recomputation included; what is made from the
     output layer on, and in the loss's backward, "loss".
 
-    call: runs an operation, given (operation, arguments, keyword arguments).
+    call: runs an operation, given (operation, arguments, keyword arguments). inside: tells what an operation, given
+    with its arguments, holds on the device while it runs and gives back. definitions: operations that are several.
     """
 
-    def __init__(self, device_type: str, call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = _call) -> None:
+    def __init__(
+        self, device_type: str, call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = _call,
+        inside: Callable[[Any, tuple[Any, ...]], Sequence[Tensor]] = _nothing,
+        definitions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.device_type, self.call = device_type, call
+        self.device_type, self.call, self.inside, self.definitions = device_type, call, inside, definitions
         self.recording = False
         self._phase, self._work, self._in_loss = "", "", False
         self._modules: list[str] = []
@@ -69,6 +79,13 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and note what it read and made."""
+        held = self.inside(func, args) if self.recording else ()
+        for tensor in held:
+            self._note(tensor, func)
+        definition = self.definitions.get(func) if self.recording else None
+        if definition is not None:
+            with self:
+                return definition(*args, **(kwargs or {}))
         result = self.call(func, args, kwargs or {})
         if self.recording:
             if self._work == "backward" and not self._modules:

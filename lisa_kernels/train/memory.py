@@ -65,7 +65,8 @@ class MemoryMeter:
     def warning(self, planned: int | None) -> str | None:
         """Return what to say where a GPU's tensors took more than 5 % above what was planned, else None.
 
-        A plan counts tensors. What a process grows by on a CPU is another number, which no plan speaks of.
+        planned: in blocks of torch's allocator, which is what is measured. What a process grows by on a CPU is another
+        number, which no plan speaks of.
         """
         peak = self.peak_bytes()
         if not self.gpu or planned is None or peak <= planned * (1 + TOLERANCE):
@@ -93,6 +94,7 @@ def describe_held(measured: Mapping[str, int], planned: Mapping[str, int]) -> st
 class PlannedMemory:
     """What a plan says of a run: its peak, and for a picture what is alive when, by category.
 
+    peak_bytes: as `MemoryMeter` measures it, on a GPU in the blocks of torch's allocator; on a CPU of tensors alone.
     split_bytes: alive at the peak. held_bytes: alive just before an optimizer step, the most over the rehearsed steps.
     curve: alive at moments of the rehearsal, phases: (number of the first moment, name) of its parts.
     """

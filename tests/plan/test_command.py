@@ -15,6 +15,7 @@ from lisa_kernels import LISA
 from lisa_kernels.cli import main
 from lisa_kernels.plan.cards import CARDS_GB, CONTEXT_BYTES
 from lisa_kernels.plan.command import plan_run
+from lisa_kernels.plan.gpu_memory import WORKSPACE_BYTES
 from lisa_kernels.train.options import FineTuneOptions
 
 from .small_config import write_config
@@ -58,9 +59,17 @@ def test_json_says_everything_and_the_python_call_the_same(config: str, capsys: 
     assert {**plan.as_dict(), "seconds": told["seconds"]} == told
 
 
-def test_the_same_options_give_finetune_its_bytes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_options_give_finetune_its_bytes(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, in blocks; on a CPU tensors alone, and none of what a GPU holds beside them."""
     options = FineTuneOptions(config, "stdlib", Path(), method="lisa", batch_size=4, seq_len=32, dtype="bf16")
-    assert plan_run(options).peak_bytes == values(capsys, "--model", config, *RUN)["peak_bytes"]
+    on_cpu = plan_run(options).peak_bytes
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    told = values(capsys, "--model", config, *RUN)
+    assert plan_run(options).peak_bytes == told["allocated_bytes"] > told["peak_bytes"]
+    assert on_cpu < told["peak_bytes"] - 2 * WORKSPACE_BYTES + 10_000
 
 
 def test_planning_leaves_the_random_state_of_the_run_alone(config: str) -> None:

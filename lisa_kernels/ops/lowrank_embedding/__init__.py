@@ -15,7 +15,7 @@ from torch import Tensor
 from lisa_kernels.ops.lowrank_embedding import reference
 from lisa_kernels.uncompiled import uncompiled
 
-__all__ = ["capture_embedding", "lowrank_embedding"]
+__all__ = ["DEFINITIONS", "capture_embedding", "lowrank_embedding"]
 
 
 @torch.library.custom_op("lisa_kernels::lowrank_embedding", mutates_args=())
@@ -28,11 +28,15 @@ def _(y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float, paddin
     return torch.empty_like(y)
 
 
-@torch.library.custom_op("lisa_kernels::lowrank_embedding_backward", mutates_args=())
-def _lowrank_embedding_backward(
+def _backward_definition(
     dy: Tensor, ids: Tensor, basis: Tensor, vocabulary: int, factor: float, padding: int
 ) -> Tensor:
     return reference.slot_gradient(dy, ids, basis, vocabulary, factor, padding)
+
+
+_lowrank_embedding_backward = torch.library.custom_op(
+    "lisa_kernels::lowrank_embedding_backward", _backward_definition, mutates_args=()
+)
 
 
 @_lowrank_embedding_backward.register_fake
@@ -105,3 +109,7 @@ def capture_embedding(
         y, ids, slot, on_gradient, factor, padding, least_rows
     )
     return result
+
+
+# What the backward is made of: for a plan, to which it is one operation otherwise, with nothing inside.
+DEFINITIONS = {torch.ops.lisa_kernels.lowrank_embedding_backward.default: _backward_definition}

@@ -18,15 +18,17 @@ from lisa_kernels.ops.lowrank_linear import reference
 from lisa_kernels.ops.lowrank_linear.products import is_slow, matmul
 from lisa_kernels.uncompiled import uncompiled
 
-__all__ = ["capture_linear", "linear", "lowrank_linear"]
+__all__ = ["DEFINITIONS", "capture_linear", "linear", "lowrank_linear"]
 
 
-@torch.library.custom_op("lisa_kernels::lowrank_linear", mutates_args=())
-def _lowrank_linear(
+def _forward_definition(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, basis: Tensor, scale: float, slot_is_zero: bool
 ) -> tuple[Tensor, Tensor]:
     with no_autocast(x.device.type):
         return reference.forward(x, weight, bias, slot, basis, scale, slot_is_zero)
+
+
+_lowrank_linear = torch.library.custom_op("lisa_kernels::lowrank_linear", _forward_definition, mutates_args=())
 
 
 @_lowrank_linear.register_fake
@@ -36,8 +38,7 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((*x.shape[:-1], basis.shape[0]))
 
 
-@torch.library.custom_op("lisa_kernels::lowrank_linear_backward", mutates_args=())
-def _lowrank_linear_backward(
+def _backward_definition(
     dy: Tensor,
     weight: Tensor,
     projected: Tensor,
@@ -49,6 +50,11 @@ def _lowrank_linear_backward(
     with no_autocast(dy.device.type):
         dx = reference.input_gradient(dy, weight, slot, basis, scale) if needs_dx else dy.new_empty((0,))
         return dx, reference.slot_gradient(dy, projected, scale)
+
+
+_lowrank_linear_backward = torch.library.custom_op(
+    "lisa_kernels::lowrank_linear_backward", _backward_definition, mutates_args=()
+)
 
 
 @_lowrank_linear_backward.register_fake
@@ -211,3 +217,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x_, weight_, bias_)  # type: ignore[arg-type]
     y: Tensor = _linear(x_, weight_, bias_)
     return y
+
+
+# What these operations are made of: for a plan, to which they are one each otherwise, with nothing inside.
+DEFINITIONS = {
+    torch.ops.lisa_kernels.lowrank_linear.default: _forward_definition,
+    torch.ops.lisa_kernels.lowrank_linear_backward.default: _backward_definition,
+}

@@ -83,9 +83,10 @@ def _multiply(left: Tensor, right: Tensor, result: Tensor) -> None:
 
 def _multiplies_into_float32(tensor: Tensor) -> bool:
     """Return whether torch has a product of 16-bit matrices with a float32 result where this tensor is."""
-    if tensor.device.type != "cuda" or tensor.dtype not in HALVES:
+    if tensor.device.type not in ("cuda", "meta") or tensor.dtype not in HALVES:
         return False
-    return tensor.dtype == torch.float16 or multiplies_bfloat16(tensor.device)
+    # Tensors without values are a plan's, of a run on a GPU that can do it.
+    return tensor.is_meta or tensor.dtype == torch.float16 or multiplies_bfloat16(tensor.device)
 
 
 def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
