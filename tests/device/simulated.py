@@ -7,6 +7,7 @@ kernels and Triton's machine code, is queued on its streams as Python functions.
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import sys
 import traceback
@@ -145,6 +146,9 @@ def _places() -> tuple[str, ...]:
 @ctypes.CFUNCTYPE(None, c_int64)
 def _run(number: int) -> None:
     work = _work[number] if number in _kept else _work.pop(number)
+    # A finalizer that asks the device for something would let later work begin in the middle of this one.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         with _disable_current_modes(), torch.no_grad():
             work()
@@ -152,6 +156,9 @@ def _run(number: int) -> None:
         # Nothing above can catch it: the device works on its own.
         fault(f"queued work raised {traceback.format_exc()}")
         traceback.print_exc(file=sys.stderr)
+    finally:
+        if collects:
+            gc.enable()
 
 
 @ctypes.CFUNCTYPE(None, c_char_p)

@@ -56,16 +56,18 @@ def train(
     family: str | Callable[[], Any],
     method: Any,
     device: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     checkpointing: bool = False,
     on_step: Callable[[int, Callable[[], None]], None] = lambda number, step: step(),
     **settings: Any,
 ) -> Run:
     """Train for some steps, load the state that was saved, and detach.
 
-    on_step: is given each step's number and what takes it.
+    dtype: None leaves a model where and as it is made. on_step: is given each step's number and what takes it.
     """
-    model = (DECODERS[family].make() if isinstance(family, str) else family()).to(device, dtype)
+    model = DECODERS[family].make() if isinstance(family, str) else family()
+    if dtype is not None:
+        model.to(device, dtype)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = _weights(model)

@@ -41,6 +41,8 @@ struct Graph {
 struct Stream {
   int device, priority;
   std::deque<Work> queue = {};
+  // Whether a piece of its work is running; the next one must not begin then.
+  bool running = false;
   Graph* capture = nullptr;
   uint64_t capture_id = 0;
 };
@@ -68,7 +70,8 @@ struct World {
   int capability;
   size_t device_bytes;
   std::vector<Device> devices;
-  std::set<Stream*> streams;
+  // In the order in which they were made, so that a random order is the same for the same seed.
+  std::vector<Stream*> streams;
   Order order = EAGER;
   std::mt19937_64 random;
   uint64_t next_capture = 1;

@@ -1,27 +1,37 @@
 // Streams: queues of work, and the order in which it runs.
+#include <algorithm>
+#include <utility>
+
 #include "simulation.h"
 
 namespace sim {
 
 namespace {
 
-void run(const Work& work) {
-  if (work.run) work.run();
-  if (work.mark) work.mark->reached = true;
-}
-
 // Runs what another stream must do before `work` can begin.
 void reach(const Work& work, const Stream* stream) {
   if (!work.wait || work.wait->reached) return;
   Stream* other = work.wait->stream;
-  if (other != stream && world().streams.count(other)) drain(other, work.wait.get());
+  auto& streams = world().streams;
+  bool exists = std::find(streams.begin(), streams.end(), other) != streams.end();
+  if (other != stream && exists) drain(other, work.wait.get());
   if (!work.wait->reached) fault("a stream waits for an event that nothing will record");
+}
+
+void run_next(Stream* stream) {
+  Work work = std::move(stream->queue.front());
+  stream->queue.pop_front();
+  bool inside = std::exchange(stream->running, true);
+  reach(work, stream);
+  if (work.run) work.run();
+  if (work.mark) work.mark->reached = true;
+  stream->running = inside;
 }
 
 cudaError_t make_stream(cudaStream_t* handle, int priority) {
   Lock lock;
   auto* stream = new Stream{current_device, priority};
-  world().streams.insert(stream);
+  world().streams.push_back(stream);
   *handle = reinterpret_cast<cudaStream_t>(stream);
   return cudaSuccess;
 }
@@ -34,16 +44,11 @@ Stream* stream_of(cudaStream_t handle) {
 }
 
 void drain(Stream* stream, const Marker* until) {
-  while (!stream->queue.empty() && !(until && until->reached)) {
-    Work work = std::move(stream->queue.front());
-    stream->queue.pop_front();
-    reach(work, stream);
-    run(work);
-  }
+  while (!stream->queue.empty() && !(until && until->reached)) run_next(stream);
 }
 
 void drain_device(int device) {
-  for (Stream* stream : std::set<Stream*>(world().streams))
+  for (Stream* stream : std::vector<Stream*>(world().streams))
     if (stream->device == device && !stream->capture) drain(stream);
 }
 
@@ -56,15 +61,13 @@ void progress() {
   if (w.order != RANDOM) return;
   std::vector<Stream*> busy;
   for (Stream* stream : w.streams)
-    if (!stream->queue.empty()) busy.push_back(stream);
+    if (!stream->queue.empty() && !stream->running) busy.push_back(stream);
   if (busy.empty()) return;
   Stream* stream = busy[w.random() % busy.size()];
   for (auto count = w.random() % 4; count > 0 && !stream->queue.empty(); count--) {
     auto& next = stream->queue.front();
     if (next.wait && !next.wait->reached) return;
-    Work work = std::move(next);
-    stream->queue.pop_front();
-    run(work);
+    run_next(stream);
   }
 }
 
@@ -97,7 +100,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
   Lock lock;
   Stream* stream = stream_of(handle);
   drain(stream);
-  world().streams.erase(stream);
+  auto& streams = world().streams;
+  streams.erase(std::find(streams.begin(), streams.end(), stream));
   return cudaSuccess;
 }
 

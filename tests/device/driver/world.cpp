@@ -46,7 +46,7 @@ World::World()
   int count = static_cast<int>(setting("SIM_DEVICES", 2));
   for (int number = 0; number < count; number++) {
     devices.push_back(make_device(number, device_bytes));
-    streams.insert(devices.back().default_stream);
+    streams.push_back(devices.back().default_stream);
   }
 }
 
