@@ -73,7 +73,10 @@ class ManagedMemory:
         try:
             _call(self._library, "allocate", self._handle, nbytes, self.device.type == "cuda", byref(managed))
         except RuntimeError as error:
-            raise InputError(f'{error}; use paging="file:DIR" with a folder on a fast disk.') from error
+            raise InputError(
+                f"{error}; pages hold {self.live_bytes} bytes already, of memory that is the host's. Give the machine "
+                'more (RAM or swap; --memory of a container), or use paging="file:DIR" with a folder on a fast disk.'
+            ) from error
         capsule = _new_capsule(managed, _DLPACK, None)
         try:
             return from_dlpack(capsule)

@@ -190,8 +190,17 @@ def test_an_error_without_words_is_told_by_its_number(driver: StubDriver) -> Non
     memory = ManagedMemory(CPU, driver.path)
     driver.fail("cuMemAllocManaged")
     driver.fail("cuGetErrorString")
-    with pytest.raises(InputError, match=rf"cuMemAllocManaged of {NBYTES} bytes failed with error 999; use"):
+    with pytest.raises(InputError, match=rf"cuMemAllocManaged of {NBYTES} bytes failed with error 999; .*hold 0 b"):
         memory.empty(NBYTES)
+
+
+def test_memory_that_ends_says_what_pages_hold_and_what_to_do(driver: StubDriver) -> None:
+    memory = ManagedMemory(CPU, driver.path)
+    held = memory.empty(NBYTES)
+    driver.fail("cuMemAllocManaged")
+    with pytest.raises(InputError, match=f"pages hold {NBYTES} bytes already.*RAM or swap.*file:DIR"):
+        memory.empty(NBYTES)
+    assert held.numel() == NBYTES
 
 
 def test_memory_that_torch_does_not_take_over_is_freed(driver: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
