@@ -38,6 +38,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.info import NAMES, describe
 from lisa_kernels.methods import Method
 from lisa_kernels.ops.capability import auto_dtype, check_capability
+from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.trial import try_kernels
@@ -188,16 +189,15 @@ def memory(run: Run) -> None:
 
 
 def _beside_plan(workload: Workload, device: torch.device) -> dict[str, int | str]:
-    plan = Plan(workload, rehearse(workload))
     if device.type == "cpu":
-        found, reserved, planned = measured(workload, device).peak_bytes, 0, plan.peak_bytes
+        found, reserved, planned = measured(workload, device).peak_bytes, 0, rehearse(workload).peak_bytes
     else:
+        planned = Plan(workload, rehearse(workload, gpu=GpuMemory.here())).allocated_bytes
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         measured(workload, device)
         found, reserved = torch.cuda.max_memory_allocated(device) - before, torch.cuda.max_memory_reserved(device)
-        planned = plan.reserved().allocated
     excess = found / planned - 1
     problem = f"{excess:+.2%} measured above planned" if excess > KEPT else ""
     return {"planned_bytes": planned, "measured_bytes": found, "reserved_bytes": reserved, "problem": problem}

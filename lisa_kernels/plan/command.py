@@ -58,7 +58,7 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
 
 def plan_run(options: FineTuneOptions) -> PlannedMemory:
     """Return what a run with `options` takes by plan, and what is alive over its steps."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = options.device != "cpu" and torch.cuda.is_available()
     trace = rehearse(workload_of(options), gpu=GpuMemory.here() if on_gpu else None)
     numbers, rows = stacked(trace, PAGE_POINTS)
     names = [trace.events[number].phase for number in numbers]

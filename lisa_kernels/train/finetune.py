@@ -114,6 +114,9 @@ def finetune(
     """
     with RunLock(options.output) as lock:
         device = take_device(options, console)
+        if device.type == "cuda":
+            # Whatever asks for "the GPU" means this one.
+            torch.cuda.set_device(device)
         try:
             return _run(options, device, console, plan, lock)
         except torch.OutOfMemoryError as error:

@@ -120,6 +120,7 @@ def test_a_card_that_is_full_ends_the_command_with_2(
     monkeypatch.setattr(planning, "plan_run", lambda options: PlannedMemory(2_000_000_000))
     if moment == "before":
         monkeypatch.setattr(f"{finetune}.take_device", lambda options, console: GPU)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(capability, "capability", lambda device: (8, 6))
     else:
 

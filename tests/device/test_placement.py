@@ -1,0 +1,54 @@
+"""A command's run on the GPU that it is told, gone on with on another; and the report of `make gpu` on a device."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from train.small_run import arguments, write_text
+
+from bench import gpu
+from bench.gpu_report import Report, rows_of, troubles
+from lisa_kernels.cli import main
+from lisa_kernels.devices import choose_device, survey_machine
+
+
+@pytest.mark.order("late")
+def test_a_run_takes_the_gpu_that_it_is_told_and_goes_on_on_another(tmp_path: Path) -> None:
+    """Nothing is allocated on the other; a kill, and the rest on the first GPU, leaves the same weights."""
+    torch.cuda.init()
+    torch.cuda.reset_peak_memory_stats(0)
+    before, run = torch.cuda.memory_allocated(0), tmp_path / "run"
+    given = ["--steps", "2", "--save-every", "1", "--period", "1"]
+    assert main(arguments(write_text(tmp_path), run, *given, "--device", "cuda:1")) == 0
+    assert torch.cuda.max_memory_allocated(0) == before
+    whole = (run / "model.safetensors").read_bytes()
+    for path in (*run.glob("*.safetensors"), run / "summary.json"):
+        path.unlink()
+    shutil.rmtree(run / "checkpoint-2")
+    assert main(arguments(tmp_path / "text.txt", run, *given, "--device", "cuda:0", "--resume")) == 0
+    assert (run / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.order("late")
+def test_a_report_on_a_device_has_nothing_wrong(tmp_path: Path) -> None:
+    """What one process does of it: programs that it starts have no values here, and methods are in `test_matrix.py`."""
+    run = gpu.Run(torch.device("cuda", 0), gpu.SMALL, Report(tmp_path / "report.md"), time.monotonic() + 3600)
+    gpu.report(run, Console(file=io.StringIO()), (gpu.machine, gpu.kernels, gpu.memory))
+    assert troubles(run.report.rows) == []
+    assert len(rows_of(run.report.rows, "kernel")) == 7
+    assert all(row["measured_bytes"] > 0 for row in rows_of(run.report.rows, "memory"))
+
+
+@pytest.mark.order("late")
+def test_the_devices_are_surveyed_without_memory() -> None:
+    machine = survey_machine()
+    assert len(machine.cards) == 2
+    assert machine.cuda is not None
+    assert machine.runs_cuda is not None
+    assert choose_device("cuda:1", machine) == torch.device("cuda", 1)
