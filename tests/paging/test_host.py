@@ -147,14 +147,49 @@ def test_a_ring_has_three_slots_or_what_is_taken_at_once_and_one_page_more(
     for action, number in program:
         if action == "other_work":
             continue
-        taken = sum(max(SIZES[other], SLOT) for other in trainer.taken)
-        most = max(most, taken + max(SIZES))
+        most = max(most, sum(max(SIZES[other], SLOT) for other in {*trainer.taken, number}))
         act(trainer, action, number)
         assert lanes.live_bytes == trainer.store.device_bytes(CPU)
         assert lanes.peak_bytes <= most
         if lanes.live_bytes == 0:
             most = 3 * SLOT
             lanes.peak_bytes = 0
+
+
+def test_what_is_needed_now_takes_the_room_of_what_is_not() -> None:
+    """One page at a time is fetched beyond the ring's size; another that is taken meanwhile sends it back."""
+    lanes = LateLanes()
+    store = HostStore(lambda _: lanes)
+    pages = [store.page(f"page-{number}", 4 * SLOT, CPU, SLOT) for number in range(3)]
+    for page in pages:
+        page.take()
+        page.give_back()
+    first, second, third = pages
+    first.prefetch()
+    second.prefetch()
+    assert first.on_device
+    assert not second.on_device
+    third.take()
+    assert not first.on_device
+    assert lanes.live_bytes == 4 * SLOT
+
+
+def test_the_slot_of_a_lost_page_is_not_written_while_it_is_used() -> None:
+    """Its page is gone, and the work that was queued on it is not."""
+    lanes = LateLanes()
+    trainer = Trainer(lanes, SLOT)
+    for number in (1, 0, 2, 3):
+        trainer.take(number)
+        if number == 1:
+            trainer.give_back(number)
+    trainer.lose(2)
+    trainer.prefetch(1)
+    assert lanes.live_bytes == 3 * SLOT
+    while lanes.inwards.queued:
+        lanes.inwards.run()
+    trainer.take(1)
+    trainer.close()
+    assert lanes.faults == []
 
 
 def test_a_step_holds_three_slots_and_nothing_afterwards() -> None:
