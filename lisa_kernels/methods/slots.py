@@ -87,7 +87,8 @@ def _alike(
     portions: dict[Any, list[_Turn]] = {}
     sizes: dict[Any, int] = {}
     for turn in turns:
-        slot, betas = turn.layer.slot, groups[turn.layer.slot]["betas"]
+        # A pair that was saved as JSON is a list.
+        slot, betas = turn.layer.slot, tuple(groups[turn.layer.slot]["betas"])
         key = slot.device, turn.layer.rank, betas
         if key in portions and sizes[key] + slot.numel() > TURNED_ELEMENTS:
             yield portions.pop(key), betas

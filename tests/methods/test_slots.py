@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lisa_kernels import OwLore, attach
 from lisa_kernels.layers import LowRankLinear
-from lisa_kernels.methods import SampledAdamW
+from lisa_kernels.methods import SampledAdamW, slots
 
 RANK = 4
 
@@ -269,6 +269,21 @@ def test_a_refresh_carries_the_moments_into_the_new_basis() -> None:
         torch.testing.assert_close(optimizer.moments(layer.slot)[0], wanted, rtol=1e-4, atol=1e-6)
         assert turned or torch.equal(layer.basis, old[1])
     assert refreshes == 2
+
+
+def test_moments_that_are_carried_together_are_those_carried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit; and a pair of betas may be a list, as JSON has it."""
+    weights = []
+    for elements, pair in ((slots.TURNED_ELEMENTS, tuple), (1, list)):
+        monkeypatch.setattr(slots, "TURNED_ELEMENTS", elements)
+        model = llama()
+        optimizer = attached(model, gap=2)
+        for group in optimizer.param_groups:
+            group["betas"] = pair(group["betas"])
+        for seed in range(4):
+            train(model, optimizer, tokens(seed=seed))
+        weights.append(snapshot(model))
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
 def test_a_refresh_that_a_bad_gradient_prevents_keeps_every_bit() -> None:
