@@ -35,9 +35,11 @@ def attach(
     moments are between steps, see `AdamW8bit`; what `retired_state="page"` puts away goes there too. In training
     the loss of a language model is computed without forming the logits of all tokens, where that is exact (its loss is
     the cross entropy of its output layer's logits, scaled and capped or not), which a forward of a few tokens finds out
-    here; keep_logits=True leaves the loss to the model. The model's own parameters stay what they are; linears that
-    get a low-rank slot are swapped until `detach()`. What was frozen before stays frozen, which is said once;
-    a layer that is frozen whole keeps its number and is never drawn. Of a compiled model the one inside is attached.
+    here; keep_logits=True leaves the loss to the model. Tokens that are no label cost nothing there where the labels
+    are given on the CPU; of labels on a GPU all take part, for to leave some out the host would wait. The model's own
+    parameters stay what they are; linears that get a low-rank slot are swapped until `detach()`. What was frozen before
+    stays frozen, which is said once; a layer that is frozen whole keeps its number and is never drawn. Of a compiled
+    model the one inside is attached.
     Raises InputError, the model untouched, for anything that cannot work.
     """
     if not isinstance(method, Method):
