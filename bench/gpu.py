@@ -288,7 +288,8 @@ def report(run: Run, console: Console, stages: Sequence[Callable[[Run], None]] =
         seconds = time.monotonic() - begin
         run.report.add("stage", name=stage.__name__, seconds=seconds, outcome=outcome, reason=reason)
         if outcome == STOPPED or (outcome == FAILED and stage in (machine, kernels)):
-            return
+            break
+    run.report.add("end")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,7 +66,9 @@ def head_of(rows: Sequence[Row]) -> list[str]:
     wrong = troubles(rows)
     machine = next(iter(rows_of(rows, "machine")), None)
     card = machine["gpus"][0]["name"] if machine and machine["gpus"] else "no GPU"
-    lines = [f"# {card}: " + (f"{len(wrong)} troubles, the first: {wrong[0]}" if wrong else "nothing wrong so far"), ""]
+    unfinished = "" if rows_of(rows, "end") else " so far"
+    verdict = f"{len(wrong)} found wrong{unfinished}, the first: {wrong[0]}" if wrong else f"nothing wrong{unfinished}"
+    lines = [f"# {card}: {verdict}", ""]
     if machine is not None:
         environment = machine["environment"]
         packages = {**machine["packages"], **environment["versions"]}

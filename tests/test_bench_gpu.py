@@ -53,6 +53,7 @@ def test_the_first_line_is_the_verdict_and_the_next_ones_the_machine() -> None:
     """Card, driver, versions, commit; then what passed; then a table for each kind of number."""
     head = head_of(FINE)
     assert head[0] == "# RTX 3090: nothing wrong so far"
+    assert head_of([*FINE, {"kind": "end"}])[0] == "# RTX 3090: nothing wrong"
     text = "\n".join(head)
     for said in ("driver 580.65 (CUDA 13.0)", "compute capability 8.6, 24.9 of 25.3 GB free", "commit abc1234",
                  "torch 2.14.1+cu130", "tests/ops: 400 passed, 0 failed, 1 skipped", "kernels right: 1 of 1",
@@ -82,7 +83,7 @@ def test_what_is_wrong_is_in_the_first_line(kind: str) -> None:
     """The first of all troubles, and every one in a list below."""
     row, said = WRONG[kind]
     head = head_of([*FINE, row])
-    assert head[0].startswith(f"# RTX 3090: 1 troubles, the first: {said}")
+    assert head[0].startswith(f"# RTX 3090: 1 found wrong so far, the first: {said}")
     assert any(line.startswith(f"1. {said}") for line in head)
 
 
@@ -103,7 +104,7 @@ def test_a_stage_that_fails_is_told_and_the_next_one_runs(tmp_path: Path) -> Non
     stages = (stage_of("memory", raising(RuntimeError("a\nb"))), stage_of("times", lambda run: None))
     report(run, console(), stages)
     rows = read_report(run.report.path)
-    assert [(row["name"], row["outcome"], row["reason"]) for row in rows] == [
+    assert [(row["name"], row["outcome"], row["reason"]) for row in rows_of(rows, "stage")] == [
         ("memory", "failed", "RuntimeError: a b"), ("times", "done", ""),
     ]  # fmt: skip
 
@@ -126,7 +127,8 @@ def test_it_stops_where_the_rest_would_be_meaningless(
         run.device = torch.device("cuda", 0)
     report(run, console(), (gpu.machine, gpu.kernels, stage_of("methods", raising(AssertionError("ran on")))))
     rows = read_report(run.report.path)
-    last = rows[-1]
+    last, end = rows[-2:]
+    assert end == {"kind": "end"}
     assert (last["kind"], last["name"]) == ("stage", "machine" if found == "no GPU" else "kernels")
     assert last["outcome"] == ("failed" if found == "a crash" else "stopped")
     assert {"no GPU": "no NVIDIA driver", "a crash": "bus"}.get(found, problem) in last["reason"]
@@ -167,8 +169,8 @@ def test_the_whole_command_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["--device", "cpu", "--small", "--output", str(file)]) == 0
     rows = read_report(file)
     assert [row["name"] for row in rows_of(rows, "stage")] == [stage.__name__ for stage in gpu.STAGES]
-    assert {row["kind"] for row in rows} == {"machine", "kernel", "method", "memory", "tests", "time", "stage"}
-    assert capsys.readouterr().out.startswith("# no GPU: nothing wrong so far")
+    assert {row["kind"] for row in rows} == {"machine", "kernel", "method", "memory", "tests", "time", "stage", "end"}
+    assert capsys.readouterr().out.startswith("# no GPU: nothing wrong\n")
 
 
 def test_a_device_that_is_none_is_refused(tmp_path: Path) -> None:
