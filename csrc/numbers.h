@@ -49,6 +49,20 @@ struct Float16 {
   using Storage = uint16_t;
   static Floats load(const uint16_t* from) { return load_float16(from); }
   static void store(uint16_t* to, Floats a, Floats b) { store_float16(to, a), store_float16(to + kLanes, b); }
+  // As a BFloat16's, by the upper 13 of the random bits.
+  static void store(uint16_t* to, Floats a, Floats b, Words random16_a, Words random16_b) {
+    store(to, rounded(a, random16_a), rounded(b, random16_b));
+  }
+
+ private:
+  // Below 2^-14 float16's places are as far apart as those of 13 bits from there on: that much is added meanwhile.
+  static Floats rounded(Floats values, Words random16) {
+    const Words bits = bits_of(values), sign = bits & 0x80000000;
+    const Floats magnitude = float_of(bits & 0x7fffffff);
+    const Floats offset = float_of((bits & 0x7fffffff) < (113u << 23) ? bits_of(broadcast(0x1p-14f)) : Words{});
+    const Words kept = (bits_of(magnitude + offset) + (random16 >> 3)) & 0xffffe000;
+    return float_of(bits_of(float_of(kept) - offset) | sign);
+  }
 };
 
 // The codec: sign + E4M3 for first moments, E5M3 for second moments. A code is a float's upper bits less an offset.

@@ -34,11 +34,13 @@ LISA_INLINE void for_units(int count, const Body& body) {
 // As integers, magnitudes order as floats do, and a NaN is the largest: the maximum keeps it, as torch's does.
 inline float absmax_of(Words largest) { return scalar_of(largest_of(largest)); }
 
-// Only a bfloat16 weight is ever rounded stochastically.
+// Weights of 16 bits are rounded stochastically.
 template <class Weight, bool stochastic>
 constexpr bool kStochasticWeight = false;
 template <bool stochastic>
 constexpr bool kStochasticWeight<BFloat16, stochastic> = stochastic;
+template <bool stochastic>
+constexpr bool kStochasticWeight<Float16, stochastic> = stochastic;
 
 // Store a unit of weights, made vector by vector by value(first element of it); `all_hashes` round them.
 template <class Weight, bool stochastic, class Value>

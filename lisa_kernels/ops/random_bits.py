@@ -8,7 +8,7 @@ One hash of 32 bits for every four elements, a bijection of its input, and of it
     word   = hash * FACTOR ** (element mod 4)
 
 The top 20 bits of the word round the first moment, its low 20 bits the second moment, and the top 16 bits of
-word * FACTOR ** 4 a bfloat16 weight. Any two words, and weights' numbers, of four elements are equidistributed together
+word * FACTOR ** 4 a 16-bit weight. Any two words, and weights' numbers, of four elements are equidistributed together
 in their leading bits, and two words in their low 20 bits too: FACTOR was searched so that the lattices of its powers,
 modulo 2**32 (spectral figure at least 0.84 of the best possible) and modulo 2**20, have no short vectors. The eight
 bits that an element's two moments share are the last that matter to the first moment and the first to the second, and
@@ -119,11 +119,27 @@ def round_to_bfloat16(value: Tensor, bits16: Tensor) -> Tensor:
     return (raw & -65536).view(torch.float32).to(torch.bfloat16)
 
 
+def round_to_float16(value: Tensor, bits16: Tensor) -> Tensor:
+    """Round finite float32 to float16 as `round_to_bfloat16` does, by the upper 13 of the 16 bits.
+
+    Below 2⁻¹⁴ float16's places are 2⁻²⁴ apart, as those of the 13 bits are from 2⁻¹⁴ to 2⁻¹³: there 2⁻¹⁴ is added
+    meanwhile, which itself rounds by less than a thousandth of such a place.
+    """
+    magnitude = value.abs()
+    offset = torch.where(magnitude < 2.0**-14, 2.0**-14, 0.0)
+    raw = (magnitude + offset).view(torch.int32) + (bits16.to(torch.int32) >> 3)
+    return torch.copysign((raw & -8192).view(torch.float32) - offset, value).to(torch.float16)
+
+
+# How float32 becomes each narrower dtype of weights.
+STOCHASTIC_ROUNDINGS = {torch.bfloat16: round_to_bfloat16, torch.float16: round_to_float16}
+
+
 def moment_bits(words: Tensor, signed: bool) -> Tensor:
     """Return the 20 bits of random words that round first (`signed`) or second moments."""
     return words >> 12 if signed else words & 0xFFFFF
 
 
 def weight_bits(words: Tensor) -> Tensor:
-    """Return the 16 bits of random words that round bfloat16 weights."""
+    """Return the 16 bits of random words that round 16-bit weights."""
     return ((words * _factor_to(4)) & _MASK32) >> 16

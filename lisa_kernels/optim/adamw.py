@@ -38,7 +38,7 @@ class AdamW8bit(Optimizer):
     """AdamW whose moments take one byte each: `torch.optim.AdamW`'s update on E4M3 / E5M3 codes with block scales.
 
     Bytes of state per element: 2 + 8 / block_size (2.03 at 256); 8 for tensors that are 1-D or below 4,096 elements.
-    Weights may be float32, bfloat16 or float16; bfloat16 weights and both moments are rounded stochastically by
+    Weights may be float32, bfloat16 or float16; those of 16 bits and both moments are rounded stochastically by
     default, with random numbers that depend on (seed, step, parameter index, element index) only. A step that meets a
     NaN, an infinity or a magnitude above 1e16 in any gradient changes nothing and is counted in `skipped_steps`.
     `step()` never waits for the device, and takes one pass over the gradients and one over everything. With

@@ -16,11 +16,11 @@ from torch import Tensor
 from lisa_kernels.ops.adamw8 import Hyper, reference, step_scalars
 from lisa_kernels.ops.blockwise8 import reference as codec
 from lisa_kernels.ops.random_bits import (
+    STOCHASTIC_ROUNDINGS,
     key_base,
     keys_at,
     moment_bits,
     random_words,
-    round_to_bfloat16,
     weight_bits,
 )
 from lisa_kernels.ops.tiles import COUNT_COLUMN, Launch
@@ -233,9 +233,9 @@ def weight_bounds(case: Case, state: State, step: Step, row: int) -> tuple[Tenso
     # Below the normal numbers a product errs by a half of the smallest one, however small it is itself.
     error = update.abs() * APPROXIMATE_UPDATE + 2.0**-147 * (scalars.step_size != 0)
     ends = decayed - update - error, decayed - update + error
-    if case.stochastic and weight.dtype == BF16:
+    if case.stochastic and weight.dtype != FP32:
         bits16 = weight_bits(random_words(step.keys[row], case.start, weight.numel()))
-        low, high = (round_to_bfloat16(end.to(FP32), bits16) for end in ends)
+        low, high = (STOCHASTIC_ROUNDINGS[weight.dtype](end.to(FP32), bits16) for end in ends)
     else:
         low, high = (end.to(FP32).to(weight.dtype) for end in ends)
     return low, high

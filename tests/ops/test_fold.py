@@ -73,6 +73,19 @@ def test_bfloat16_rounding_is_unbiased(slot_dtype: torch.dtype) -> None:
     assert torch.equal(fold(weight, slot, basis, stochastic=False), weight)
 
 
+@pytest.mark.parametrize("size", [1.0, 2.0**-13, 2.0**-16], ids=["ordinary", "smallest normal", "subnormal"])
+def test_float16_rounding_is_unbiased(size: float) -> None:
+    """An update of a hundredth of the spacing survives in the mean, also among subnormals; to nearest it is lost."""
+    weight = torch.full((256, 256), size, dtype=torch.float16)
+    update = max(size, 2.0**-14) * 2.0**-17
+    slot, basis = torch.full((1, 256), update), torch.ones(1, 256)
+    moved = (fold(weight, slot, basis).double() - size).flatten()
+    standard_error = float(moved.std()) / math.sqrt(moved.numel())
+    assert abs(float(moved.mean()) - update) <= STANDARD_ERRORS * standard_error
+    assert float(moved.mean()) > STANDARD_ERRORS * standard_error
+    assert torch.equal(fold(weight, slot, basis, stochastic=False), weight)
+
+
 def test_a_decay_below_the_spacing_of_bfloat16_survives_in_the_mean() -> None:
     weight = torch.full((256, 256), 1.5, dtype=torch.bfloat16)
     nothing = torch.zeros(1, 256)

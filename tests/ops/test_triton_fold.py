@@ -15,7 +15,7 @@ from tolerances import product_of_parts
 from torch import Tensor
 
 from lisa_kernels.ops.fold import master_weight, reference
-from lisa_kernels.ops.random_bits import random_key, random_words, round_to_bfloat16, weight_bits
+from lisa_kernels.ops.random_bits import STOCHASTIC_ROUNDINGS, random_key, random_words, round_to_bfloat16, weight_bits
 from lisa_kernels.ops.tiles import ELEMENT, VECTOR
 
 from .kernel_checks import BF16, FP16, FP32, assert_equal_bits
@@ -121,9 +121,9 @@ def check_bound(machine: Machine, problem: Problem) -> int:
             assert_equal_bits(part.flatten(), other.flatten(), "halves of masters")
     decayed = (old * torch.tensor(problem.decay)).double()
     ends = [(decayed + product + sign * error).to(FP32) for sign in (-1, 1)]
-    if problem.stochastic and found.dtype == BF16:
+    if problem.stochastic and found.dtype != FP32:
         words = random_words(random_key(SEED, PARAMETER, CLOCK), 0, old.numel())
-        ends = [round_to_bfloat16(end, weight_bits(words).view(end.shape)) for end in ends]
+        ends = [STOCHASTIC_ROUNDINGS[found.dtype](end, weight_bits(words).view(end.shape)) for end in ends]
     low, high = (end.to(found.dtype) for end in ends)
     outside = ~((low <= found) & (found <= high))
     assert not outside.any(), f"{int(outside.sum())} of {outside.numel()} weights are out of bounds"

@@ -120,6 +120,16 @@ def test_weights_are_exact_where_no_root_is_involved(machine: Machine, still: st
 
 
 @MOMENTS
+def test_float16_weights_are_rounded_up_or_down_as_the_definition_says(block_size: int | None) -> None:
+    """Subnormal ones too; bit for bit, for without a gradient no root is involved and the decay alone is rounded."""
+    hyper = HYPER._replace(weight_decay=20.0)
+    case = Case((264,), (FP16,), (FP16,), block_size, hypers=(hyper,), values=[torch.zeros(264)])
+    ours, expected = check_steps(case, Machine(90))
+    assert_equal_bits(ours[0][0], expected[0][0], "weights")
+    assert int((expected[0][0] != case.state()[0][0]).sum()) > 50
+
+
+@MOMENTS
 def test_a_skipped_step_touches_nothing(machine: Machine, block_size: int | None) -> None:
     """NaN gradients included, at every size."""
     case = Case(SIZES, **SAME, block_size=block_size, values=[torch.full((n,), float("nan")) for n in SIZES])

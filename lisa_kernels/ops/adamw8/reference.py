@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.ops.blockwise8.reference import decode, quantize, scales
-from lisa_kernels.ops.random_bits import keys_at, moment_bits, random_words, round_to_bfloat16, weight_bits
+from lisa_kernels.ops.random_bits import STOCHASTIC_ROUNDINGS, keys_at, moment_bits, random_words, weight_bits
 from lisa_kernels.ops.tiles import to_device
 
 # Elements worked on at a time; a multiple of every block size, so that temporaries stay small and blocks whole.
@@ -150,8 +150,8 @@ def adamw_update(
 
 
 def _write_weight(param: Tensor, new: Tensor, skip: Tensor, words: Tensor | None) -> None:
-    if param.dtype == torch.bfloat16 and words is not None:
-        new = round_to_bfloat16(new, weight_bits(words))
+    if param.dtype in STOCHASTIC_ROUNDINGS and words is not None:
+        new = STOCHASTIC_ROUNDINGS[param.dtype](new, weight_bits(words))
     param.copy_(torch.where(skip, param, new.to(param.dtype)))
 
 
@@ -211,7 +211,7 @@ def _update32(
 ) -> None:
     for span in _spans(param.numel()):
         words = None
-        if stochastic and param.dtype == torch.bfloat16:
+        if stochastic and param.dtype in STOCHASTIC_ROUNDINGS:
             words = random_words(key, span.start, span.stop - span.start)
         given = param[span].to(torch.float32), grad[span].to(torch.float32)
         weight, new_m, new_v = adamw_update(*given, m[span], scalars.carry1, v[span] * scalars.carry2, scalars)

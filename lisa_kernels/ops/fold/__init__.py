@@ -37,7 +37,7 @@ def fold_(
 
     left: [r, m] and right: [r, n], any float dtype: the slot B and the basis P of a weight stored [m, n], or P and B of
     one stored transposed (GPT-2's Conv1D). decay: float32 0-d tensor, 1 − lr·wd. key: int64 0-d of `random_key`
-    for the stochastic rounding of a bfloat16 weight, None to round to nearest.
+    for the stochastic rounding of a 16-bit weight, None to round to nearest.
 
     remainder: int16 [m, n] beside a bfloat16 weight, mutated: together they are a float32 master weight, see
     `master_weight`; the weight is then its nearest bfloat16 and nothing is random.

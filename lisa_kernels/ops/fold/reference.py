@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lisa_kernels.ops.random_bits import random_words, round_to_bfloat16, weight_bits
+from lisa_kernels.ops.random_bits import STOCHASTIC_ROUNDINGS, random_words, weight_bits
 
 # Elements of W worked on at a time.
 BAND_ELEMENTS = 1 << 20
@@ -43,8 +43,8 @@ def fold_(
         if rest is not None:
             for part, value in zip((target, rest), split(new)):
                 part.copy_(value)
-        elif key is not None and weight.dtype == torch.bfloat16:
+        elif key is not None and weight.dtype in STOCHASTIC_ROUNDINGS:
             bits = weight_bits(random_words(key, start * columns, new.numel()))
-            target.copy_(round_to_bfloat16(new, bits.view(new.shape)))
+            target.copy_(STOCHASTIC_ROUNDINGS[weight.dtype](new, bits.view(new.shape)))
         else:
             target.copy_(new)

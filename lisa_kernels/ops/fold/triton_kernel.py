@@ -16,12 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lisa_kernels.ops.fold import reference
+from lisa_kernels.ops.random_bits import STOCHASTIC_ROUNDINGS
 from lisa_kernels.ops.tiles import ACCESS_BYTES, ELEMENT, LONGEST_VECTOR, VECTOR, WARP, Launch, warp_size
 from lisa_kernels.ops.tiles.triton_kernel import (
     TRITON_DTYPES,
     add_product,
     advance,
     random_words_at,
+    rounded_by,
     weight_bits,
     whole_vectors,
 )
@@ -85,8 +87,7 @@ def store_master(weight, remainder, values, bits16, mask, STOCHASTIC: tl.constex
         tl.store(remainder, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
         tl.store(weight, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
     elif STOCHASTIC:
-        rounded = (values.to(tl.uint32, bitcast=True) + bits16) >> 16
-        tl.store(weight, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(weight, rounded_by(values, bits16, weight.dtype.element_ty), mask=mask)
     else:
         tl.store(weight, values.to(weight.dtype.element_ty), mask=mask)
 
@@ -131,7 +132,7 @@ def fold_launch(
     tile = tile or (ODD_TILE if odd else TILE)
     arguments: dict[str, Tensor | int] = {"weight": weight, "left": left, "right": right, "decay": decay, "key": key}
     constants: dict[str, Any] = {
-        "STOCHASTIC": stochastic and remainder is None and weight.dtype == torch.bfloat16,
+        "STOCHASTIC": stochastic and remainder is None and weight.dtype in STOCHASTIC_ROUNDINGS,
         "FAR": weight.numel() > 1 << 32, "ACCESS": ELEMENT if odd else VECTOR, "M": tile.M, "N": tile.N, "K": tile.K,
     }  # fmt: skip
     (constants if remainder is None else arguments)["remainder"] = remainder

@@ -109,11 +109,26 @@ def load_floats(pointer, offsets, SHIFT: tl.constexpr, mask, VECTOR: tl.constexp
 
 
 @triton.jit
+def rounded_by(values, bits16, narrow: tl.constexpr):
+    """Float32 as bfloat16 or float16, rounded up or down by 16 random bits."""
+    bits = values.to(tl.uint32, bitcast=True)
+    if narrow == tl.bfloat16:
+        rounded = ((bits + bits16) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        # Where float16 is subnormal its places are as far apart as those of 13 bits from 2⁻¹⁴ on.
+        magnitude = tl.abs(values)
+        offset = tl.where(magnitude < 0.00006103515625, 0.00006103515625, 0.0)
+        kept = ((magnitude + offset).to(tl.uint32, bitcast=True) + (bits16 >> 3)) & 0xFFFFE000
+        nearer = (kept.to(tl.float32, bitcast=True) - offset).to(tl.uint32, bitcast=True)
+        rounded = (nearer | (bits & 0x80000000)).to(tl.float32, bitcast=True).to(tl.float16)
+    return rounded
+
+
+@triton.jit
 def store_floats(pointers, values, bits16, mask, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr):
-    """Store float32 in the pointers' dtype, bfloat16 rounded by 16 random bits if `STOCHASTIC`, else to nearest."""
-    if STOCHASTIC and pointers.dtype.element_ty == tl.bfloat16:
-        rounded = (values.to(tl.uint32, bitcast=True) + bits16) >> 16
-        store(pointers, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask, ACCESS)
+    """Store float32 in the pointers' dtype: one of 16 bits rounded by random ones if `STOCHASTIC`, else to nearest."""
+    if STOCHASTIC and pointers.dtype.element_ty.primitive_bitwidth == 16:
+        store(pointers, rounded_by(values, bits16, pointers.dtype.element_ty), mask, ACCESS)
     else:
         store(pointers, values.to(pointers.dtype.element_ty), mask, ACCESS)
 
@@ -185,7 +200,7 @@ def v_bits(words):
 
 @triton.jit
 def weight_bits(words):
-    """The 16 bits of random words that round bfloat16 weights."""
+    """The 16 bits of random words that round 16-bit weights."""
     return (words * WEIGHT_FACTOR) >> 16
 
 
