@@ -63,7 +63,7 @@ class StorageTracker(TorchDispatchMode):
     def __init__(
         self, device_type: str, call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = _call,
         inside: Callable[[Any, tuple[Any, ...]], Sequence[Tensor]] = _nothing,
-        definitions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
+        definitions: Mapping[Any, Any] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         super().__init__()
         self.device_type, self.call, self.inside, self.definitions = device_type, call, inside, definitions
