@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -116,3 +118,13 @@ def listen() -> None:
 
     triton.knobs.runtime.kernel_load_end_hook.add(_on_load)
     driver.sim_listen_to_launches(ctypes.cast(_on_launch, c_void_p))
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Have launches compute nothing meanwhile."""
+    driver.sim_listen_to_launches(None)
+    try:
+        yield
+    finally:
+        driver.sim_listen_to_launches(ctypes.cast(_on_launch, c_void_p))

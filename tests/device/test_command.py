@@ -1,0 +1,28 @@
+"""`lisa-kernels finetune` whole, from a saved model to a saved model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from device.small_model import save_small_model, small_command
+from lisa_kernels.cli import main
+
+
+@pytest.mark.order("late")
+def test_a_run_that_was_stopped_and_goes_on_has_the_bytes_of_one_that_was_not(tmp_path: Path) -> None:
+    """Two steps of four, as a kill after the second checkpoint leaves them, and the rest; in bfloat16."""
+    save_small_model(tmp_path)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    given = ["--steps", "4", "--save-every", "2", "--dtype", "auto", "--device", "cuda:0"]
+    assert main(small_command(tmp_path, whole, *given)) == 0
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoint-4")
+    for path in (*stopped.glob("*.safetensors"), stopped / "summary.json"):
+        path.unlink()
+    assert main(small_command(tmp_path, stopped, *given, "--resume")) == 0
+    assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    begun = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert (whole / "model.safetensors").read_bytes() != begun
