@@ -47,12 +47,12 @@ def plans_once() -> Iterator[None]:
     command = importlib.import_module("lisa_kernels.plan.command")
     real, made = command.rehearse, {}
 
-    def rehearse(workload: Any) -> Any:
+    def rehearse(workload: Any, gpu: Any = None) -> Any:
         if not str(workload.model).startswith("preset:"):
-            return real(workload)
-        key = repr(workload)
+            return real(workload, gpu=gpu)
+        key = repr((workload, gpu))
         if key not in made:
-            made[key] = real(workload)
+            made[key] = real(workload, gpu=gpu)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -251,7 +251,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(case: str, capsys: pytest.Cap
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, so asking for one is no mistake")
 def test_a_gpu_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--device", "cuda"]) == 2
-    assert "sees no GPU" in capsys.readouterr().err
+    assert "give --device cpu" in capsys.readouterr().err
 
 
 def test_without_the_sources_the_command_says_where_to_get_them(

@@ -161,8 +161,9 @@ def test_resources_of_the_main_kernel() -> None:
 
 
 def without_target(compiled: Any) -> str:
-    """Return the PTX, apart from the name of what it is for."""
-    return re.sub(r"\.target\s+sm_\d+a?", "", compiled.asm["ptx"])
+    """Return the PTX, apart from the name of what it is for, and from where its source was when it was compiled."""
+    code, _, _ = compiled.asm["ptx"].partition("\t.section\t.debug")
+    return re.sub(r"\.target\s+sm_\d+a?|\.file\s+\d+ .*", "", code)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def check_projected(model: nn.Module, optimizer: SampledAdamW, gradients: dict[s
     """Assert dB = P Gᵀ for embedding and head; where they are tied, G is the sum of both uses."""
     names = {id(param): name for name, param in model.named_parameters()}
     for layer in outer(optimizer).values():
-        wanted = layer.basis @ gradients[names[id(layer.weight)]].t()
+        wanted = layer.basis @ gradients[names[id(layer.stored_weight)]].t()
         torch.testing.assert_close(layer.slot.grad, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 

@@ -68,7 +68,7 @@ def test_cpus_take_float32_and_refuse_nothing() -> None:
 class OnCuda:
     """What `sum_of_outer_products` asks of a tensor before it chooses a route."""
 
-    device = CUDA
+    device, is_meta = CUDA, False
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
