@@ -35,6 +35,7 @@ def test_a_steady_step_waits_for_nothing_and_asks_for_no_memory(name: str, order
     """Forward, backward and step, bases refreshed among them.
 
     Of a device that never gets to its work the small locked buffers of copies are never free again: more are asked for.
+    Nor does the host hear from it that a first basis is good: it is tried again, which takes more launches.
     """
     model = llama().to("cuda", torch.bfloat16)
     opt = attach(
@@ -54,4 +55,4 @@ def test_a_steady_step_waits_for_nothing_and_asks_for_no_memory(name: str, order
         if number >= STEPS // 2:
             assert not noted, f"step {number}"
             assert allocations() == asked or order is Order.LATE
-    assert most <= LAUNCHES.get(name, most)
+    assert most <= LAUNCHES.get(name, most) or order is Order.LATE
