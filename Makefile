@@ -89,7 +89,7 @@ bench: $(STAMP)  ## time optimizers, layers and steps beside their peers, plan t
 	$(BIN)/lisa-kernels bench step --record
 	$(BIN)/python -m bench.memory --record --plot bench/results/memory.png
 
-gpu: $(STAMP)  ## on a machine with a GPU: all that it can tell us, in one file to send (a quarter of an hour)
+gpu: $(STAMP)  ## on a machine with a GPU: all that it can tell us, in one file to send (meant to take a quarter of an hour)
 	$(BIN)/python -m bench.gpu --output runs/gpu-report.md
 
 device: device-env $(DRIVER) $(DEVICE)/.library  ## run the GPU paths on a simulated CUDA device (once: 3 minutes and 6.5 GB for its environment)

@@ -1,6 +1,6 @@
 """Everything that the owner of a GPU can tell us, in one command and one file: `make gpu`.
 
-    python -m bench.gpu                       # writes runs/gpu-report.md, in under a quarter of an hour
+    python -m bench.gpu                       # writes runs/gpu-report.md; meant to take a quarter of an hour
     python -m bench.gpu --device cpu --small  # the same on the CPU, in a minute
 
 First what would make the rest meaningless: is there a GPU, do the kernels compile, are their results the CPU's? The

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +45,22 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     from lisa_kernels.difference.command import DifferenceOptions, write
 
     names = DifferenceOptions.__dataclass_fields__
-    result = write(DifferenceOptions(**{name: getattr(arguments, name) for name in names}), console)
-    if arguments.data:
-        result["evaluation"] = _evaluation(arguments, console)
+    options = DifferenceOptions(**{name: getattr(arguments, name) for name in names})
+    measure = _measurement(arguments, console) if arguments.data else None
+    result = write(options, console)
+    if measure is not None:
+        result["evaluation"] = measure()
     if arguments.json:
         print(json.dumps(result))
     return 0
 
 
-def _evaluation(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from lisa_kernels.evaluate.command import EvaluateOptions, evaluate
+def _measurement(arguments: argparse.Namespace, console: Console) -> Callable[[], dict[str, Any]]:
+    """Return what measures base, tuned and adapter once that is written; the rows are read here, before."""
+    from lisa_kernels.evaluate.command import EvaluateOptions, evaluate, read_questions
 
-    models = [arguments.base, arguments.tuned, str(arguments.output)]
-    return evaluate(
-        EvaluateOptions(
-            models, arguments.data, columns=arguments.columns, choices=arguments.choices,
-            max_data_bytes=arguments.max_data_bytes, max_rows=arguments.max_rows,
-        ),
-        console,
+    options = EvaluateOptions(
+        [arguments.base, arguments.tuned, str(arguments.output)], arguments.data, columns=arguments.columns,
+        choices=arguments.choices, max_data_bytes=arguments.max_data_bytes, max_rows=arguments.max_rows,
     )  # fmt: skip
+    return partial(evaluate, options, console, read_questions(options))

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,7 +35,7 @@ def write_difference(
     """
     tensors = dict[str, Tensor]()
     for path, each in factors.items():
-        dtype = tuned.read(f"{path}.weight").dtype
+        dtype = tuned.dtype(f"{path}.weight")
         for side, matrix in zip("AB", each.pair()):
             tensors[f"{path}.lora_{side}.weight"] = matrix.to(dtype)
     if whole:
@@ -79,7 +78,7 @@ def _whole_names(changes: Changes, tuned: Checkpoint) -> dict[str, str]:
 def whole_bytes(changes: Changes, tuned: Checkpoint) -> int:
     """Return the bytes of what would be kept whole."""
     names = [*_whole_names(changes, tuned).values(), *(f"{path}.bias" for path in changes.biases)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in map(tuned.read, names))
+    return sum(map(tuned.size_bytes, names))
 
 
 def _config(base_name: str, changes: Changes, factors: Mapping[str, Factors], whole: bool) -> dict[str, Any]:
@@ -103,8 +102,3 @@ def _config(base_name: str, changes: Changes, factors: Mapping[str, Factors], wh
         "modules_to_save": saved,
         "ensure_weight_tying": saved is not None and changes.tied_embedding() is not None,
     }
-
-
-def bytes_of_number(tuned: Checkpoint, path: str) -> int:
-    """Return how many bytes one number of a linear module's factors takes."""
-    return torch.empty(0, dtype=tuned.read(f"{path}.weight").dtype).element_size()

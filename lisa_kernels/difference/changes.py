@@ -68,6 +68,11 @@ def find_changes(base: Checkpoint, tuned: Checkpoint, config: Any) -> Changes:
             found.whole.append(path)
     if not changed:
         raise InputError(f"{tuned.folder} holds the very weights of {base.folder}: there is no difference to write.")
+    if not found.linears:
+        raise InputError(
+            f"no linear layer of {tuned.folder} differs from {base.folder}, only {', '.join(found.whole[:3])}: peft "
+            "loads no adapter without one; share the tuned model itself."
+        )
     return found
 
 
@@ -94,6 +99,8 @@ def differences(base: Checkpoint, tuned: Checkpoint, changes: Changes) -> Iterat
     for path in changes.linears:
         name = f"{path}.weight"
         more = tuned.read(name).float() - base.read(name).float()
+        if not torch.isfinite(more).all():
+            raise InputError(f"{name} has a NaN or an infinity in one of the two checkpoints: no factors have that.")
         yield path, more.t() if changes.is_transposed(path) else more
 
 

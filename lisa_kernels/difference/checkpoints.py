@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -60,6 +62,15 @@ class Checkpoint:
     def shape(self, name: str) -> list[int]:
         """Return a tensor's shape without reading it."""
         return list(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype; its first row is read."""
+        first: Tensor = self._files[name].get_slice(name)[:1]
+        return first.dtype
+
+    def size_bytes(self, name: str) -> int:
+        """Return how many bytes a tensor takes; its first row is read."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, on the CPU."""

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lisa_kernels.difference.adapter import TOKENIZER_FILES, bytes_of_number, whole_bytes, write_difference
+from lisa_kernels.difference.adapter import TOKENIZER_FILES, whole_bytes, write_difference
 from lisa_kernels.difference.changes import Changes, differences, find_changes, folder_of
 from lisa_kernels.difference.checkpoints import Checkpoint
 from lisa_kernels.difference.factors import Factors, factorize, factorize_to, share_out
@@ -96,7 +96,7 @@ def _numbers(options: DifferenceOptions, tuned: Checkpoint, changes: Changes) ->
     """Return how many numbers the factors may take for `--share` of the model's bytes."""
     assert options.share is not None
     left = options.share * tuned.nbytes - (0 if options.matrices_only else whole_bytes(changes, tuned))
-    numbers = int(left) // max((bytes_of_number(tuned, path) for path in changes.linears), default=1)
+    numbers = int(left) // max((tuned.dtype(f"{path}.weight").itemsize for path in changes.linears), default=1)
     smallest = min((sum(tuned.shape(f"{path}.weight")) for path in changes.linears), default=0)
     if numbers < smallest:
         raise InputError(

@@ -69,21 +69,35 @@ class _Rows:
     notes: list[str]
 
 
-def evaluate(options: EvaluateOptions, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Questions:
+    """The rows that `--data` names, and the choices of each where there are some."""
+
+    records: Records
+    choices: list[Choices] | None
+
+
+def read_questions(options: EvaluateOptions) -> Questions:
+    """Return the rows that models are asked. Raises InputError for what cannot be read, or has no such choices."""
+    columns = None if options.columns is None else parse_columns(options.columns)
+    records = load_records(options.data, max_bytes=options.max_data_bytes, columns=columns, keep_rows=True)
+    given = [choice.strip() for choice in options.choices.split(",")] if options.choices else []
+    return _sample(Questions(records, find_choices(records, given)), options.max_rows)
+
+
+def evaluate(options: EvaluateOptions, console: Console, questions: Questions | None = None) -> dict[str, Any]:
     """Score each model on the same rows; returns the figures of each and the differences to the first.
 
-    answer_loss: nats for each supervised token, what ends an answer included, as training has it. accuracy: share of
-    rows whose right choice is the likeliest; accuracy_normalised: the likeliest for each of its characters. Intervals
-    are of 95 %, by the bootstrap over rows. Raises InputError for models of different vocabularies.
+    questions: the rows, where `read_questions` read them before. answer_loss: nats for each supervised token, what ends
+    an answer included, as training has it. accuracy: share of rows whose right choice is the likeliest;
+    accuracy_normalised: the likeliest for each of its characters. Intervals are of 95 %, by the bootstrap over rows.
+    Raises InputError for models of different vocabularies.
     """
     device = choose_device(options.device, survey_machine())
     dtype = parse_dtype(options.dtype, device)
     check_dtype(dtype, device)
-    columns = None if options.columns is None else parse_columns(options.columns)
-    records = load_records(options.data, max_bytes=options.max_data_bytes, columns=columns, keep_rows=True)
-    given = [choice.strip() for choice in options.choices.split(",")] if options.choices else []
-    records, choices = _sample(records, find_choices(records, given), options)
-    asked = [_ask(spec, records, choices, options) for spec in options.model]
+    questions = questions or read_questions(options)
+    asked = [_ask(spec, questions, options) for spec in options.model]
     _check_alike(options.model, asked, console)
     measured = []
     for spec, rows in zip(options.model, asked):
@@ -93,26 +107,25 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, Any]:
         gc.collect()
     figures = [_figures(*each) for each in zip(options.model, measured, asked)]
     differences = _differences(options.model, measured)
-    result: dict[str, Any] = {"data": records.source, "models": figures, "differences": differences}
+    result: dict[str, Any] = {"data": questions.records.source, "models": figures, "differences": differences}
     console.print(_table(result))
     return result
 
 
-def _sample(
-    records: Records, choices: list[Choices] | None, options: EvaluateOptions
-) -> tuple[Records, list[Choices] | None]:  # fmt: skip
-    """Return `--max-rows` of the rows, spread evenly over all of them."""
-    count, most = len(records), options.max_rows
+def _sample(questions: Questions, most: int | None) -> Questions:
+    """Return `most` of the rows, spread evenly over all of them."""
+    records, choices, count = questions.records, questions.choices, len(questions.records)
     if most is None or most >= count or records.kind == "text":
-        return records, choices
+        return questions
     kept = [at * count // most for at in range(most)]
     items, rows = ([values[at] for at in kept] for values in (records.items, records.rows))
     fewer = Records(records.kind, items, records.source, [*records.notes, f"{most} of {count} rows are used"], rows)
-    return fewer, None if choices is None else [choices[at] for at in kept]
+    return Questions(fewer, None if choices is None else [choices[at] for at in kept])
 
 
-def _ask(spec: str, records: Records, choices: list[Choices] | None, options: EvaluateOptions) -> _Rows:
+def _ask(spec: str, questions: Questions, options: EvaluateOptions) -> _Rows:
     """Return the rows as the tokens of one model."""
+    records, choices = questions.records, questions.choices
     config = load_config(base_of(spec)).get_text_config()
     tokenizer = load_tokenizer(tokenizer_of(spec), records.texts(), config.vocab_size)
     longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)

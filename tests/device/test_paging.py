@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from paging.late_device import ORDERINGS
 from torch import Tensor, nn
 
 from device.simulated import Note, Order, allocations, driver, noted_faults, set_order, waits
@@ -32,16 +33,6 @@ HABITS = [
 # Bytes of a step's tables and numbers.
 SMALL = 1 << 16
 STORES = ["host", "managed", "file"]
-# Who must wait for whom, as the pages' own tests name it: a page that arrives, is used, and departs.
-ORDERINGS = {
-    "arrival-of-what-left": ("in", "out"),
-    "arrival-in-used-memory": ("in", "work"),
-    "use-of-what-arrives": ("work", "in"),
-    "departure-of-what-is-used": ("out", "work"),
-    "reuse-of-memory-that-leaves": ("work", "out"),
-    "departure-to-memory-that-is-read": ("out", "in"),
-    "reading-at-home": ("host", "out"),
-}
 
 
 @pytest.fixture(autouse=True)

@@ -118,6 +118,14 @@ def test_the_three_are_measured_on_data(tmp_path: Path, capsys: pytest.CaptureFi
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
+def test_rows_are_read_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned = saved(llama(), tmp_path / "base"), saved(changed(llama(), 1), tmp_path / "tuned")
+    words = ["--base", base, "--tuned", tuned, "--output", str(tmp_path / "c"), "--data", str(tmp_path / "no.jsonl")]
+    assert main(["difference", *words]) == 2
+    assert "no.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
 def spoken() -> Any:
     """Return a model that reads bytes."""
     return build("LlamaForCausalLM", "LlamaConfig", **common(vocab_size=257))
@@ -125,6 +133,13 @@ def spoken() -> Any:
 
 def wider(folder: Path) -> dict[str, Any]:
     return {"tuned": saved(build("LlamaForCausalLM", "LlamaConfig", **common(vocab_size=70)), folder / "wide")}
+
+
+def spoilt(folder: Path) -> dict[str, Any]:
+    model = changed(llama(), 1)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    return {"tuned": saved(model, folder / "spoilt")}
 
 
 def taken(folder: Path) -> dict[str, Any]:
@@ -135,6 +150,11 @@ def taken(folder: Path) -> dict[str, Any]:
 
 BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "nothing changed": (lambda folder: {"tuned": str(folder / "base")}, "there is no difference"),
+    "no matrix changed": (
+        lambda folder: {"tuned": saved(changed(llama(), 1, lambda name: "embed" in name), folder / "words")},
+        "no linear layer .* differs from .*, only model.embed_tokens",
+    ),
+    "no numbers": (spoilt, r"layers.1.mlp.up_proj.weight has a NaN"),
     "resized": (wider, r"lm_head.weight is \[61, 32\] in .* and \[70, 32\]"),
     "another model": (lambda folder: {"tuned": saved(gpt2(), folder / "other")}, "not checkpoints of one model"),
     "two sizes": (lambda folder: {"keep": 0.9}, "--rank and --keep both say"),

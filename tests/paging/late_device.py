@@ -19,6 +19,17 @@ from lisa_kernels.paging.queues import Event, Lanes, Queue
 
 Action = Callable[[], None]
 
+# Who must wait, and for whom: a page that arrives, is used, and departs.
+ORDERINGS = {
+    "arrival-of-what-left": ("in", "out"),
+    "arrival-in-used-memory": ("in", "work"),
+    "use-of-what-arrives": ("work", "in"),
+    "departure-of-what-is-used": ("out", "work"),
+    "reuse-of-memory-that-leaves": ("work", "out"),
+    "departure-to-memory-that-is-read": ("out", "in"),
+    "reading-at-home": ("host", "out"),
+}
+
 
 class LateEvent:
     """A point in a queue."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lisa_kernels.errors import InputError
 from lisa_kernels.paging.host import HostPage, HostStore
 
-from .late_device import LateLanes
+from .late_device import ORDERINGS, LateLanes
 
 CPU = torch.device("cpu")
 N = 1000
@@ -209,16 +209,6 @@ def test_a_step_holds_three_slots_and_nothing_afterwards() -> None:
     assert lanes.peak_bytes == 3 * SLOT
 
 
-# Who waits, and for whom.
-ORDERINGS = {
-    "arrival-of-what-left": ("in", "out"),
-    "arrival-in-used-memory": ("in", "work"),
-    "use-of-what-arrives": ("work", "in"),
-    "departure-of-what-is-used": ("out", "work"),
-    "reuse-of-memory-that-leaves": ("work", "out"),
-    "departure-to-memory-that-is-read": ("out", "in"),
-    "reading-at-home": ("host", "out"),
-}
 # The latest device and some at random, with slots of their own and in a ring.
 RUNS = [(mode, slot_bytes, turn) for turn in range(20) for mode in (None, turn) for slot_bytes in (0, SLOT)]
 
