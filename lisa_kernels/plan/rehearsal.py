@@ -157,7 +157,7 @@ def take_steps(
                 _leave_state(optimizer)
             _label_held(model, optimizer, tracker)
     steps = len(sampler.draws) - sampler.visits if isinstance(sampler, GivenDraws) else STEPS
-    # The backward's from the start too: too much where a small run is at its peak before its first one, never too little.
+    # The backward's from the start too: too much, and never too little, where a small run is at its peak before it.
     workspaces = [] if gpu is None else [gpu.workspace(), gpu.workspace()]
     with tracker.following(model):
         for number in range(1, steps + 1):
