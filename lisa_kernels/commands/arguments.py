@@ -4,17 +4,44 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MODEL_HELP = (
     "directory, hub id, preset:NAME (random weights): tiny, small, tinyllama-1.1b, llama-2-7b, llama-3.1-8b, "
     "qwen2.5-7b, mistral-7b, or sample:smollm2-135m (a small pretrained one, of the extra sample)"
+)
+_PERIOD_HELP = (
+    "steps between switches; auto: the published 50 (lisa 20), or fewer, so that each layer is drawn twice in the run "
+    "on average (default: auto)"
 )
 _DATA_HELP = (
     ".jsonl, .json, .csv, .tsv or .parquet (text, or prompt/completion, or messages, or ShareGPT's conversations, or "
     "Alpaca's instruction/input/output, or question/answer), .txt, a folder of these, hub id, or the text of Python's "
     "own standard library: stdlib, stdlib:code, stdlib:docstrings, stdlib:questions; may be given several times"
 )
+
+
+@dataclass(frozen=True)
+class OrAuto:
+    """Reads a number, or the word auto as itself; wanted: what is said to be missing where neither is given."""
+
+    number: type[int] | type[float]
+
+    @property
+    def wanted(self) -> str:
+        """What may be given."""
+        return f"{'a whole number' if self.number is int else 'a number'} or auto"
+
+    @property
+    def __name__(self) -> str:
+        """What argparse calls the type in its errors."""
+        return self.wanted.removeprefix("a ")
+
+    def __call__(self, text: str) -> Any:
+        """Return the value; raises ValueError."""
+        return "auto" if text.strip().lower() == "auto" else self.number(text)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -63,7 +90,7 @@ def readers_of(data: str | Sequence[str] | None) -> list[str]:
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
-    """Declare what decides the memory of a run besides model, batch and dtype."""
+    """Declare what decides the memory of a run besides model, batch and dtype, and what the period follows from."""
     add = parser.add_argument
     add("--method", default="owlore", help="lisa, ows, owlore, badam, galore, lora-fa or full")
     add(
@@ -71,7 +98,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="layers trained at a time (default: 2 for lisa and ows, 5 for owlore, 1 for badam)",
     )
-    add("--period", type=int, help="steps between switches (default: 20 for lisa, else 50)")
+    add("--period", type=OrAuto(int), help=_PERIOD_HELP)
     add("--rank", type=int, help="of low-rank layers (default: 128, lora-fa 16; less on small models)")
     add("--alpha", type=float, help="scale of lora-fa's adapters, divided by the rank (default: 32)")
     add(
@@ -93,6 +120,8 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="where moments are between steps: resident, host, managed (unified memory) or file:DIR (default: on the "
         "device); where paged ones of layers that left are, too (default: host)",
     )
+    add("--steps", type=int, help="optimizer steps (default: 200)")
+    add("--epochs", type=float, help="passes over the data, in place of --steps")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")
     add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
     add("--keep-logits", action="store_true", help="form the logits of all tokens for the training loss")

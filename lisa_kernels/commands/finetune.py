@@ -10,13 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
-from lisa_kernels.commands.arguments import Formatter, add_data, add_method, add_model, readers_of
+from lisa_kernels.commands.arguments import Formatter, OrAuto, add_data, add_method, add_model, readers_of
 from lisa_kernels.commands.run_file import RUN_FILE_HELP, SAVE_CONFIG_HELP, CommandParser, write_run_file
 from lisa_kernels.requirements import require
 
 _LR_HELP = (
-    "peak learning rate (default: lisa and ows 5e-5, owlore 3e-4, badam and full 1e-5, galore 1e-4, lora-fa 4e-4)"
+    "peak learning rate; auto: what the method was found to train best with on a model of width 576, times "
+    "576 / hidden size (default: auto)"
 )
+_WARMUP_HELP = "steps over which the rate rises from 0; auto: 5 %% of the steps (default: auto)"
 
 
 def add_command(commands: Any) -> None:
@@ -41,12 +43,10 @@ def add_command(commands: Any) -> None:
         default=128,
         help="rows of the training data that outlier scores are measured on",
     )
-    add("--lr", type=float, help=_LR_HELP)
+    add("--lr", type=OrAuto(float), help=_LR_HELP)
     add("--lr-schedule", default="linear", help="linear, cosine or constant")
-    add("--warmup-steps", type=int, default=0, help="steps over which the rate rises from 0")
+    add("--warmup-steps", type=OrAuto(int), help=_WARMUP_HELP)
     add("--weight-decay", type=float, default=0.01, help="decoupled, per unit of learning rate; vectors have none")
-    add("--steps", type=int, help="optimizer steps (default: 200)")
-    add("--epochs", type=float, help="passes over the data, in place of --steps")
     add("--no-packing", dest="packing", action="store_false", help="one example per row")
     add("--eval-fraction", type=float, default=0.05, help="share of the data held out")
     add("--eval-data", action="append", help="data held out, as --data, in place of a share of it")
@@ -76,7 +76,7 @@ def _run(parser: CommandParser, arguments: argparse.Namespace, console: Console)
     from lisa_kernels.train.options import FineTuneOptions
 
     told = {option.dest: getattr(arguments, option.dest) for option in parser.options() if option.dest != "debug"}
-    options = FineTuneOptions(**told)
+    options = FineTuneOptions(**told, taken=arguments.taken)
     if arguments.save_config is not None:
         write_run_file(arguments.save_config, parser, arguments)
         console.print(f"options in {arguments.save_config}", highlight=False, soft_wrap=True)

@@ -30,6 +30,7 @@ def add_command(commands: Any) -> None:
         "which cards hold it. Options are named as in finetune. No weights are read, no GPU is needed.",
     )  # fmt: skip
     # What only finetune needs may be in the file.
+    parser.alternatives = (frozenset({"steps", "epochs"}),)
     parser.skipped = commands.choices["finetune"]
     parser.add_argument("run_file", metavar="RUN_FILE", nargs="?", help=RUN_FILE_HELP)
     add_model(parser)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lisa_kernels.commands.arguments import OrAuto
 from lisa_kernels.errors import InputError, unknown_name
 
 RUN_FILE_HELP = (
@@ -50,7 +51,7 @@ class CommandParser(argparse.ArgumentParser):
             for action in required:
                 action.required = True
         flags = {action.dest for action in options if getattr(given, action.dest) is not None}
-        saved = {} if given.run_file is None else self._read(Path(given.run_file), flags)
+        saved, given.taken = ({}, {}) if given.run_file is None else self._read(Path(given.run_file), flags)
         for action in options:
             if action.dest not in flags:
                 setattr(given, action.dest, saved.get(action.dest, self.get_default(action.dest)))
@@ -60,11 +61,11 @@ class CommandParser(argparse.ArgumentParser):
             raise InputError(f"{', '.join(missing)} must be given{where}; see {self.prog} --help.")
         return given, rest
 
-    def _read(self, path: Path, flags: set[str]) -> dict[str, Any]:
-        """Return the options of a run file by destination, those left out that flags displace."""
+    def _read(self, path: Path, flags: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the options of a run file by destination, without those that flags displace, and what its run took."""
         known = _names(self.options())
         also = {} if self.skipped is None else _names(self.skipped.options())
-        path, entries = read_run_file(path)
+        path, entries, run = read_run_file(path)
         found: dict[str, Any] = {}
         for key, value in entries.items():
             name = str(key).removeprefix("--").replace("_", "-")
@@ -78,13 +79,29 @@ class CommandParser(argparse.ArgumentParser):
             if value is not None:
                 found[action.dest] = convert(f"{path}: {key}", value)
         displaced = {dest for group in self.alternatives if group & flags for dest in group}
-        return {dest: value for dest, value in found.items() if dest not in displaced}
+        options = {dest: value for dest, value in found.items() if dest not in displaced}
+        return options, _taken(path, run, flags, known)
 
 
-def read_run_file(path: Path) -> tuple[Path, dict[Any, Any]]:
-    """Return (the file, its options as they are written); a folder is read as the run.json in it.
+def _taken(path: Path, run: dict[str, Any], flags: set[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the run took where nothing was given, but for what follows from an option that `flags` change."""
+    if not run:
+        return {}
+    from lisa_kernels.train.defaults import FOLLOWS
+    from lisa_kernels.train.taken import recorded_in
 
-    What run.json keeps besides the options is left out; the run's own folder is its output. Raises InputError.
+    found = {}
+    for dest, value in recorded_in(run).items():
+        name = dest.replace("_", "-")
+        if value is not None and name in known and not flags.intersection(FOLLOWS[dest]):
+            found[dest] = known[name][1](f"{path}: taken: {dest}", value)
+    return found
+
+
+def read_run_file(path: Path) -> tuple[Path, dict[Any, Any], dict[str, Any]]:
+    """Return (the file, its options as they are written, the whole of a run.json); a folder is read as its run.json.
+
+    The whole is empty where the file is another. The run's own folder is its output. Raises InputError.
     """
     file = path / "run.json" if path.is_dir() else path
     try:
@@ -98,8 +115,8 @@ def read_run_file(path: Path) -> tuple[Path, dict[Any, Any]]:
             "such as seq-len: 512."
         )
     if file.name == "run.json" and isinstance(entries.get("options"), Mapping):
-        return file, {"output": str(file.parent), **entries["options"]}
-    return file, dict(entries)
+        return file, {"output": str(file.parent), **entries["options"]}, dict(entries)
+    return file, dict(entries), {}
 
 
 def _parse_json(file: Path, text: str) -> Any:
@@ -166,7 +183,7 @@ def _values(action: argparse.Action) -> Callable[[str, Any], Any]:
     """Return what reads the value of an option that has one, or a list where the option may be repeated."""
     convert = action.type if callable(action.type) else str
     kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
-    wanted = kinds.get(convert, "text")
+    wanted = convert.wanted if isinstance(convert, OrAuto) else kinds.get(convert, "text")
 
     def one(where: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):

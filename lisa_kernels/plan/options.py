@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from typing import TYPE_CHECKING
 
 from lisa_kernels.methods import Method
 from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.plan.length import RunLength
 from lisa_kernels.train.configs import check_sequence_length
 from lisa_kernels.train.finetune import build_method, wants_checkpointing
 from lisa_kernels.train.models import DTYPES, parse_dtype
-from lisa_kernels.train.options import FineTuneOptions
+from lisa_kernels.train.options import DEFAULT_STEPS, FineTuneOptions
 
 if TYPE_CHECKING:
     from lisa_kernels.plan.rehearsal import Workload
 
 # Said even where they are the method's defaults: they are what decides the memory.
 _ALWAYS_SAID = ("active_layers", "rank", "embeddings")
-_SAID = (*_ALWAYS_SAID, "period", "alpha", "targets", "master", "scores", "retired_state")
+_SAID = (*_ALWAYS_SAID, "alpha", "targets", "master", "scores", "retired_state")
 
 
 def workload_of(options: FineTuneOptions) -> Workload:
@@ -27,12 +29,15 @@ def workload_of(options: FineTuneOptions) -> Workload:
     dtype = next(name for name, known in DTYPES.items() if known is parse_dtype(options.dtype))
     model = empty_model(options.model, dtype)
     check_sequence_length(model.config, options.seq_len)
+    if options.period is None and options.taken:
+        options = dataclasses.replace(options, period=options.taken.get("period"))
+    method = build_method(options, model)
     return Workload(
-        options.model, build_method(options, model), batch_size=options.batch_size, seq_len=options.seq_len,
+        options.model, method, batch_size=options.batch_size, seq_len=options.seq_len,
         accumulate=options.accumulate, dtype=dtype, gradient_checkpointing=wants_checkpointing(options, model),
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
-        seed=options.seed,
+        seed=options.seed, length=RunLength.of(options, method, model),
     )  # fmt: skip
 
 
@@ -43,9 +48,11 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
     """
     flags = {
         "model": str(workload.model), "data": "DATA", "output": "OUTPUT", "method": workload.method.name,
-        **_method_flags(workload.method), "batch-size": workload.batch_size, "accumulate": workload.accumulate,
+        **_method_flags(workload), "batch-size": workload.batch_size, "accumulate": workload.accumulate,
         "seq-len": workload.seq_len, "dtype": workload.dtype,
     }  # fmt: skip
+    if workload.length is not None and workload.length.steps not in (None, DEFAULT_STEPS):
+        flags["steps"] = workload.length.steps
     if workload.max_grad_norm != FineTuneOptions.max_grad_norm:
         flags["max-grad-norm"] = workload.max_grad_norm or 0
     if workload.paging is not None:
@@ -62,9 +69,15 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
     return (setting if expandable else "") + " ".join(["lisa-kernels finetune", *words])
 
 
-def _method_flags(method: Method) -> dict[str, object]:
-    """Return the flags of a method's settings, those left out that are its defaults and say nothing of memory."""
-    default, flags = type(method)(), {}
+def _method_flags(workload: Workload) -> dict[str, object]:
+    """Return the flags of a method's settings, those left out that are its defaults and say nothing of memory.
+
+    A period is said unless it follows from the length of the run.
+    """
+    method: Method = workload.method
+    default, flags = type(method)(), dict[str, object]()
+    if workload.length is None and method.get("period", None) is not None:
+        flags["period"] = method.get("period", None)
     for field in _SAID:
         value = method.get(field, None)
         if value is not None and (field in _ALWAYS_SAID or value != default.get(field, None)):

@@ -22,6 +22,7 @@ from lisa_kernels.paging.host import HostStore
 from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.gpu_memory import GpuMemory
+from lisa_kernels.plan.length import RunLength
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
@@ -38,7 +39,8 @@ class Workload:
     """Everything that decides the bytes of a run; numbers of rows and tokens are those of one micro-batch.
 
     model: as for `load_config` (`preset:NAME`, a directory, the path of a config.json), or a configuration of
-    transformers. dtype: "fp32", "bf16" or "fp16". Raises InputError for values out of range.
+    transformers. dtype: "fp32", "bf16" or "fp16". length: of the run, where its method's period is the published one
+    and the run's follows from it; no bytes depend on it. Raises InputError for values out of range.
     """
 
     model: Any
@@ -54,6 +56,7 @@ class Workload:
     paging: str | None = None
     keep_logits: bool = False
     seed: int = 0
+    length: RunLength | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""

@@ -52,6 +52,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"A card of 24 GB is taken to have 24 GiB less the {KEPT_BY_DRIVER:.0%} that its driver keeps.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if plan.workload.length is not None:
+        console.print(plan.workload.length.describe(plan.workload.method), highlight=False, soft_wrap=True)
 
 
 def _verdict(margin_bytes: int) -> str:

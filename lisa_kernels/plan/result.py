@@ -15,6 +15,7 @@ from lisa_kernels.plan.cards import CARDS_GB, CONTEXT_BYTES, card_bytes
 from lisa_kernels.plan.trace import Trace
 
 if TYPE_CHECKING:
+    from lisa_kernels.plan.length import RunLength
     from lisa_kernels.plan.rehearsal import Workload
 
 
@@ -141,6 +142,10 @@ def allocated_bytes(reserve: Reserve) -> int:
 
 def _plain(workload: Workload) -> dict[str, Any]:
     values = {field.name: getattr(workload, field.name) for field in dataclasses.fields(workload)}
+    length: RunLength | None = values.pop("length", None)
+    settings = (workload.method if length is None else length.applied_to(workload.method)).settings()
+    if length is not None and length.steps is None:
+        settings["period"] = "auto"
     named = isinstance(workload.model, (str, os.PathLike))
     model = str(workload.model) if named else type(workload.model).__name__
-    return {**values, "model": model, "method": workload.method.settings()}
+    return {**values, "model": model, "method": settings}

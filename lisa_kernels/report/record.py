@@ -53,9 +53,9 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The options, those of the method as they were resolved."""
+        """The options, those that followed from model and run as they were taken."""
         resolved = self.summary.get("settings") or self.begin.get("method") or {}
-        return {**self.options, **resolved}
+        return {**self.options, **self.run.get("taken", {}), **resolved}
 
     @cached_property
     def logs(self) -> list[dict[str, Any]]:

@@ -20,12 +20,11 @@ from lisa_kernels.report.memory import most_held
 from lisa_kernels.report.memory import planned as planned_of
 from lisa_kernels.train.answers import Question, answers, held_out_questions, print_answers, samples_for
 from lisa_kernels.train.checkpoint import checkpoint_step, find_checkpoints
-from lisa_kernels.train.counting import steps_of_passes
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
 from lisa_kernels.train.models import enable_checkpointing
-from lisa_kernels.train.options import DEFAULT_STEPS, SCHEDULES, FineTuneOptions, default_options
+from lisa_kernels.train.options import AUTOMATIC, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.placement import Memory, check_room, out_of_memory, settled_dtype, take_device
 from lisa_kernels.train.prepare import load_model_for, read_data
@@ -33,6 +32,7 @@ from lisa_kernels.train.reporters import check_reporters, reporters
 from lisa_kernels.train.run_folder import open_run, start_run
 from lisa_kernels.train.run_lock import RunLock
 from lisa_kernels.train.save_rehearsal import rehearse_saving
+from lisa_kernels.train.taken import Grounds, Taken, recorded_in
 from lisa_kernels.train.tokenize import TokenizedData, collate, pad_token_id
 
 if TYPE_CHECKING:
@@ -72,18 +72,34 @@ def _checksums(options: FineTuneOptions, train: TokenizedData, held_out: Tokeniz
     return {**found, "model": checksum_of_folder(folder)} if folder.is_dir() else found
 
 
-def _training_arguments(options: FineTuneOptions, rows: int, has_held_out: bool, device: torch.device) -> Any:
+def _settle(
+    options: FineTuneOptions, model: Any, rows: int, run: dict[str, Any], console: Console
+) -> tuple[Method, Taken, int]:  # fmt: skip
+    """Return the method, the settings and the number of steps of a run on so many rows; says what was not given.
+
+    run: what run.json holds of a run that goes on; it keeps what it took.
+    """
+    method = build_method(options, model)
+    grounds = Grounds.of(options, method, model, rows)
+    recorded = recorded_in(run) or options.taken or {}
+    taken = grounds.take(options, recorded)
+    said = grounds.describe(taken, options, recorded)
+    if said is not None:
+        console.print(said, highlight=False, markup=False)
+    return taken.applied_to(method), taken, grounds.steps
+
+
+def _training_arguments(
+    options: FineTuneOptions, taken: Taken, steps: int, has_held_out: bool, device: torch.device
+) -> Any:  # fmt: skip
     from lisa_kernels.train.trainer import OneDevice
 
-    steps = options.steps or DEFAULT_STEPS
-    if options.epochs is not None:
-        steps = steps_of_passes(options.epochs, rows, options.batch_size, options.accumulate)
     return OneDevice(
         output_dir=str(options.output), max_steps=steps, per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size, gradient_accumulation_steps=options.accumulate,
-        learning_rate=options.learning_rate, lr_scheduler_type=SCHEDULES[options.lr_schedule],
+        learning_rate=taken.lr, lr_scheduler_type=SCHEDULES[options.lr_schedule],
         # The optimizer clips, in the passes over the gradients that it takes anyway.
-        warmup_steps=options.warmup_steps, max_grad_norm=0.0,
+        warmup_steps=taken.warmup_steps, max_grad_norm=0.0,
         seed=options.seed, data_seed=options.seed,
         logging_strategy="steps", logging_steps=max(1, steps // 50), logging_first_step=True,
         eval_strategy="steps" if options.eval_every and has_held_out else "no", eval_steps=options.eval_every or None,
@@ -151,9 +167,9 @@ def _run(
     rehearse_saving(options, model, tokenizer, console)
     began = _checksums(options, train, held_out)
     check_unchanged(facts.get("began", {}), began, options.output)
-    method = build_method(options, model)
+    method, taken, max_steps = _settle(options, model, len(train), facts, console)
     pad = pad_token_id(tokenizer)
-    arguments = _training_arguments(options, len(train), len(held_out) > 0, device)
+    arguments = _training_arguments(options, taken, max_steps, len(held_out) > 0, device)
     model.config.use_cache = False
     if wants_checkpointing(options, model):
         enable_checkpointing(model)
@@ -162,7 +178,7 @@ def _run(
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.
     scores = facts["scores"] if "scores" in facts else _scores(model, method, train, options, pad)
     optimizer = attach(
-        model, method, lr=options.learning_rate, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
+        model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
     )  # fmt: skip
     tokens_per_step = options.batch_size * options.accumulate * train.tokens / len(train)
@@ -179,7 +195,7 @@ def _run(
     if "eval_loss_before" not in facts:
         facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer)), "scores": scores}
         _check_within_float16(dtype, facts["eval_loss_before"], len(held_out))
-        facts |= {"began": began, "dtype": dtype}
+        facts |= {"began": began, "dtype": dtype, "taken": dataclasses.asdict(taken)}
         lock.take()
         start_run(options, facts)
         lock.take()
@@ -207,7 +223,7 @@ def _run(
     )
     losses = facts["eval_loss_before"], loss_after
     summary = {
-        **_summary(options, trainer, optimizer, losses, progress.tokens_per_second),
+        **_summary(options, taken, trainer, optimizer, losses, progress.tokens_per_second),
         "peak_bytes_measured": peak, "peak_bytes_planned": planned,
     }  # fmt: skip
     if summary["skipped_steps"]:
@@ -288,14 +304,16 @@ def _trainer(
 
 
 def _summary(
-    options: FineTuneOptions, trainer: Any, optimizer: SampledAdamW, losses: tuple[float | None, float | None],
-    tokens_per_second: float,
+    options: FineTuneOptions, taken: Taken, trainer: Any, optimizer: SampledAdamW,
+    losses: tuple[float | None, float | None], tokens_per_second: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what summary.json says; losses: held-out, before and after."""
     train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "method": optimizer.method.name, "settings": optimizer.method.settings(), "steps": trainer.state.global_step,
-        "lr": options.learning_rate, "train_loss_first": train_losses[0], "train_loss_last": train_losses[-1],
+        "lr": taken.lr, "warmup_steps": taken.warmup_steps,
+        "given": {name: getattr(options, name) for name in AUTOMATIC},
+        "train_loss_first": train_losses[0], "train_loss_last": train_losses[-1],
         "eval_loss_before": losses[0], "eval_loss_after": losses[1], "tokens_per_second": tokens_per_second,
         "skipped_steps": optimizer.skipped_steps,
         "layer_visits": dict(zip(optimizer.layer_names, optimizer.visits)), "layer_history": optimizer.history,

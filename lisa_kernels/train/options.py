@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.methods import METHODS, Method, method_by_name
+from lisa_kernels.methods import Method, method_by_name
 from lisa_kernels.paging import check_paging
 from lisa_kernels.train.sources.kinds import parse_columns
 
 DEFAULT_STEPS = 200
-# Learning rates to begin with on 7-8B models: from the papers where they give one.
-DEFAULT_LR = {
-    "lisa": 5e-5, "ows": 5e-5, "owlore": 3e-4, "badam": 1e-5, "galore": 1e-4, "lora-fa": 4e-4, "full": 1e-5,
-}  # fmt: skip
+# What follows from the model and the length of the run unless it is given; see `train.defaults`.
+AUTOMATIC = ("lr", "period", "warmup_steps")
+AUTO = "auto"
 # Ours to transformers' names; its "constant" would ignore --warmup-steps.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 # Names of --report-to, and the packages that they need.
@@ -28,7 +27,7 @@ _FREE = (
     "offload_activations", "samples",
 )  # fmt: skip
 # What says where and how one start of a run goes, and nothing of the run.
-_OF_ONE_START = ("output", "resume", "overwrite", "json", "device")
+_OF_ONE_START = ("output", "resume", "overwrite", "json", "device", "taken")
 
 
 def default_options() -> dict[str, Any]:
@@ -41,7 +40,9 @@ def default_options() -> dict[str, Any]:
 class FineTuneOptions:
     """Options of `lisa-kernels finetune`, one field a flag; see its help for units and defaults.
 
-    None means: the method's own default, or one that depends on the model. Raises InputError for values out of range.
+    None means: the method's own default, or one that follows from the model and the length of the run; "auto" is the
+    same for lr, period and warmup_steps. taken: what of these three the run took that this one repeats, and holds where
+    nothing is given. Raises InputError for values out of range.
     """
 
     model: str
@@ -60,7 +61,7 @@ class FineTuneOptions:
     scores: str | None = None
     lr: float | None = None
     lr_schedule: str = "linear"
-    warmup_steps: int = 0
+    warmup_steps: int | None = None
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     steps: int | None = None
@@ -88,9 +89,13 @@ class FineTuneOptions:
     report_to: str = "none"
     samples: int | None = None
     json: bool = False
+    taken: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model and the data."""
+        for name in AUTOMATIC:
+            if getattr(self, name) == AUTO:
+                object.__setattr__(self, name, None)
         for name in ("data", "eval_data"):
             given = getattr(self, name)
             if given is not None and not isinstance(given, str):
@@ -101,8 +106,9 @@ class FineTuneOptions:
             parse_columns(self.columns)
         for name, least in (("batch_size", 1), ("accumulate", 1), ("seq_len", 2), ("eval_every", 0), ("save_every", 0),
                             ("max_checkpoints", 1), ("warmup_steps", 0), ("calibration_rows", 1)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is wanted.")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; at least {least} is wanted.")
         for name in ("steps", "epochs", "lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -150,11 +156,6 @@ class FineTuneOptions:
     def reporters(self) -> list[str]:
         """Where figures go while the run goes on."""
         return [name for name in dict.fromkeys(self.report_to.split(",")) if name != "none"]
-
-    @property
-    def learning_rate(self) -> float:
-        """The peak learning rate."""
-        return self.lr if self.lr is not None else DEFAULT_LR[METHODS[self.method.lower()].name]
 
     def fixed(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the one it continues, as plain values."""

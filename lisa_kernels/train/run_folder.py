@@ -12,6 +12,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.files import written_whole
 from lisa_kernels.train.checkpoint import find_checkpoints, remove_leftovers
 from lisa_kernels.train.options import FineTuneOptions
+from lisa_kernels.train.taken import recorded_in
 
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
@@ -66,11 +67,17 @@ def _sources(options: FineTuneOptions) -> list[tuple[str, str]]:
 
 def _resumed(options: FineTuneOptions, saved: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
     before, now = saved["options"], json.loads(json.dumps(options.fixed()))
+    taken = recorded_in(saved)
+    if "taken" not in saved and before.get("warmup_steps") == 0:
+        # Recorded alike whether it was given or not, before it followed from anything.
+        before = {**before, "warmup_steps": None}
     for name in now:
-        if before.get(name) != now[name]:
+        # What a run took of itself may be given by name.
+        if before.get(name) != now[name] and (before.get(name) is not None or now[name] != taken.get(name)):
             flag = f"--{name.replace('_', '-')}"
+            was = f"auto, which took {taken[name]}" if name in taken and before.get(name) is None else before.get(name)
             raise InputError(
-                f"--resume: {options.output} was run with {flag} {before.get(name)}, this command says {now[name]}; "
+                f"--resume: {options.output} was run with {flag} {was}, this command says {now[name]}; "
                 "give the same options, or another --output."
             )
     remove_leftovers(options.output)

@@ -31,12 +31,14 @@ def file(tmp_path: Path) -> Path:
 def test_options_come_from_the_file_under_both_spellings_of_their_names(file: Path) -> None:
     """Rates with and without a point, switches and their negations, text and paths are read as flags would be."""
     file.write_text(
-        NEEDED + "seq-len: 64\nbatch_size: 2\nlr: 1e-4\nweight_decay: 0\nno-packing: true\nkeep-logits: true\n"
+        NEEDED
+        + "seq-len: 64\nbatch_size: 2\nlr: 1e-4\nperiod: auto\nweight_decay: 0\nno-packing: true\nkeep-logits: true\n"
         "gradient-checkpointing: false\nrank: null\ntargets: q_proj\n"
     )
     read = parse(file)
     assert (read.model, read.output, read.seq_len, read.batch_size) == ("preset:tiny", Path("out"), 64, 2)
     assert (read.lr, read.weight_decay, read.rank, read.targets) == (1e-4, 0.0, None, "q_proj")
+    assert read.period == "auto"
     assert (read.packing, read.keep_logits, read.gradient_checkpointing) == (False, True, False)
     assert read.accumulate == 1
 
@@ -80,10 +82,11 @@ BAD = {
     "empty": ("", "holds nothing"),
     "no YAML": ("model: [", "is no YAML"),
     "text for a number": (NEEDED + "steps: many", "a whole number is wanted"),
+    "text for what may be automatic": (NEEDED + "period: often", "a whole number or auto is wanted"),
     "a fraction for a count": (NEEDED + "steps: 2.5", "a whole number is wanted"),
     "a switch for a number": (NEEDED + "steps: true", "a whole number is wanted"),
     "a number for a switch": (NEEDED + "packing: 1", "true or false is wanted"),
-    "a list for one value": (NEEDED + "lr: [1, 2]", "a number is wanted"),
+    "a list for one value": (NEEDED + "lr: [1, 2]", "a number or auto is wanted"),
     "a mapping for one value": (NEEDED + "lr: {peak: 2}", "is a mapping"),
     "a bare no for text": (NEEDED + "method: no", "needs quotes"),
     "the same key twice": (NEEDED + "lr: 1\nlr: 2", "twice"),

@@ -12,6 +12,8 @@ from lisa_kernels.cli import main
 from lisa_kernels.methods import LISA, OWS, BAdam, FullFineTune, GaLore, LoRAFA, Method, OwLore
 from lisa_kernels.plan.options import finetune_command, workload_of
 from lisa_kernels.plan.rehearsal import Workload
+from lisa_kernels.plan.result import Plan
+from lisa_kernels.plan.trace import Trace
 from lisa_kernels.train.options import FineTuneOptions
 
 from .small_config import write_config
@@ -28,11 +30,12 @@ def options(config: str, **settings: Any) -> FineTuneOptions:
 
 def test_what_decides_memory_is_taken_over(config: str) -> None:
     given = options(
-        config, method="lisa", batch_size=3, seq_len=20, accumulate=2, max_grad_norm=0.0, keep_logits=True, seed=5
-    )
+        config, method="lisa", batch_size=3, seq_len=20, accumulate=2, max_grad_norm=0.0, keep_logits=True, seed=5,
+        period=9,
+    )  # fmt: skip
     assert workload_of(given) == Workload(
-        config, LISA(rank=16), batch_size=3, seq_len=20, accumulate=2, dtype="bf16", gradient_checkpointing=False,
-        max_grad_norm=None, keep_logits=True, seed=5,
+        config, LISA(rank=16, period=9), batch_size=3, seq_len=20, accumulate=2, dtype="bf16",
+        gradient_checkpointing=False, max_grad_norm=None, keep_logits=True, seed=5,
     )  # fmt: skip
 
 
@@ -63,20 +66,46 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def led_back(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> FineTuneOptions:
+    """Return the options that the command line of a workload becomes."""
+    seen: list[FineTuneOptions] = []
+    monkeypatch.setattr("lisa_kernels.train.finetune.finetune", lambda given, *_, **__: (seen.append(given) or 0, {}))
+    words = shlex.split(finetune_command(workload))
+    assert words[:2] == ["lisa-kernels", "finetune"]
+    assert main(words[1:]) == 0
+    return seen[0]
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("changes", CHANGES)
 def test_the_command_line_is_the_workload(
     method: Method, changes: str, config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given to the command line, it makes a run whose workload is the one that it was written for."""
-    seen: list[FineTuneOptions] = []
-    monkeypatch.setattr("lisa_kernels.train.finetune.finetune", lambda given, *_, **__: (seen.append(given) or 0, {}))
     workload = Workload(config, method, **{"batch_size": 2, "seq_len": 16, **CHANGES[changes]})
-    words = shlex.split(finetune_command(workload))
-    assert words[:2] == ["lisa-kernels", "finetune"]
-    assert main(words[1:]) == 0
-    assert (seen[0].data, str(seen[0].output)) == ("DATA", "OUTPUT")
-    assert workload_of(seen[0]) == workload
+    given = led_back(workload, monkeypatch)
+    assert (given.data, str(given.output)) == ("DATA", "OUTPUT")
+    assert workload_of(given) == workload
+
+
+@pytest.mark.parametrize(("steps", "period"), [(None, 20), (12, 4)])
+def test_a_period_that_is_not_given_follows_from_the_length(
+    steps: int | None, period: int, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan tells the one that the run takes, and leaves it to the run in the command line."""
+    workload = workload_of(options(config, method="lisa", steps=steps))
+    assert Plan(workload, Trace([])).as_dict()["method"]["period"] == period
+    given = led_back(workload, monkeypatch)
+    assert given.period is None
+    assert workload_of(given) == workload
+
+
+def test_of_passes_the_length_is_not_known_before_the_data() -> None:
+    """Unless they are those of a run whose record is planned."""
+    workload = workload_of(options("preset:tiny", method="badam", epochs=2.0))
+    assert Plan(workload, Trace([])).as_dict()["method"]["period"] == "auto"
+    recorded = workload_of(options("preset:tiny", method="badam", epochs=2.0, taken={"period": 7}))
+    assert (recorded.method, recorded.length) == (BAdam(period=7, rank=32), None)
 
 
 def test_expandable_segments_are_set_for_that_command_alone(config: str) -> None:

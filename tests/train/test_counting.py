@@ -15,6 +15,7 @@ from lisa_kernels import LISA, attach
 from lisa_kernels.train.counting import steps_of_passes
 from lisa_kernels.train.finetune import _training_arguments
 from lisa_kernels.train.options import FineTuneOptions
+from lisa_kernels.train.taken import Taken, run_steps
 from lisa_kernels.train.trainer import FineTuneTrainer
 
 
@@ -31,6 +32,7 @@ class StopAt(TrainerCallback):
 
 def handed_out(options: FineTuneOptions, rows: int, stop_at: int | None = None) -> list[int]:
     """Return the rows that steps were taken on, in their order; with stop_at in two runs, the second resumed there."""
+    taken, steps = Taken(1e-4, 20, 0), run_steps(options, rows)
     data = [{"input_ids": torch.tensor([row, row]), "labels": torch.tensor([row, row])} for row in range(rows)]
 
     def one(callbacks: list[Any], checkpoint: Path | None) -> list[int]:
@@ -42,8 +44,8 @@ def handed_out(options: FineTuneOptions, rows: int, stop_at: int | None = None) 
             lambda module, args, inputs: seen.extend(inputs["input_ids"][:, 0].tolist()), with_kwargs=True
         )
         trainer = FineTuneTrainer(
-            model=model, args=_training_arguments(options, rows, False, torch.device("cpu")), train_dataset=data,
-            optimizers=(optimizer, None), callbacks=callbacks,
+            model=model, args=_training_arguments(options, taken, steps, False, torch.device("cpu")),
+            train_dataset=data, optimizers=(optimizer, None), callbacks=callbacks,
         )  # fmt: skip
         trainer.train_on(checkpoint)
         return seen

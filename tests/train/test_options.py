@@ -19,7 +19,7 @@ def _options(**values: Any) -> FineTuneOptions:
     ("name", "value"),
     [("batch_size", 0), ("accumulate", 0), ("seq_len", 1), ("steps", 0), ("epochs", -1.0), ("lr", 0.0),
      ("eval_fraction", 0.6), ("max_grad_norm", -1.0), ("save_every", -1), ("rank", 0),
-     ("active_layers", 0), ("period", 0)],
+     ("active_layers", 0), ("period", 0), ("warmup_steps", -1)],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=name.replace("_", ".")):
@@ -69,10 +69,10 @@ def test_where_state_rests_is_told_by_names() -> None:
             _options(**given)
 
 
-def test_each_method_begins_at_its_own_rate() -> None:
-    assert _options().learning_rate == 3e-4
-    assert _options(method="lisa").learning_rate == 5e-5
-    assert _options(lr=1.0).learning_rate == 1.0
+def test_auto_is_what_is_not_given() -> None:
+    given = _options(lr="auto", period="auto", warmup_steps="auto")
+    assert given == _options()
+    assert (given.lr, given.period, given.warmup_steps) == (None, None, None)
 
 
 def test_where_it_writes_is_not_part_of_what_it_computes() -> None:

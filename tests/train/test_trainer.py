@@ -15,6 +15,7 @@ from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.train.checkpoint import find_checkpoints, load_tree
 from lisa_kernels.train.finetune import _check_within_float16, _training_arguments
 from lisa_kernels.train.options import FineTuneOptions
+from lisa_kernels.train.taken import Taken
 from lisa_kernels.train.trainer import TRAINING_STATE, FineTuneTrainer
 
 
@@ -31,12 +32,13 @@ def test_transformers_neither_looks_at_losses_nor_waits_for_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     options = FineTuneOptions("preset:tiny", "stdlib", tmp_path)
-    arguments = _training_arguments(options, 8, False, torch.device("cpu"))
+    taken = Taken(1e-3, None, 0)
+    arguments = _training_arguments(options, taken, 8, False, torch.device("cpu"))
     assert not arguments.logging_nan_inf_filter
     assert not arguments.accelerator_config.non_blocking
     given: dict[str, object] = {}
     monkeypatch.setattr("lisa_kernels.train.trainer.OneDevice", lambda **kwargs: given.update(kwargs))
-    _training_arguments(options, 8, False, torch.device("cuda", 1))
+    _training_arguments(options, taken, 8, False, torch.device("cuda", 1))
     assert given["dataloader_pin_memory"] is True
     assert given["accelerator_config"] == {"non_blocking": True}
 

@@ -1,0 +1,64 @@
+"""Settings that nobody gave: what they follow from, as functions of plain numbers.
+
+Published values are of models of 7 billion parameters and runs of thousands of steps. A small model wants a higher
+rate, and a short run shorter periods, or it ends before most layers were drawn.
+"""
+
+from __future__ import annotations
+
+# Hidden size of SmolLM2-135M, on which the rates below were found.
+MEASURED_WIDTH = 576
+# Peak rates there, of what a method's layers move by: GSM8K, 60 steps of 288 tokens, the best of two or three.
+RATES = {
+    "full": 2e-4, "galore": 5e-4, "owlore": 1e-3, "lisa": 5e-4, "ows": 5e-4, "badam": 5e-4, "lora-fa": 4e-3,
+}  # fmt: skip
+# How often each layer is to be drawn in a run, on average.
+VISITS = 2
+# One step in so many is warm-up.
+STEPS_PER_WARMUP_STEP = 20
+
+# What runs that recorded no rate were trained with: one number for every model.
+RATES_OF_OLD_RUNS = {
+    "lisa": 5e-5, "ows": 5e-5, "owlore": 3e-4, "badam": 1e-5, "galore": 1e-4, "lora-fa": 4e-4, "full": 1e-5,
+}  # fmt: skip
+
+_LENGTH = (
+    "steps", "epochs", "batch_size", "accumulate", "data", "columns", "max_data_bytes", "eval_data", "eval_fraction",
+    "seq_len", "packing",
+)  # fmt: skip
+# For each automatic setting the options that it follows from: where one of them changes, what was taken holds no more.
+FOLLOWS = {
+    "lr": ("lr", "model", "method"),
+    "period": ("period", "model", "method", "active_layers", "embeddings", *_LENGTH),
+    "warmup_steps": ("warmup_steps", *_LENGTH),
+}
+
+
+def rate(method: str, width: int, scale: float = 1.0) -> float:
+    """Return the peak learning rate for a model whose hidden size is `width`, to two digits.
+
+    The best rate of hidden matrices under Adam goes with 1 / fan-in (Tensor Programs V, arXiv 2203.03466, table 3). It
+    fits what is known: from width 576 to 4096 full fine-tuning's 2e-4 becomes 2.8e-5 (published 1e-5 to 2e-5), LoRA's
+    2e-3 becomes 2.8e-4 (published 2e-4 to 3e-4). scale: what the method multiplies the rate of its low-rank layers by;
+    they move by `RATES` all the same.
+    """
+    return float(f"{RATES[method] * MEASURED_WIDTH / width / scale:.1e}")
+
+
+def period(steps: int, layers: int, active_layers: int, published: int) -> int:
+    """Return the steps between two draws of `active_layers` of `layers` layers in a run of `steps` optimizer steps.
+
+    As many as published, but few enough that a layer is drawn `VISITS` times on average; at least 1. LISA's loss hardly
+    depends on it from 1 to 50 steps, and suffers where layers are never drawn.
+    """
+    if active_layers >= layers:
+        return published
+    return max(1, min(published, steps * active_layers // (VISITS * layers)))
+
+
+def warmup_steps(steps: int) -> int:
+    """Return the steps over which the rate rises: 5 % of the run, none in runs of fewer than 20 steps.
+
+    Adam's second moments are of few gradients at first, and its first steps as large as the rate allows.
+    """
+    return steps // STEPS_PER_WARMUP_STEP
