@@ -13,8 +13,8 @@ MODEL_HELP = (
     "qwen2.5-7b, mistral-7b, or sample:smollm2-135m (a small pretrained one, of the extra sample)"
 )
 _PERIOD_HELP = (
-    "steps between switches; auto: the published 50 (lisa 20), or fewer, so that each layer is drawn twice in the run "
-    "on average (default: auto)"
+    "steps between switches; auto: the published 50 (lisa 20), or fewer, so that layers are drawn twice on average "
+    "in the run (default: auto)"
 )
 _DATA_HELP = (
     ".jsonl, .json, .csv, .tsv or .parquet (text, or prompt/completion, or messages, or ShareGPT's conversations, or "

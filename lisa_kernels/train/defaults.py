@@ -48,8 +48,9 @@ def rate(method: str, width: int, scale: float = 1.0) -> float:
 def period(steps: int, layers: int, active_layers: int, published: int) -> int:
     """Return the steps between two draws of `active_layers` of `layers` layers in a run of `steps` optimizer steps.
 
-    As many as published, but few enough that a layer is drawn `VISITS` times on average; at least 1. LISA's loss hardly
-    depends on it from 1 to 50 steps, and suffers where layers are never drawn.
+    As many as published, but few enough that layers are drawn `VISITS` times on average; at least 1. As draws by
+    chance are independent of each other, some four of 30 layers are left out all the same; in turn, none is. LISA was
+    found as good with any period from 1 to 50 steps, and worse where it never switched.
     """
     if active_layers >= layers:
         return published

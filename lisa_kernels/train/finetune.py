@@ -85,7 +85,7 @@ def _settle(
     taken = grounds.take(options, recorded)
     said = grounds.describe(taken, options, recorded)
     if said is not None:
-        console.print(said, highlight=False, markup=False)
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     return taken.applied_to(method), taken, grounds.steps
 
 

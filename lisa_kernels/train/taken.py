@@ -112,7 +112,7 @@ def period_reason(period: int, steps: int, layers: int, method: Method) -> str:
     if period == method.get("period", None):
         return " as published"
     visits = steps / period * _active(method) / layers
-    return f" so that each of {layers} layers is drawn {visits:.2g} times on average in {steps} steps"
+    return f" so that {layers} layers are drawn {visits:.2g} times on average in {steps} steps"
 
 
 def short(number: float) -> str:

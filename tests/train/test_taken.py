@@ -47,9 +47,10 @@ def test_what_is_told_is_what_it_trains_by_and_records(
 ) -> None:
     run = tmp_path / "run"
     assert main(automatic(text, run, "--eval-fraction", "0")) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"took: learning rate {short(TAKEN['lr'])} for a width of 128, period 3 so that each of 8 layers is" in said
-    assert "drawn 2 times on average in 24 steps, 1 step of warm-up" in said
+    assert (
+        f"took: learning rate {short(TAKEN['lr'])} for a width of 128, period 3 so that 8 layers are drawn 2 times on "
+        "average in 24 steps, 1 step of warm-up\n"
+    ) in capsys.readouterr().err
     told = summary(run)
     assert (told["lr"], told["settings"]["period"], told["warmup_steps"]) == tuple(TAKEN.values())
     assert told["given"] == dict.fromkeys(TAKEN)
