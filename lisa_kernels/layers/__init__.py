@@ -2,7 +2,13 @@
 
 from lisa_kernels.layers.attachable import check_attachable, without_compiler
 from lisa_kernels.layers.blocks import ModelParts, find_blocks, split_model
-from lisa_kernels.layers.embedding import LowRankEmbedding, TappedEmbedding, lookup_factor, tap_embedding
+from lisa_kernels.layers.embedding import (
+    LowRankEmbedding,
+    OrderedTables,
+    TappedEmbedding,
+    lookup_factor,
+    tap_embedding,
+)
 from lisa_kernels.layers.freezing import FreezeGuard
 from lisa_kernels.layers.linears import check_untied, find_linears, is_conv1d, is_linear, is_trainable, linear_shape
 from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
@@ -17,6 +23,7 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankLinear",
     "ModelParts",
+    "OrderedTables",
     "PlainLinears",
     "ReadWeights",
     "SlotModule",

@@ -1,8 +1,8 @@
-"""A token embedding with a low-rank slot, hung on the model's own."""
+"""A token embedding with a low-rank slot, hung on the model's own, or one whose table trains in full."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lisa_kernels.basis import BasisTracker
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.slot import SlotModule
-from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding
+from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding, ordered_embedding
 
 # The child under which an embedding carries its slot.
 CHILD = "low_rank"
@@ -50,17 +50,60 @@ class EmbeddingTap:
     def __init__(self, embedding: nn.Embedding, layer: SlotModule) -> None:
         self.layer = layer
         self.factor = lookup_factor(embedding)
-        self.padding = -1 if embedding.padding_idx is None else embedding.padding_idx
+        self.padding = _padding(embedding)
 
     def __call__(self, embedding: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         """Return the rows with the slot in their graph, as a forward hook is called."""
         layer = self.layer
         if not layer.active or not torch.is_grad_enabled():
             return y
-        ids = args[0] if args else kwargs["input"]
+        ids = _ids(args, kwargs)
         if layer.capturing:
             return capture_embedding(y, ids, layer.slot, layer.refresh_basis, self.factor, self.padding, layer.rank)
         return lowrank_embedding(y, ids, layer.slot, layer.basis, self.factor, self.padding)
+
+
+class OrderedLookup:
+    """A forward hook with which the gradient of an embedding's table adds its tokens in their order."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        self.factor, self.padding = lookup_factor(embedding), _padding(embedding)
+
+    def __call__(self, embedding: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+        """Return the rows with the table in their graph, as a forward hook is called."""
+        table: Tensor = embedding.weight  # type: ignore[assignment]
+        if not table.requires_grad or not torch.is_grad_enabled():
+            return y
+        return ordered_embedding(y.detach(), _ids(args, kwargs), table, self.factor, self.padding)
+
+
+class OrderedTables:
+    """Has the gradients of tables that train in full added in one order on GPUs, where torch's own has none.
+
+    torch adds many tokens of few ids with atomics there, and equal runs would have other bits. Embeddings that return
+    more than their rows, or change their table or its gradient, keep torch's gradient. What is held meanwhile is no
+    more than torch's kernels hold, and as little known to a plan.
+    """
+
+    def __init__(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
+        tables = {id(param) for param in trained}
+        self._handles: list[RemovableHandle] = []
+        for module in model.modules():
+            if not isinstance(module, nn.Embedding) or id(module.weight) not in tables:
+                continue
+            if module.sparse or not module.weight.is_cuda:
+                continue
+            try:
+                hook = OrderedLookup(module)
+            except InputError:
+                continue
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Give the tables torch's gradient back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
 @dataclass
@@ -76,6 +119,15 @@ class TappedEmbedding:
         """Take hook and slot off; the embedding is as it was, with its table as it is now."""
         self.handle.remove()
         self.embedding._modules.pop(CHILD, None)
+
+
+def _ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    ids: Tensor = args[0] if args else kwargs["input"]
+    return ids
+
+
+def _padding(embedding: nn.Embedding) -> int:
+    return -1 if embedding.padding_idx is None else embedding.padding_idx
 
 
 @torch.no_grad()

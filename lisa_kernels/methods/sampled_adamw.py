@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import FreezeGuard, LossWithoutLogits, PlainLinears, ReadWeights, SlotModule, leave_out_logits
+from lisa_kernels.layers import (
+    FreezeGuard,
+    LossWithoutLogits,
+    OrderedTables,
+    PlainLinears,
+    ReadWeights,
+    SlotModule,
+    leave_out_logits,
+)
 from lisa_kernels.methods.adapters import Adapters
 from lisa_kernels.methods.attachment import attachment_state, check_attachment
 from lisa_kernels.methods.definitions import LoRAFA, Method
@@ -76,6 +84,7 @@ class SampledAdamW(AdamW8bit):
         self._guard = FreezeGuard(model)
         self._foreign_steps, self._read_weights = ForeignSteps(self), ReadWeights(model)
         self._plain_linears = PlainLinears(model)
+        self._ordered_tables = OrderedTables(model, (param for unit in layout.units() for param in unit.full))
         self._loss: LossWithoutLogits | None = None
         try:
             self._activate_always()
@@ -412,6 +421,7 @@ class SampledAdamW(AdamW8bit):
         self._foreign_steps.remove()
         self._read_weights.remove()
         self._plain_linears.remove()
+        self._ordered_tables.remove()
         if self._loss is not None:
             self._loss.remove()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lisa_kernels.basis import BasisTracker
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import LowRankEmbedding, LowRankLinear, TappedEmbedding, lookup_factor, tap_embedding
+from lisa_kernels.layers.embedding import OrderedLookup
 
 VOCABULARY, N, RANK = 61, 24, 4
 
@@ -180,3 +181,20 @@ def test_what_cannot_carry_a_slot_is_refused(embedding: nn.Embedding, words: str
     """The message says what to choose instead."""
     with pytest.raises(InputError, match=words):
         lookup_factor(embedding)
+
+
+@pytest.mark.parametrize("cls", [nn.Embedding, Scaled])
+def test_a_table_that_trains_has_torchs_gradient_in_one_order(cls: type[nn.Embedding]) -> None:
+    """And rows as they were; one that is frozen stays out of the graph, also where its rows are asked to be in one."""
+    ordered, plain = made(cls), made(cls)
+    ordered.register_forward_hook(OrderedLookup(ordered), with_kwargs=True)
+    dy = torch.randn(2, 9, N, generator=torch.Generator().manual_seed(1))
+    y = ordered(input=ids())
+    assert torch.equal(y, plain(ids()))
+    y.backward(dy)
+    plain(ids()).backward(dy)
+    torch.testing.assert_close(ordered.weight.grad, plain.weight.grad)
+    frozen = made(cls).requires_grad_(False)
+    frozen.register_forward_hook(lambda module, args, y: y.requires_grad_())
+    frozen.register_forward_hook(OrderedLookup(frozen), with_kwargs=True)
+    assert frozen(ids()).requires_grad

@@ -8,8 +8,8 @@ from atomic_adds import AtomicAdds
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding
-from lisa_kernels.ops.lowrank_embedding.reference import add_rows_, compact_gradient, slot_gradient
+from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding, ordered_embedding, reference
+from lisa_kernels.ops.lowrank_embedding.reference import add_rows_, compact_gradient, slot_gradient, table_gradient
 
 VOCABULARY, N, RANK = 101, 24, 8
 FACTOR = 1.5
@@ -25,7 +25,7 @@ def tokens(kind: str) -> Tensor:
     return {"repeated": drawn, "one id": torch.full((3, 20), 7), "none": drawn[:, :0]}[kind]
 
 
-def table_gradient(ids: Tensor, dy: Tensor, padding: int | None) -> Tensor:
+def plain_gradient(ids: Tensor, dy: Tensor, padding: int | None) -> Tensor:
     table = nn.Embedding(VOCABULARY, N, padding_idx=padding, dtype=torch.float64)
     (FACTOR * table(ids)).backward(dy.double())
     assert table.weight.grad is not None
@@ -45,7 +45,7 @@ def test_the_slots_gradient_is_the_projected_one(
     """dB = P Gᵀ with G from torch's own embedding; tokens of one id add up, the padding's count nothing."""
     ids, basis = tokens(kind), basis_of()
     dy = normal(*ids.shape, N, seed=2)
-    wanted = basis.double() @ table_gradient(ids, dy, padding).t()
+    wanted = basis.double() @ plain_gradient(ids, dy, padding).t()
     slot = torch.zeros(RANK, VOCABULARY, device=device, requires_grad=True)
     looked_up, on_device = normal(*ids.shape, N).to(device), basis.to(device)
     settings = (FACTOR, -1 if padding is None else padding)
@@ -64,7 +64,7 @@ def test_the_compact_gradient_has_the_tables_row_space(kind: str, device: torch.
     """CᵀC = GᵀG: each id's tokens are one row, the rest of the rows is zero."""
     ids = tokens(kind)
     dy = normal(*ids.shape, N, seed=2)
-    full = table_gradient(ids, dy, 7)
+    full = plain_gradient(ids, dy, 7)
     compact = compact_gradient(dy.to(device), ids.to(device), FACTOR, 7, least_rows=RANK).cpu().double()
     assert compact.shape == (max(ids.numel(), RANK), N)
     torch.testing.assert_close(compact.t() @ compact, full.t() @ full, rtol=1e-4, atol=1e-4)
@@ -72,8 +72,27 @@ def test_the_compact_gradient_has_the_tables_row_space(kind: str, device: torch.
     assert not compact[distinct:].any()
 
 
+@pytest.mark.parametrize("padding", [None, 0, 7], ids=str)
+@pytest.mark.parametrize("kind", ["repeated", "one id", "none"])
+def test_a_tables_gradient_is_torchs_own(
+    kind: str, padding: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is looked up, with a model's own factor; bands of columns change nothing."""
+    ids, dy = tokens(kind).to(device), normal(3, tokens(kind).shape[1], N, seed=2)
+    table = normal(VOCABULARY, N).to(device).requires_grad_()
+    y = FACTOR * table.detach()[ids]
+    out = ordered_embedding(y, ids, table, FACTOR, -1 if padding is None else padding)
+    assert torch.equal(out, y)
+    out.backward(dy.to(device))
+    assert table.grad is not None
+    torch.testing.assert_close(table.grad.cpu().double(), plain_gradient(ids.cpu(), dy, padding), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(reference, "BAND", 5 * 60)
+    again = table_gradient(dy.to(device), ids, VOCABULARY, FACTOR, -1 if padding is None else padding)
+    assert torch.equal(again, table.grad)
+
+
 def test_16_bit_gradients_are_summed_in_float32(device: torch.device) -> None:
-    """A thousand equal tokens of one id in bfloat16 lose nothing to the sum."""
+    """A thousand equal tokens of one id in bfloat16 lose nothing to the sum, of a slot or of a table."""
     ids = torch.full((1024,), 5, device=device)
     basis = torch.eye(RANK, N, dtype=torch.bfloat16, device=device)
     slot = torch.zeros(RANK, VOCABULARY, device=device, requires_grad=True)
@@ -82,6 +101,7 @@ def test_16_bit_gradients_are_summed_in_float32(device: torch.device) -> None:
     assert slot.grad is not None
     assert slot.grad.dtype == torch.float32
     assert torch.equal(slot.grad[:, 5], torch.full((RANK,), 1024 + 8.0, device=device))
+    assert torch.equal(table_gradient(torch.full_like(y, 1.0 + 2**-7), ids, 6, 1.0, -1)[5], torch.full_like(y[0], 1032))
 
 
 def test_the_tokens_of_an_id_are_added_in_their_order(device: torch.device) -> None:
@@ -103,6 +123,7 @@ def test_no_gradient_is_added_up_in_an_order_of_its_own() -> None:
     with AtomicAdds() as adds:
         slot_gradient(dy, ids, basis, VOCABULARY, FACTOR, 7)
         compact_gradient(dy, ids, FACTOR, 7, RANK)
+        table_gradient(dy, ids, VOCABULARY, FACTOR, 7)
     assert not adds.seen
 
 

@@ -1,4 +1,4 @@
-"""An embedding with a low-rank slot beside its table: contract, autograd and `torch.library` schema.
+"""An embedding with a low-rank slot beside its table, or a table that trains: contract, autograd, `torch.library`.
 
 The lookup itself stays the model's own; what it returns passes through here and takes the slot's gradient along. Saved
 for the backward are the ids and the basis.
@@ -15,7 +15,7 @@ from torch import Tensor
 from lisa_kernels.ops.lowrank_embedding import reference
 from lisa_kernels.uncompiled import uncompiled
 
-__all__ = ["DEFINITIONS", "capture_embedding", "lowrank_embedding"]
+__all__ = ["DEFINITIONS", "capture_embedding", "lowrank_embedding", "ordered_embedding"]
 
 
 @torch.library.custom_op("lisa_kernels::lowrank_embedding", mutates_args=())
@@ -108,6 +108,29 @@ def capture_embedding(
     result: Tensor = _CaptureEmbedding.apply(  # type: ignore[no-untyped-call]
         y, ids, slot, on_gradient, factor, padding, least_rows
     )
+    return result
+
+
+class _OrderedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, ids: Tensor, table: Tensor, factor: float, padding: int) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.settings = (len(table), factor, padding)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        return None, None, reference.table_gradient(dy, ids, *ctx.settings), None, None
+
+
+def ordered_embedding(y: Tensor, ids: Tensor, table: Tensor, factor: float = 1.0, padding: int = -1) -> Tensor:
+    """Return y = factor · E[ids] as it was looked up, with the gradient of the table E.
+
+    y: [..., n] in no graph; ids: integers [...]; table: [V, n]. The tokens of an id are added in float32 and in their
+    order; those of the id `padding` (-1: none) give no gradient.
+    """
+    result: Tensor = _OrderedEmbedding.apply(y, ids, table, factor, padding)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -1,4 +1,4 @@
-"""The embedding whose table's gradient is formed in a basis only, in plain PyTorch.
+"""The embedding whose table's gradient is formed in a basis only, or in full, in plain PyTorch.
 
     y = f · (E[ids] + B[:, ids]ᵀ P)      E [V, n], P [r, n], B [r, V], f a constant of the model
     dB[:, id] += f · P dy                summed over the tokens of each id: exactly P Gᵀ for G [V, n]
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.ops.lowrank_linear.products import matmul
+
+# Elements of a band of columns: `table_gradient` holds eight bytes for each beside the table, 4 MiB.
+BAND = 1 << 19
 
 
 def _flat(dy: Tensor, ids: Tensor, padding: int) -> tuple[Tensor, Tensor]:
@@ -44,6 +47,23 @@ def slot_gradient(dy: Tensor, ids: Tensor, basis: Tensor, vocabulary: int, facto
     return add_rows_(summed, flat, projected).t().contiguous()
 
 
+def table_gradient(dy: Tensor, ids: Tensor, vocabulary: int, factor: float, padding: int) -> Tensor:
+    """Return G [vocabulary, n] in dy's dtype, each row summed in float32 and rounded once."""
+    rows, flat = _flat(dy, ids, -1)
+    table = torch.zeros(vocabulary, rows.shape[1], dtype=dy.dtype, device=dy.device)
+    if len(flat) == 0:
+        return table
+    ordered, order, place = _sorted(flat)
+    width = max(1, BAND // len(flat))
+    for part, given in zip(table.split(width, dim=1), rows.split(width, dim=1)):
+        summed = _summed(given, order, place, len(flat), factor).to(dy.dtype)
+        # An id's row is written as often as it has tokens, with the same values each time.
+        part[ordered] = summed.index_select(0, place)
+    if padding >= 0:
+        table[padding].zero_()
+    return table
+
+
 def compact_gradient(dy: Tensor, ids: Tensor, factor: float, padding: int, least_rows: int) -> Tensor:
     """Return the rows of G that are not zero, float32 [max(tokens, least_rows), n]; the rest of them is zero.
 
@@ -51,13 +71,23 @@ def compact_gradient(dy: Tensor, ids: Tensor, factor: float, padding: int, least
     known to the device only.
     """
     rows, flat = _flat(dy, ids, padding)
+    _, order, place = _sorted(flat)
+    return _summed(rows, order, place, max(len(flat), least_rows), factor)
+
+
+def _sorted(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ids in ascending order, where each of them was, and how many distinct ones there are before it."""
     # Stable: equal ids keep their order.
-    ordered, order = flat.sort(stable=True)
+    ordered, order = ids.sort(stable=True)
     first = torch.ones_like(ordered)
     first[1:] = ordered[1:] != ordered[:-1]
-    place = first.cumsum(0) - 1
-    compact = torch.zeros(max(len(flat), least_rows), rows.shape[1], dtype=torch.float32, device=dy.device)
+    return ordered, order, first.cumsum(0) - 1
+
+
+def _summed(rows: Tensor, order: Tensor, place: Tensor, count: int, factor: float) -> Tensor:
+    """Return float32 [count, width] with row order[i] of `rows`, times the factor, added to row place[i]."""
     summands = rows.index_select(0, order).to(torch.float32)
     if factor != 1.0:
         summands.mul_(factor)
-    return add_rows_(compact, place, summands)
+    total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
+    return add_rows_(total, place, summands)
