@@ -32,7 +32,10 @@ class Checks:
 
 @dataclass
 class Launch:
-    """What all programs of a launch share. `noise` draws the errors of approximate instructions; None: none."""
+    """What all programs of a launch share. `noise` draws the errors of approximate instructions; None: none.
+
+    counted: whether accesses of memory are counted, which takes a tenth of a launch.
+    """
 
     module: Module
     grid: tuple[int, int, int]
@@ -42,6 +45,7 @@ class Launch:
     memory: Memory
     checks: Checks
     noise: np.random.Generator | None
+    counted: bool = True
     counters: Counters = field(default_factory=Counters)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from .counters import WARP
 from .faults import InactiveLaneError
 from .lanes import Lanes, Mask
 from .number_formats import bfloat16_to_float32
-from .operands import Operands, Step, Values, opcode
+from .operands import Operands, Reader, Step, Values, opcode, spread
 from .transfers import Access
 
 ROW_BYTES, ROWS = 16, 8
@@ -49,7 +49,7 @@ def _matrix_transfer(operands: Operands) -> Step:
         holders, place = access.locate(lanes, address(lanes), rows.reshape(-1))
         index = place[:, None] + np.arange(ROW_BYTES)
         if store:
-            values = [np.broadcast_to(read(lanes), (lanes.count,)).reshape(-1, WARP)[warps] for read in fragments]
+            values = [spread(read(lanes), lanes).reshape(-1, WARP)[warps] for read in fragments]
             given = np.stack(values, 1).view(np.uint16).reshape(-1, ROWS, ROWS)
             given = np.ascontiguousarray(given.swapaxes(1, 2)) if transposed else given
             access.store_shared(lanes, place, holders, given.reshape(-1, ROWS).view(np.uint8))
@@ -79,25 +79,34 @@ def _multiply_matrices(operands: Operands) -> Step:
     left, right, addend = ([operands.read_name(name, "b32") for name in operands.names(index)] for index in (1, 2, 3))
     writes = [operands.write_name(name, "f32") for name in operands.names(0)]
 
+    a_from, b_from, c_from = _places(kind, depth, len(left), len(right))
+    c_to = c_from.argsort()
+
     def step(lanes: Lanes, active: Mask) -> None:
         _require_whole_warps(operands, lanes, active)
-        warps = lanes.count // WARP
-        a, b = np.zeros((warps, 16, depth)), np.zeros((warps, depth, 8))
-        c = np.zeros((warps, 16, 8))
-        for k, read in enumerate(left):
-            for column, values in _elements(lanes, read, kind):
-                a[:, GROUP + 8 * (k & 1), column + _step(kind) * (k >> 1)] = values
-        for k, read in enumerate(right):
-            for row, values in _elements(lanes, read, kind):
-                b[:, row + _step(kind) * k, GROUP] = values
-        for k, read in enumerate(addend):
-            c[:, GROUP + 8 * (k >> 1), 2 * PLACE + (k & 1)] = _words(lanes, read).view(np.float32)
-        result = (c + a @ b).astype(np.float32)
+        a = _elements(lanes, left, kind)[:, a_from].astype(np.float64)
+        b = _elements(lanes, right, kind)[:, b_from].astype(np.float64)
+        c = _words(lanes, addend).view(np.float32)[:, c_from].reshape(-1, 16, 8)
+        result = (c + a @ b).astype(np.float32).reshape(-1, 16 * 8)[:, c_to].reshape(-1, len(writes), WARP)
         for k, write in enumerate(writes):
-            held = result[:, GROUP + 8 * (k >> 1), 2 * PLACE + (k & 1)]
-            write(lanes, np.ascontiguousarray(held).reshape(-1), active)
+            write(lanes, np.ascontiguousarray(result[:, k]).reshape(-1), active)
 
     return step
+
+
+@cache
+def _places(kind: str, depth: int, left: int, right: int) -> tuple[NDArray[np.int64], ...]:
+    """Return which of a warp's elements are A [16, depth], B [depth, 8] and C [128], which is [16, 8]."""
+    halves = 1 if kind == "tf32" else 2
+    a, b = np.zeros((16, depth), np.int64), np.zeros((depth, 8), np.int64)
+    for half in range(halves):
+        along = halves * PLACE + half
+        for k in range(left):
+            a[GROUP + 8 * (k & 1), along + _step(kind) * (k >> 1)] = (k * WARP + LANES) * halves + half
+        for k in range(right):
+            b[along + _step(kind) * k, GROUP] = (k * WARP + LANES) * halves + half
+    c = [(GROUP + 8 * (k >> 1)) * 8 + 2 * PLACE + (k & 1) for k in range(4)]
+    return a, b, np.concatenate(c).argsort()
 
 
 def _step(kind: str) -> int:
@@ -105,16 +114,18 @@ def _step(kind: str) -> int:
     return 4 if kind == "tf32" else 8
 
 
-def _words(lanes: Lanes, read: Any) -> Values:
-    return np.ascontiguousarray(np.broadcast_to(read(lanes), (lanes.count,))).reshape(-1, WARP)
+def _words(lanes: Lanes, registers: list[Reader]) -> Values:
+    """Return the words of some registers, uint32 [warps, registers · 32]."""
+    words = np.empty((lanes.count // WARP, len(registers), WARP), np.uint32)
+    for k, read in enumerate(registers):
+        words[:, k] = spread(read(lanes), lanes).reshape(-1, WARP)
+    return words.reshape(len(words), -1)
 
 
-def _elements(lanes: Lanes, read: Any, kind: str) -> list[tuple[NDArray[np.int64], Values]]:
-    """Return the places along k and the values [warps, 32] of the elements in one register."""
-    words = _words(lanes, read)
+def _elements(lanes: Lanes, registers: list[Reader], kind: str) -> Values:
+    """Return the elements in some registers, [warps, elements]."""
+    words = _words(lanes, registers)
     if kind == "tf32":
         # The hardware ignores the low 13 bits.
-        return [(PLACE, (words & np.uint32(0xFFFFE000)).view(np.float32))]
-    halves = [words.astype(np.uint16), (words >> np.uint32(16)).astype(np.uint16)]
-    widened = [bfloat16_to_float32(half) if kind == "bf16" else half.view(np.float16) for half in halves]
-    return [(2 * PLACE + half, values) for half, values in enumerate(widened)]
+        return (words & np.uint32(0xFFFFE000)).view(np.float32)
+    return bfloat16_to_float32(words.view(np.uint16)) if kind == "bf16" else words.view(np.float16)

@@ -36,6 +36,11 @@ DTYPES: dict[str, Any] = {
 }
 
 
+def spread(values: Values, lanes: Lanes) -> Values:
+    """Return an operand's values as one for each lane; NumPy's own function takes its time over what needs nothing."""
+    return values if values.shape == (lanes.count,) else np.broadcast_to(values, (lanes.count,))
+
+
 def opcode(*names: str, modifiers: str = "") -> Callable[[Builder], Builder]:
     """Enter a builder into the table under some opcodes; modifiers not named, other than types, are refused."""
     known = set(modifiers.split())

@@ -15,7 +15,7 @@ from .counters import WARP, Counters
 from .faults import PtxError, TrapError
 from .lanes import Checks, Lanes, Launch, Mask
 from .memory import Buffer, Memory
-from .operands import Operands, Reader, Step, build_step
+from .operands import Operands, Reader, Step, build_step, spread
 from .parser import TYPE_BYTES, Instruction, parse
 
 # Buffers by reference; for a pointer also its virtual address as an int.
@@ -74,12 +74,14 @@ class Program:
         programs: Sequence[int] | None = None,
         checks: Checks | None = None,
         fuzz: int | None = None,
+        counted: bool = True,
     ) -> Counters:
         """Run the kernel over a grid and return what it did; raise a PtxError at the first fault.
 
         `arguments` follow the kernel's signature without its constants. `memory` holds further buffers, those whose
-        addresses stand in tables. `programs` picks some of the grid's programs. `fuzz` seeds errors of approximate
-        instructions, within their documented bounds; None gives the rounded exact results.
+        addresses stand in tables. `programs` picks some of the grid's programs, in their order. `fuzz` seeds errors of
+        approximate instructions, within their documented bounds; None gives the rounded exact results. Not `counted`:
+        accesses of memory are left out of what is returned.
         """
         sizes = (*grid, 1, 1)
         whole = (int(sizes[0]), int(sizes[1]), int(sizes[2]))
@@ -93,6 +95,7 @@ class Program:
             memory=memory,
             checks=checks or Checks(),
             noise=None if fuzz is None else np.random.default_rng(fuzz),
+            counted=counted,
         )
         numbers = np.arange(np.prod(whole)) if programs is None else np.asarray(programs, np.int64)
         memory.upload(launch.checks.global_races)
@@ -160,7 +163,7 @@ class Program:
             counts[number] += warps
             active, some = mask, True
             if line.predicate is not None:
-                active, some = _narrowed(mask, line.predicate(lanes), lanes.count)
+                active, some = _narrowed(mask, spread(line.predicate(lanes), lanes))
             number += 1
             if line.target is not None:
                 if some:
@@ -178,9 +181,9 @@ class Program:
         _join(waiting, number, mask)
 
 
-def _narrowed(mask: Mask, predicate: NDArray[np.bool_], count: int) -> tuple[Mask, bool]:
+def _narrowed(mask: Mask, predicate: NDArray[np.bool_]) -> tuple[Mask, bool]:
     """Return the lanes of `mask` where a predicate holds, and whether there are any."""
-    holds = np.broadcast_to(predicate, (count,)) if mask is None else predicate & mask
+    holds = predicate if mask is None else predicate & mask
     if holds.all():
         return None, True
     return holds, bool(holds.any())

@@ -10,7 +10,7 @@ import numpy as np
 from .counters import SharedTraffic, Traffic
 from .faults import GlobalRaceError, MisalignedError, OutOfBoundsError, SharedRaceError, UninitialisedReadError
 from .lanes import Lanes, Mask
-from .operands import Operands, Step, Values, opcode
+from .operands import Operands, Step, Values, opcode, spread
 from .parser import TYPE_BYTES, Instruction
 
 # Cache hints and orders change nothing for programs that do not race.
@@ -36,7 +36,8 @@ class Access:
 
     def locate(self, lanes: Lanes, address: Values, active: Mask) -> tuple[Values, Values]:
         """Return the lanes that take part, and the byte each one starts at in its memory's array."""
-        self._traffic(lanes).record(address, active, self.width)
+        if lanes.launch.counted:
+            self._traffic(lanes).record(address, active, self.width)
         taking_part = lanes.indices(active)
         address = address if active is None else address[active]
         wrong = (address & (self.width - 1)) != 0
@@ -141,7 +142,7 @@ def _store(operands: Operands) -> Step:
 
     def step(lanes: Lanes, active: Mask) -> None:
         taking_part, place = access.locate(lanes, address(lanes), active)
-        values = [np.broadcast_to(source(lanes), (lanes.count,))[taking_part] for source in sources]
+        values = [spread(source(lanes), lanes)[taking_part] for source in sources]
         if space == "shared":
             access.store_shared(lanes, place, taking_part, np.stack(values, 1).view(np.uint8))
             return
@@ -178,7 +179,7 @@ def _atomic(operands: Operands) -> Step:
 
     def step(lanes: Lanes, active: Mask) -> None:
         taking_part, place = access.locate(lanes, address(lanes), active)
-        values = [np.broadcast_to(source(lanes), (lanes.count,)) for source in sources]
+        values = [spread(source(lanes), lanes) for source in sources]
         words = words_of(lanes, space, size).view(values[0].dtype)
         before = np.zeros(lanes.count, values[0].dtype)
         for lane, index in zip(taking_part, place // size):
@@ -225,7 +226,7 @@ def _start_copy(operands: Operands) -> Step:
         reading = active
         if source_bytes is not None:
             # A source size of 0 fills with zeros; Triton masks loads that way.
-            wanted = np.broadcast_to(source_bytes(lanes) > 0, (lanes.count,))
+            wanted = spread(source_bytes(lanes) > 0, lanes)
             reading = wanted if active is None else active & wanted
         values = np.zeros((lanes.count, width), np.uint8)
         if reading is None or reading.any():

@@ -10,11 +10,11 @@ from .arithmetic import maximum, minimum
 from .counters import WARP
 from .faults import DivergentBarrierError, InactiveLaneError, TrapError
 from .lanes import Lanes, Mask
-from .operands import Operands, Step, Values, opcode
+from .operands import Operands, Step, Values, opcode, spread
 
 
 def _by_warp(lanes: Lanes, values: Values) -> Values:
-    return np.broadcast_to(values, (lanes.count,)).reshape(-1, WARP)
+    return spread(values, lanes).reshape(-1, WARP)
 
 
 def _taking_part(lanes: Lanes, active: Mask) -> Values:
@@ -39,7 +39,7 @@ def _shuffle(operands: Operands) -> Step:
         if active is not None and not active[partner][active].all():
             lane = int(np.argmax(active & ~active[partner]))
             raise lanes.fault(InactiveLaneError, operands.instruction, lane, "the shuffle reads an absent lane")
-        write(lanes, np.broadcast_to(source(lanes), (lanes.count,))[partner], active)
+        write(lanes, spread(source(lanes), lanes)[partner], active)
         write_valid(lanes, valid, active)
 
     return step
