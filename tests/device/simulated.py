@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .additions import seed_draws
+
 HERE = str(Path(__file__).parent)
 ROOT = str(Path(__file__).parents[2])
 _PLACES = 8
@@ -77,8 +79,9 @@ _numbers = itertools.count()
 
 
 def set_order(order: Order, seed: int = 0) -> None:
-    """Run queued work in an order from now on, after all that is queued."""
+    """Run queued work in an order from now on, after all that is queued, and add with atomics in orders of the seed."""
     driver.sim_set_order(order, seed)
+    seed_draws(seed)
 
 
 def drain() -> None:

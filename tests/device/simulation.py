@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 from . import triton_launches
+from .additions import unordered
 from .simulated import enqueue, fault
 from .values import FACTORIZATIONS, INDEXED, STAND_INS, VALUELESS, WAITING
-from .views import host_tensor, is_cuda, is_view, keep, restore, view_of
+from .views import host_tensor, is_cuda, keep, leaves, mapped, restore, view_of
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
@@ -38,9 +38,9 @@ class SimulatedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        device = _device_of(leaves, kwargs)
-        is_fake = any(isinstance(leaf, FakeTensor) for leaf in leaves) or torch._C._get_dispatch_mode(_FAKE) is not None
+        given = list(leaves((args, kwargs)))
+        device = _device_of(given, kwargs)
+        is_fake = any(isinstance(leaf, FakeTensor) for leaf in given) or torch._C._get_dispatch_mode(_FAKE) is not None
         if device is None or is_fake:
             return func(*args, **kwargs)
         name = func.name()
@@ -72,17 +72,17 @@ class SimulatedDevice(TorchDispatchMode):
         return result
 
     def _queue(self, func: Any, device: int, args: Any, kwargs: Any, result: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if is_cuda(leaf)]
+        tensors = [leaf for leaf in leaves((args, kwargs, result)) if is_cuda(leaf)]
         if self.largest is not None and any(tensor.numel() > self.largest for tensor in tensors):
             return
-        kept = tree_map(keep, (args, kwargs))
-        results = [view_of(leaf) if is_cuda(leaf) else None for leaf in tree_leaves(result)]
+        kept = mapped(keep, (args, kwargs))
+        results = [view_of(leaf) if is_cuda(leaf) else None for leaf in leaves(result)]
         in_place = any(_is_written(argument) for argument in func._schema.arguments)
-        compute: Callable[..., Any] = STAND_INS.get(func.name(), func)
+        compute: Callable[..., Any] = STAND_INS.get(func.name()) or unordered(func) or func
 
         def work() -> None:
-            given, named = tree_map(restore, kept, is_leaf=is_view)
-            values = tree_leaves(compute(*given, **named))
+            given, named = mapped(restore, kept)
+            values = leaves(compute(*given, **named))
             for view, value in zip([] if in_place else results, values):
                 if view is None:
                     continue
@@ -95,12 +95,12 @@ class SimulatedDevice(TorchDispatchMode):
     def _wait(self, func: Any, device: int, args: Any, kwargs: Any) -> Any:
         torch.cuda.current_stream(device).synchronize()
         with _disable_current_modes():
-            given, named = tree_map(restore, tree_map(keep, (args, kwargs)), is_leaf=is_view)
+            given, named = mapped(restore, mapped(keep, (args, kwargs)))
             value = func(*given, **named)
         if _is_written(func._schema.arguments[0]):
             return args[0]
         with self:
-            return tree_map(lambda leaf: leaf.to(f"cuda:{device}") if isinstance(leaf, Tensor) else leaf, value)
+            return mapped(lambda leaf: leaf.to(f"cuda:{device}") if isinstance(leaf, Tensor) else leaf, value)
 
     def _copy(self, func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if target.device == source.device:
@@ -139,9 +139,9 @@ class SimulatedDevice(TorchDispatchMode):
             return result.copy_(source, options.get("non_blocking", False))
 
 
-def _device_of(leaves: list[Any], kwargs: dict[str, Any]) -> int | None:
+def _device_of(given: list[Any], kwargs: dict[str, Any]) -> int | None:
     """Return the number of the device that an operation runs on, or None for the CPU."""
-    for leaf in leaves:
+    for leaf in given:
         if is_cuda(leaf):
             number: int = leaf.device.index
             return number
@@ -167,7 +167,7 @@ def _is_plain(target: Tensor, source: Tensor) -> bool:
 
 def _shaped(func: Any, device: int, args: Any, kwargs: Any) -> Any:
     """Return what an operation would, of any values, after the check of devices that the real one makes."""
-    if any(is_cuda(leaf) and leaf.device.index != device for leaf in tree_leaves((args, kwargs))):
+    if any(is_cuda(leaf) and leaf.device.index != device for leaf in leaves((args, kwargs))):
         raise RuntimeError(f"{func.name()}: expected all tensors to be on the same device")
 
     def meta(leaf: Any) -> Any:
@@ -179,8 +179,8 @@ def _shaped(func: Any, device: int, args: Any, kwargs: Any) -> Any:
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=f"cuda:{device}")
 
     with _disable_current_modes():
-        args, kwargs = tree_map(meta, (args, kwargs))
-        return tree_map(on_device, func(*args, **kwargs))
+        args, kwargs = mapped(meta, (args, kwargs))
+        return mapped(on_device, func(*args, **kwargs))
 
 
 triton_launches.listen()

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import common
 from rich.console import Console
 from train.small_run import arguments, write_text
+from transformers import LlamaConfig
 
 from bench import gpu
 from bench.gpu_report import Report, rows_of, troubles
@@ -38,7 +40,11 @@ def test_a_run_takes_the_gpu_that_it_is_told_and_goes_on_on_another(tmp_path: Pa
 @pytest.mark.order("late")
 def test_a_report_on_a_device_has_nothing_wrong(tmp_path: Path) -> None:
     """What one process does of it: programs that it starts have no values here, and methods are in `test_matrix.py`."""
-    run = gpu.Run(torch.device("cuda", 0), gpu.SMALL, Report(tmp_path / "report.md"), time.monotonic() + 3600)
+    # As many blocks as are active, as wide as the rank.
+    width = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4}
+    LlamaConfig(**common(**width, num_hidden_layers=5, vocab_size=512)).save_pretrained(tmp_path)
+    sizes = gpu.SMALL._replace(model=str(tmp_path))
+    run = gpu.Run(torch.device("cuda", 0), sizes, Report(tmp_path / "report.md"), time.monotonic() + 3600)
     gpu.report(run, Console(file=io.StringIO()), (gpu.machine, gpu.kernels, gpu.memory))
     assert troubles(run.report.rows) == []
     assert len(rows_of(run.report.rows, "kernel")) == 7

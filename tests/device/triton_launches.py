@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
@@ -18,6 +19,7 @@ from ptx import Memory, Program
 from ptx.counters import WARP
 from ptx.parser import TYPE_BYTES
 
+from .additions import drawn_order
 from .simulated import driver, enqueue, fault
 
 _programs: dict[int, Program] = {}
@@ -41,6 +43,10 @@ class DeviceMemory(Memory):
 
     def outside(self, addresses: NDArray[np.int64], width: int) -> int | None:
         """Return the index of an access of `width` bytes that lies in no block, or None."""
+        low, high = int(addresses.min()), int(addresses.max())
+        place = np.searchsorted(self._first, low, "right") - 1
+        if place >= 0 and high + width <= self._end[place]:
+            return None
         place = np.searchsorted(self._first, addresses, "right") - 1
         wrong = (place < 0) | (addresses + width > self._end[place])
         return int(np.argmax(wrong)) if wrong.any() else None
@@ -95,7 +101,10 @@ def _on_launch(pointer: Any) -> None:
     grid, warps, blocks = tuple(launched.grid), launched.threads // WARP, _blocks(device)
 
     def work() -> None:
-        program.launch(values, grid, warps, memory=DeviceMemory(device, blocks))
+        # A grid's programs begin in no order that a kernel may count on.
+        programs = drawn_order(math.prod(grid)).numpy()
+        memory = DeviceMemory(device, blocks)
+        program.launch(values, grid, warps, memory=memory, programs=programs, counted=False)
 
     enqueue(device, f"triton {program.module.name}", work, launched.stream)
 
