@@ -269,7 +269,8 @@ def logits(model: nn.Module, batch: dict[str, Tensor] | None = None) -> Tensor:
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of every parameter by name, slots of attached models left out."""
-    return {name: param.detach().clone() for name, param in model.named_parameters() if not name.endswith(".slot")}
+    beside = (".slot", ".basis")
+    return {name: param.detach().clone() for name, param in model.named_parameters() if not name.endswith(beside)}
 
 
 def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:

@@ -191,8 +191,8 @@ def test_the_public_names_are_there() -> None:
     import lisa_kernels
 
     promised = (
-        "AdamW8bit", "attach", "LISA", "OwLore", "OWS", "BAdam", "GaLore", "LoRAFA", "FullFineTune", "layer_scores",
-        "GaLoreAdamW8bit", "plan",
+        "AdamW8bit", "attach", "LISA", "OwLore", "OWS", "BAdam", "GaLore", "LoRA", "LoRAFA", "FullFineTune",
+        "layer_scores", "GaLoreAdamW8bit", "plan",
     )  # fmt: skip
     assert set(promised) <= set(lisa_kernels.__all__)
     assert all(hasattr(lisa_kernels, name) for name in lisa_kernels.__all__)

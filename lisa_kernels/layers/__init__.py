@@ -12,7 +12,7 @@ from lisa_kernels.layers.embedding import (
 from lisa_kernels.layers.freezing import FreezeGuard
 from lisa_kernels.layers.linears import check_untied, find_linears, is_conv1d, is_linear, is_trainable, linear_shape
 from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
-from lisa_kernels.layers.lowrank import LowRankLinear, ReadWeights, swap_linears
+from lisa_kernels.layers.lowrank import LowRankLinear, ReadWeights, TrainedBasisLinear, swap_linears
 from lisa_kernels.layers.offload import offload_checkpoints
 from lisa_kernels.layers.plain_linears import PlainLinears
 from lisa_kernels.layers.slot import SlotModule
@@ -28,6 +28,7 @@ __all__ = [
     "ReadWeights",
     "SlotModule",
     "TappedEmbedding",
+    "TrainedBasisLinear",
     "check_attachable",
     "check_untied",
     "find_blocks",

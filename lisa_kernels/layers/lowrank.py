@@ -91,6 +91,33 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
         return self.tracker.update_factored(dy, x, self.basis)
 
 
+class TrainedBasisLinear(LowRankLinear):
+    """A low-rank layer whose basis trains as its slot does, as LoRA has it: both are float32 parameters.
+
+    Bytes while active: 4·r·(m + n), and as much for the gradients. The layer's input stays for the backward.
+    """
+
+    def __init__(self, original: nn.Module, rank: int, scale: float = 1.0) -> None:
+        super().__init__(original, rank, scale)
+        # A buffer until here.
+        del self.basis
+        self.basis: nn.Parameter = nn.Parameter(torch.empty(0, device=self.slot.device), requires_grad=False)
+
+    def hold_basis(self, basis: Tensor) -> None:
+        """Take a copy of a basis [r, n] for one's own, in float32 on the weight's device."""
+        self.basis.data = basis.detach().to(self.stored_weight.device, torch.float32, copy=True)
+
+    def free_basis(self) -> None:
+        """Give up the basis, its storage and its gradient's."""
+        self.basis.grad = None
+        self.basis.data = torch.empty(0, device=self.slot.device)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Slot and basis."""
+        return [self.slot, self.basis]
+
+
 @dataclass
 class Swap:
     """One replaced layer: where it sits, under which root, what was there and what is there now."""

@@ -11,6 +11,9 @@ from lisa_kernels.basis import BasisTracker, Gradient
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.fold import fold_
 
+# Parameters that are not the layer's own.
+BESIDE = ("slot", "basis")
+
 
 class SlotModule(nn.Module):
     """A weight [m, n] that trains through a slot B [r, m] beside it, read with a basis P [r, n].
@@ -70,12 +73,23 @@ class SlotModule(nn.Module):
         """
         device, dtype = self.stored_weight.device, self.stored_weight.dtype
         self.slot.data = torch.zeros(self.rank, self.out_features, device=device)
-        self.basis = torch.zeros(self.rank, self.in_features, device=device, dtype=dtype)
-        if basis is not None:
-            self.basis.copy_(basis)
+        self.hold_basis(torch.zeros(self.rank, self.in_features) if basis is None else basis)
         if self.exact_master and dtype == torch.bfloat16:
             zeros = torch.zeros_like(self.stored_weight, dtype=torch.int16)
             self.remainder = zeros if remainder is None else zeros.copy_(remainder)
+
+    def hold_basis(self, basis: Tensor) -> None:
+        """Take a copy of a basis [r, n] for one's own, in the weight's dtype on its device."""
+        self.basis = basis.to(self.stored_weight.device, self.stored_weight.dtype, copy=True)
+
+    def free_basis(self) -> None:
+        """Give up the basis and its storage."""
+        self.basis = torch.empty(0, device=self.slot.device)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What an optimizer moves while the layer is active."""
+        return [self.slot]
 
     def arm(self) -> None:
         """Settle whether backwards until the next step find a basis, because one is due, and keep all that it takes.
@@ -91,7 +105,7 @@ class SlotModule(nn.Module):
         self.slot.grad = None
         self.slot.data = torch.empty(0, device=self.slot.device)
         if not keep:
-            self.basis = torch.empty(0, device=self.slot.device)
+            self.free_basis()
             self.remainder = torch.empty(0, dtype=torch.int16, device=self.slot.device)
 
     def lifting_factors(self) -> tuple[Tensor, Tensor]:
@@ -122,7 +136,9 @@ class SlotModule(nn.Module):
         Such a tensor is a copy: what is written into it does not reach the layer.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[f"{prefix}slot"]
+        # The basis too, where it is a parameter.
+        for name in BESIDE:
+            destination.pop(f"{prefix}{name}", None)
         if self.is_adapter:
             destination[f"{prefix}weight"] = self._merged().cpu()
 
@@ -133,16 +149,18 @@ class SlotModule(nn.Module):
         """
         if self.tracker is None and not self.active:
             raise InputError("the adapters are merged into the weights; call unmerge() before weights are loaded.")
-        slot, key = f"{prefix}slot", f"{prefix}weight"
+        key = f"{prefix}weight"
         given = state_dict.get(key)
         fits = isinstance(given, Tensor) and given.shape == self.stored_weight.shape
         changes = fits and not self._holds(given)
         if fits and not changes:
             state_dict[key] = self.stored_weight
-        # The slot is never saved: hand over what is here, so that strict loading misses nothing.
-        state_dict[slot] = self.slot
+        # What trains beside the weight is never saved: hand over what is here, so that strict loading misses nothing.
+        beside = {f"{prefix}{name}": param for name, param in self.named_parameters(recurse=False) if name in BESIDE}
+        state_dict.update(beside)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        del state_dict[slot]
+        for name in beside:
+            del state_dict[name]
         if changes and self.is_adapter:
             self.restarted = self.restarted or bool(self.slot.any())
             self.slot.data.zero_()

@@ -1,4 +1,4 @@
-"""Which layers of a model carry a LoRA-FA adapter, and which train in full beside it."""
+"""Which layers of a model carry an adapter, and which train in full beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.layers import check_untied, find_linears
 from lisa_kernels.layers.linears import Place
-from lisa_kernels.methods.definitions import LoRAFA
+from lisa_kernels.methods.definitions import AdapterMethod
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
@@ -29,7 +29,7 @@ def new_head(model: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in model.named_children() if name != prefix}
 
 
-def adapter_places(model: nn.Module, method: LoRAFA) -> list[Place]:
+def adapter_places(model: nn.Module, method: AdapterMethod) -> list[Place]:
     """Return the linears that the targets name, outside a new head, which trains in full.
 
     Refuses a target that names none, a rank that does not fit, and a weight that another module uses too.
@@ -48,7 +48,7 @@ def adapter_places(model: nn.Module, method: LoRAFA) -> list[Place]:
     return places
 
 
-def _targeted(model: nn.Module, method: LoRAFA, head: set[nn.Module]) -> list[Place]:
+def _targeted(model: nn.Module, method: AdapterMethod, head: set[nn.Module]) -> list[Place]:
     def ends_with(*names: str) -> Callable[[str, nn.Module], bool]:
         return lambda path, layer: (
             layer not in head and any(path == name or path.endswith(f".{name}") for name in names)

@@ -1,4 +1,4 @@
-"""LoRA-FA's adapters beside training: what they hold, merged into the weights and taken out again."""
+"""The adapters of LoRA and LoRA-FA beside training: what they hold, merged into the weights and taken out again."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from lisa_kernels.layers import SlotModule
 from lisa_kernels.methods.adapter_layout import new_head
-from lisa_kernels.methods.definitions import LoRAFA
+from lisa_kernels.methods.definitions import AdapterMethod
 
 
 @dataclass
 class Adapters:
-    """The adapters of one attached model: what stays, beside the weights, of LoRA-FA's training.
+    """The adapters of one attached model: what stays beside the weights of the training.
 
     While they are merged, each layer's slot lies in `aside` with a copy of the weight in host memory.
     """
 
     model: nn.Module
-    method: LoRAFA
+    method: AdapterMethod
     layers: Mapping[str, SlotModule]
     aside: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

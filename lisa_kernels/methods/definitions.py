@@ -200,14 +200,13 @@ class GaLore(Method):
 
 
 @dataclass(frozen=True)
-class LoRAFA(Method):
-    """LoRA with a frozen orthonormal down-projection: y = x Wᵀ + (alpha / rank) (x Aᵀ) B, only x Aᵀ is saved.
+class AdapterMethod(Method):
+    """An adapter on every linear layer: y = x Wᵀ + (alpha / rank) (x Aᵀ) B beside weights that stay as they are.
 
-    Source: arXiv 2308.03303. targets: "all-linear", or a tuple of names such as ("q_proj", "v_proj") that match the end
-    of a layer's path. Small layers of the head (a classifier) train in full.
+    targets: "all-linear", or a tuple of names such as ("q_proj", "v_proj") that match the end of a layer's path. Small
+    layers of the head (a classifier) train in full.
     """
 
-    name: ClassVar[str] = "lora-fa"
     form: ClassVar[str] = "adapter"
     rank: int = 16
     alpha: float = 32.0
@@ -226,13 +225,35 @@ class LoRAFA(Method):
 
 
 @dataclass(frozen=True)
+class LoRA(AdapterMethod):
+    """Adapters of which both factors train, A from random directions and B from zero.
+
+    Source: arXiv 2106.09685. A layer's input is saved for the gradient of A.
+    """
+
+    name: ClassVar[str] = "lora"
+
+
+@dataclass(frozen=True)
+class LoRAFA(AdapterMethod):
+    """LoRA with a frozen A of orthonormal rows: of a layer's input only x Aᵀ is saved.
+
+    Source: arXiv 2308.03303.
+    """
+
+    name: ClassVar[str] = "lora-fa"
+
+
+@dataclass(frozen=True)
 class FullFineTune(Method):
     """Every parameter of the language model, always."""
 
     name: ClassVar[str] = "full"
 
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (LISA, OWS, OwLore, BAdam, GaLore, LoRAFA, FullFineTune)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (LISA, OWS, OwLore, BAdam, GaLore, LoRA, LoRAFA, FullFineTune)
+}
 
 
 def method_by_name(name: str, **settings: Any) -> Method:

@@ -18,7 +18,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.files import written_whole
 from lisa_kernels.methods.adapter_layout import new_head
 from lisa_kernels.methods.adapters import Adapters
-from lisa_kernels.methods.definitions import LoRAFA
+from lisa_kernels.methods.definitions import AdapterMethod, LoRA
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -115,9 +115,9 @@ def target_names(model: nn.Module, paths: Iterable[str], heads: Sequence[str] = 
 def read_adapter(adapters: Adapters, folder: Path) -> None:
     """Take over the adapter in a folder that peft or `write_adapter` wrote, of the same rank and the same layers.
 
-    A matrix A with orthonormal rows is taken as it is; another is split, A = L Q with Q's rows orthonormal, Q is frozen
-    in its place and L goes into B: the product, and so the model's function, is the adapter's. Another alpha goes into
-    B as well. Raises InputError, the model untouched, for anything else.
+    LoRA takes A as it is. LoRA-FA does where its rows are orthonormal; another is split, A = L Q with Q's rows
+    orthonormal, Q is frozen in its place and L goes into B: the product, and so the model's function, is the adapter's.
+    Another alpha goes into B as well. Raises InputError, the model untouched, for anything else.
     """
     folder = folder.expanduser()
     config, tensors = _read_files(folder)
@@ -126,7 +126,11 @@ def read_adapter(adapters: Adapters, folder: Path) -> None:
     factors = {}
     for path, layer in adapters.layers.items():
         down, up = (tensors.pop(f"{path}.lora_{side}.weight") for side in "AB")
-        factors[path] = split(down, up.to(torch.float64) * (scale / layer.scale), layer.stored_weight.dtype)
+        up = up.to(torch.float64) * (scale / layer.scale)
+        if isinstance(adapters.method, LoRA):
+            factors[path] = down, up.t()
+        else:
+            factors[path] = split(down, up, layer.stored_weight.dtype)
     for path, (basis, slot) in factors.items():
         adapters.layers[path].basis.copy_(basis)
         adapters.layers[path].slot.data.copy_(slot)
@@ -164,7 +168,7 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {name.removeprefix(PREFIX): value for name, value in tensors.items()}
 
 
-def _check_config(config: dict[str, Any], method: LoRAFA, folder: Path) -> float:
+def _check_config(config: dict[str, Any], method: AdapterMethod, folder: Path) -> float:
     """Return the adapter's scale, alpha / r."""
     kind, rank, alpha, start = (config.get(name) for name in ("peft_type", "r", "lora_alpha", "init_lora_weights"))
     if kind != "LORA":
@@ -174,13 +178,13 @@ def _check_config(config: dict[str, Any], method: LoRAFA, folder: Path) -> float
         others.append(f"init_lora_weights={start}")
     if others:
         raise InputError(
-            f"the adapter in {folder} uses {', '.join(others)}, which LoRA-FA has no form for; merge it into its base "
+            f"the adapter in {folder} uses {', '.join(others)}, which has no form here; merge it into its base "
             "with peft and attach to the result."
         )
     if rank != method.rank:
         raise InputError(
             f"the adapter in {folder} has rank {rank}, this model was attached with rank {method.rank}: attach it with "
-            f"LoRAFA(rank={rank})."
+            f"{type(method).__name__}(rank={rank})."
         )
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise InputError(f"the adapter in {folder} has lora_alpha {alpha!r}; a finite number is wanted.")

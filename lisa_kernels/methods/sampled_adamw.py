@@ -24,7 +24,7 @@ from lisa_kernels.layers import (
 )
 from lisa_kernels.methods.adapters import Adapters
 from lisa_kernels.methods.attachment import attachment_state, check_attachment
-from lisa_kernels.methods.definitions import LoRAFA, Method
+from lisa_kernels.methods.definitions import AdapterMethod, Method
 from lisa_kernels.methods.foreign_steps import ForeignSteps
 from lisa_kernels.methods.peft_folder import read_adapter, write_adapter
 from lisa_kernels.methods.shelf import Shelf
@@ -70,7 +70,10 @@ class SampledAdamW(AdamW8bit):
         self._active: list[int] = []
         self._norms: dict[int, Tensor] = {}
         self._guard: FreezeGuard | None = None
-        self._adapters = Adapters(model, method, layout.always.lowrank) if isinstance(method, LoRAFA) else None
+        self._adapters: Adapters | None = None
+        if isinstance(method, AdapterMethod):
+            beside = {path: layer for path, layer in layout.always.lowrank.items() if layer.tracker is None}
+            self._adapters = Adapters(model, method, beside)
         for layer in self._layers().values():
             layer.exact_master = method.get("master", "none") == "remainder"
         retired_state: str = method.get("retired_state", "drop")
@@ -97,7 +100,7 @@ class SampledAdamW(AdamW8bit):
 
     def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         full = [param for unit in self.layout.units() for param in unit.full]
-        slots = [layer.slot for unit in self.layout.units() for layer in unit.lowrank.values()]
+        slots = [param for unit in self.layout.units() for layer in unit.lowrank.values() for param in layer.trained]
         scale = self.method.get("scale", 1.0)
         groups = [
             {"params": [param for param in full if param.dim() >= 2], "name": "matrices"},
@@ -363,7 +366,9 @@ class SampledAdamW(AdamW8bit):
 
     def _attached_adapters(self) -> Adapters:
         if self._adapters is None:
-            raise InputError(f"method {self.method.name!r} has no adapters; attach the model with LoRAFA(...).")
+            raise InputError(
+                f"method {self.method.name!r} has no adapters; attach the model with LoRA(...) or LoRAFA(...)."
+            )
         if self._guard is None:
             raise InputError("this optimizer was detached, its adapters are in the weights; attach the model again.")
         return self._adapters
@@ -377,7 +382,7 @@ class SampledAdamW(AdamW8bit):
         """Write the adapters, and a new head if there is one, as a folder that peft loads; whole or not at all.
 
         A folder that holds an adapter and nothing else is replaced. Raises InputError for one that holds more, for
-        methods other than LoRAFA, and where weights were loaded that hold the adapters already.
+        methods other than LoRA and LoRAFA, and where weights were loaded that hold the adapters already.
         """
         adapters = self._attached_adapters()
         if any(layer.restarted for layer in adapters.layers.values()):
@@ -391,7 +396,7 @@ class SampledAdamW(AdamW8bit):
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Take over a LoRA adapter of the same rank and layers, by peft or by `save_adapter`; the moments start anew.
 
-        Where its A is not orthonormal it is split, so that the product and with it the model's function are the
+        LoRA-FA splits an A that is not orthonormal, so that the product and with it the model's function are the
         adapter's. Raises InputError, the model untouched, for what does not fit.
         """
         adapters = self._attached_adapters()

@@ -134,7 +134,7 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
 
 def kept_buffers(layer: SlotModule) -> dict[str, Tensor]:
     """Return basis and remainder by name, where the layer has them."""
-    named = {"basis": layer.basis, "remainder": layer.remainder}
+    named = {"basis": layer.basis.detach(), "remainder": layer.remainder}
     return {name: tensor for name, tensor in named.items() if tensor.numel()}
 
 
@@ -185,7 +185,7 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
             if not layer.active:
                 layer.deactivate()
             continue
-        layer.basis = entry["basis"].to(layer.stored_weight.device, layer.stored_weight.dtype, copy=True)
+        layer.hold_basis(entry["basis"])
         if layer.tracker is None:
             layer.slot.data.copy_(entry["slot"])
             layer.stored_weight.data.copy_(entry["weight"])

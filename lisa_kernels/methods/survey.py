@@ -11,7 +11,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.layers import ModelParts, check_untied, find_linears, is_trainable, split_model
 from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.adapter_layout import adapter_places, new_head
-from lisa_kernels.methods.definitions import LoRAFA, Method
+from lisa_kernels.methods.definitions import AdapterMethod, Method
 from lisa_kernels.methods.outer_slots import OuterPlaces, find_outer
 
 
@@ -33,7 +33,7 @@ class UnitPlan:
 class Survey:
     """What is in a model and what a method would do to it.
 
-    blocks: the decoder blocks, none for LoRA-FA. drawn: one plan for each block and, where they are sampled, for
+    blocks: the decoder blocks, none for adapters. drawn: one plan for each block and, where they are sampled, for
     embedding and head; always: what trains beside the draw; outer: embedding and head, where they get slots.
     frozen: what the method would train, had the user not frozen it.
     """
@@ -87,12 +87,14 @@ class _Shares:
 
 def survey_model(model: nn.Module, method: Method, blocks: str | None = None) -> Survey:
     """Return what `method` would do to the model; nothing is changed. Raises InputError for what cannot work."""
-    survey = _adapter_survey(model, method) if isinstance(method, LoRAFA) else _layered_survey(model, method, blocks)
+    survey = (
+        _adapter_survey(model, method) if isinstance(method, AdapterMethod) else _layered_survey(model, method, blocks)
+    )
     _check_trainable(survey)
     return survey
 
 
-def _adapter_survey(model: nn.Module, method: LoRAFA) -> Survey:
+def _adapter_survey(model: nn.Module, method: AdapterMethod) -> Survey:
     """Survey a model whose targeted linears carry a slot that stays, beside weights that never train."""
     shares = _Shares()
     head = shares.take(param for part in new_head(model).values() for param in part.parameters())

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker, RandomRows, random_basis
-from lisa_kernels.layers import LowRankLinear, SlotModule, TappedEmbedding, swap_linears
+from lisa_kernels.layers import LowRankLinear, SlotModule, TappedEmbedding, TrainedBasisLinear, swap_linears
 from lisa_kernels.layers.lowrank import Swap
+from lisa_kernels.methods.definitions import LoRA
 from lisa_kernels.methods.outer_slots import add_outer_slots
 from lisa_kernels.methods.survey import Survey, UnitPlan
 
@@ -26,7 +27,7 @@ class Unit:
 
     def params(self) -> list[nn.Parameter]:
         """Return all parameters that train while the unit is active."""
-        return self.full + [layer.slot for layer in self.lowrank.values()]
+        return self.full + [param for layer in self.lowrank.values() for param in layer.trained]
 
 
 @dataclass
@@ -61,13 +62,18 @@ class _SlotMaker:
         rank = self.method.get("rank", 0)
         if self.method.form != "adapter":
             return LowRankLinear(original, rank, tracker=self.tracker(rank))
-        adapter = LowRankLinear(original, rank, scale=self.method.get("alpha", 1.0) / rank)
-        adapter.activate(self._fixed_basis(adapter))
+        kind = TrainedBasisLinear if isinstance(self.method, LoRA) else LowRankLinear
+        adapter = kind(original, rank, scale=self.method.get("alpha", 1.0) / rank)
+        adapter.activate(self._random_basis(adapter))
         return adapter
 
-    def _fixed_basis(self, layer: LowRankLinear) -> Tensor:
+    def _random_basis(self, layer: LowRankLinear) -> Tensor:
         self.made += 1
-        return random_basis(layer.rank, layer.in_features, RandomRows(self.seed, self.made), layer.slot.device)
+        source = RandomRows(self.seed, self.made)
+        if isinstance(layer, TrainedBasisLinear):
+            # The spread of LoRA's own start, uniform on ±1/√n.
+            return source.draw(layer.rank, layer.in_features, layer.slot.device) * 3**-0.5
+        return random_basis(layer.rank, layer.in_features, source, layer.slot.device)
 
 
 def make_layout(survey: Survey, seed: int = 0) -> Layout:

@@ -11,34 +11,42 @@ import torch
 from families import ADAPTED, anatomy, gpt2, llama, logits, snapshot, tokens, train
 from tolerances import BFLOAT16_PRODUCT, BFLOAT16_ROUNDING
 
-from lisa_kernels import LISA, InputError, LoRAFA, attach
+from lisa_kernels import LISA, InputError, LoRA, LoRAFA, attach
 from lisa_kernels.layers import LowRankLinear
-from lisa_kernels.methods import SampledAdamW
+from lisa_kernels.methods import Method, SampledAdamW
 
 MODELS = {"llama": llama, "gpt2": gpt2}
 
 
-def trained(make: Callable[[], Any] = llama, dtype: torch.dtype = torch.float32) -> tuple[Any, SampledAdamW]:
+METHODS: dict[str, Method] = {"lora": LoRA(rank=4, alpha=8), "lora-fa": LoRAFA(rank=4, alpha=8)}
+
+
+def trained(
+    make: Callable[[], Any] = llama, dtype: torch.dtype = torch.float32, method: Method = METHODS["lora-fa"]
+) -> tuple[Any, SampledAdamW]:
     """Return a model with adapters that do something, and its optimizer."""
     model = make().to(dtype)
-    optimizer = attach(model, LoRAFA(rank=4, alpha=8), lr=1e-2)
+    optimizer = attach(model, method, lr=1e-2)
     for seed in range(4):
         train(model, optimizer, tokens(seed=seed))
     return model, optimizer
 
 
 def slots(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: param.detach().clone() for name, param in model.named_parameters() if name.endswith(".slot")}
+    beside = (".slot", ".basis")
+    return {name: param.detach().clone() for name, param in model.named_parameters() if name.endswith(beside)}
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_merged_weights_hold_the_adapters(make: Callable[[], Any]) -> None:
+def test_merged_weights_hold_the_adapters(make: Callable[[], Any], method: Method) -> None:
     """W + (alpha / rank) Bᵀ A, read by plain linears: the logits stay what they were."""
-    model, optimizer = trained(make)
+    model, optimizer = trained(make, method=method)
     before = logits(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     wanted = {
-        name: layer.matrix.detach() + 2.0 * layer.slot.detach().t() @ layer.basis for name, layer in layers.items()
+        name: layer.matrix.detach() + 2.0 * layer.slot.detach().t() @ layer.basis.detach()
+        for name, layer in layers.items()
     }
     optimizer.merge()
     for name, layer in layers.items():
@@ -62,13 +70,13 @@ def test_merging_in_16_bits_errs_by_one_rounding() -> None:
     assert (merged - adapted).norm() < 4 * BFLOAT16_PRODUCT * adapted.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_unmerging_is_exact_and_training_goes_on(make: Callable[[], Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(("make", "dtype"), [(llama, torch.float32), (gpt2, torch.bfloat16)], ids=MODELS)
+def test_unmerging_is_exact_and_training_goes_on(make: Callable[[], Any], dtype: torch.dtype, method: Method) -> None:
     """Weights, slots and every later step are bit-equal to those of a model that was never merged."""
     runs = []
     for merging in (False, True):
-        model, optimizer = trained(make, dtype)
+        model, optimizer = trained(make, dtype, method)
         weights, adapters = snapshot(model), slots(model)
         if merging:
             model.eval()

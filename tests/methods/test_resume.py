@@ -11,7 +11,7 @@ import torch
 from families import anatomy, llama, snapshot, tokens, train
 from torch import Tensor
 
-from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, InputError, LoRAFA, OwLore, attach
+from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, InputError, LoRA, LoRAFA, OwLore, attach
 from lisa_kernels.methods import Method, SampledAdamW
 
 STEPS, STOP = 9, 5
@@ -28,6 +28,7 @@ METHODS: dict[str, Method] = {
     "ows-gradient-norm": OWS(active_layers=1, period=3, scores="gradient-norm"),
     "badam": BAdam(period=2),
     "galore": GaLore(rank=4, gap=3),
+    "lora": LoRA(rank=4),
     "lora-fa": LoRAFA(rank=4),
     "full": FullFineTune(),
 }

@@ -10,7 +10,7 @@ import torch
 from families import DECODERS, changed, llama, logits, snapshot, tokens, train
 from torch import nn
 
-from lisa_kernels import LISA, OWS, AdamW8bit, BAdam, FullFineTune, GaLore, InputError, LoRAFA, OwLore, attach
+from lisa_kernels import LISA, OWS, AdamW8bit, BAdam, FullFineTune, GaLore, InputError, LoRA, LoRAFA, OwLore, attach
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.samplers import AdaptiveSampler, CyclicSampler, UniformSampler, WeightedSampler
 
@@ -22,7 +22,13 @@ SWITCHING: dict[str, Method] = {
     "badam": BAdam(period=1),
     "owlore-keep": OwLore(active_layers=2, period=1, rank=4, scores="uniform", retired_state="keep"),
 }
-ALL: dict[str, Method] = {**SWITCHING, "galore": GaLore(rank=4), "lora-fa": LoRAFA(rank=4), "full": FullFineTune()}
+ALL: dict[str, Method] = {
+    **SWITCHING,
+    "galore": GaLore(rank=4),
+    "lora": LoRA(rank=4),
+    "lora-fa": LoRAFA(rank=4),
+    "full": FullFineTune(),
+}
 
 
 def quick(model: nn.Module, optimizer: SampledAdamW, seed: int = 0) -> None:
@@ -95,6 +101,7 @@ def test_equal_seeds_give_equal_schedules_and_others_do_not(name: str) -> None:
         (BAdam(), CyclicSampler),
         (OwLore(active_layers=1, rank=4, scores="gradient-norm"), AdaptiveSampler),
         (GaLore(rank=4), type(None)),
+        (LoRA(rank=4), type(None)),
         (LoRAFA(rank=4), type(None)),
         (FullFineTune(), type(None)),
     ],

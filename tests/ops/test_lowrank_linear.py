@@ -30,17 +30,18 @@ class Layer:
 
     def __init__(
         self, *, leading: tuple[int, ...] = (5, 7), bias: bool = True, zero_slot: bool = False,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, trained_basis: bool = False,
     ) -> None:  # fmt: skip
         self.x = normal(*leading, N, seed=1, dtype=dtype).requires_grad_()
         self.weight = normal(M, N, seed=2, dtype=dtype) / 8
         self.bias = normal(M, seed=3, dtype=dtype).requires_grad_() if bias else None
         self.slot = (normal(RANK, M, seed=4) * (0.0 if zero_slot else 1.0)).requires_grad_()
-        self.basis = orthonormal().to(dtype)
+        self.basis = orthonormal().requires_grad_() if trained_basis else orthonormal().to(dtype)
         self.dy = normal(*leading, M, seed=5, dtype=dtype)
 
     def leaves(self) -> list[Tensor]:
-        return [leaf for leaf in (self.x, self.bias, self.slot) if leaf is not None]
+        leaves = [leaf for leaf in (self.x, self.bias, self.slot) if leaf is not None]
+        return [self.basis, *leaves] if self.basis.requires_grad else leaves
 
     def forward(self, scale: float = 1.0, slot_is_zero: bool = False) -> Tensor:
         return lowrank_linear(self.x, self.weight, self.bias, self.slot, self.basis, scale, slot_is_zero)
@@ -49,9 +50,11 @@ class Layer:
         """Return y and the gradients of the leaves by autograd of the explicit formula in float64."""
         x, slot = (leaf.detach().double().requires_grad_() for leaf in (self.x, self.slot))
         bias = None if self.bias is None else self.bias.detach().double().requires_grad_()
-        y = x @ self.weight.double().t() + scale * (x @ self.basis.double().t()) @ slot
+        basis = self.basis.detach().double().requires_grad_(self.basis.requires_grad)
+        y = x @ self.weight.double().t() + scale * (x @ basis.t()) @ slot
         y = y if bias is None else y + bias
         leaves = [leaf for leaf in (x, bias, slot) if leaf is not None]
+        leaves = [basis, *leaves] if basis.requires_grad else leaves
         return y.detach(), list(torch.autograd.grad(y, leaves, self.dy.double()))
 
     def gradients(self, y: Tensor) -> list[Tensor]:
@@ -65,10 +68,11 @@ def relative_error(given: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("leading", LEADING, ids=["2-D", "3-D", "4-D"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("scale", [1.0, 0.25, 16.0], ids=str)
+@pytest.mark.parametrize("trained_basis", [False, True], ids=["basis", "trained-basis"])
 def test_output_and_gradients_are_those_of_the_explicit_formula(
-    leading: tuple[int, ...], bias: bool, scale: float
+    leading: tuple[int, ...], bias: bool, scale: float, trained_basis: bool
 ) -> None:
-    layer = Layer(leading=leading, bias=bias)
+    layer = Layer(leading=leading, bias=bias, trained_basis=trained_basis)
     y = layer.forward(scale)
     exact_y, exact_gradients = layer.exact(scale)
     assert relative_error(y, exact_y) <= PRODUCT
@@ -140,12 +144,14 @@ def saved_shapes(build: Any) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("slot_is_zero", [True, False], ids=["zero-slot", "slot"])
 def test_the_projection_is_saved_and_the_input_is_not(slot_is_zero: bool) -> None:
-    """A plain linear layer with a trained weight, the negative control, saves the input."""
+    """A plain linear layer with a trained weight, the negative control, saves the input, as does a trained basis."""
     layer = Layer(leading=(TOKENS,))
     kept = saved_shapes(lambda: layer.forward(slot_is_zero=slot_is_zero))
     assert (TOKENS, RANK) in kept
     assert (TOKENS, N) not in kept
     assert ((RANK, M) in kept) is not slot_is_zero
+    trained = Layer(leading=(TOKENS,), trained_basis=True)
+    assert ((TOKENS, N) in saved_shapes(lambda: trained.forward(slot_is_zero=slot_is_zero))) is not slot_is_zero
     weight = layer.weight.clone().requires_grad_()
     assert (TOKENS, N) in saved_shapes(lambda: torch.nn.functional.linear(layer.x, weight))
 
@@ -161,25 +167,27 @@ def test_gradients_are_the_same_under_checkpointing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_layers_give_a_float32_slot_gradient_near_the_formula(dtype: torch.dtype) -> None:
-    layer = Layer(dtype=dtype)
+@pytest.mark.parametrize("trained_basis", [False, True], ids=["basis", "trained-basis"])
+def test_16_bit_layers_give_a_float32_slot_gradient_near_the_formula(dtype: torch.dtype, trained_basis: bool) -> None:
+    layer = Layer(dtype=dtype, trained_basis=trained_basis)
     y = layer.forward()
     assert y.dtype == dtype
     exact_y, exact_gradients = layer.exact()
     assert relative_error(y, exact_y) <= BFLOAT16_PRODUCT
     gradients = layer.gradients(y)
     assert gradients[-1].dtype == torch.float32
-    assert gradients[0].dtype == dtype
+    assert gradients[0].dtype == (torch.float32 if trained_basis else dtype)
     for gradient, exact in zip(gradients, exact_gradients):
         assert relative_error(gradient, exact) <= BFLOAT16_PRODUCT
 
 
 @pytest.mark.parametrize("backward_inside", [False, True], ids=["backward-outside", "backward-inside"])
-@pytest.mark.parametrize("captured", [False, True], ids=["low-rank", "captured"])
+@pytest.mark.parametrize("kind", ["low-rank", "trained-basis", "captured"])
 def test_autocast_multiplies_in_bfloat16_and_keeps_the_slots_gradient_in_float32(
-    captured: bool, backward_inside: bool
+    kind: str, backward_inside: bool
 ) -> None:
-    layer = Layer(zero_slot=captured)
+    captured = kind == "captured"
+    layer = Layer(zero_slot=captured, trained_basis=kind == "trained-basis")
     seen: list[Tensor] = []
 
     def choose(dy: Tensor, x: Tensor) -> Tensor:
@@ -201,7 +209,8 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_slots_gradient_in_float32
         assert relative_error(gradient, exact) <= BFLOAT16_PRODUCT
     assert all(gradient.dtype == torch.float32 for gradient in seen)
     # A float32 sum over tokens is no bfloat16 number; one rounded on the way would be.
-    assert not torch.equal(gradients[-1], gradients[-1].bfloat16().float())
+    for gradient in gradients[-1:] if kind != "trained-basis" else (gradients[-1], gradients[0]):
+        assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
 # Capturing the full gradient
@@ -261,19 +270,21 @@ def test_a_frozen_slot_asks_for_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("slot_is_zero", [True, False], ids=["zero-slot", "slot"])
+@pytest.mark.parametrize("kind", ["zero-slot", "slot", "trained-basis"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_forward_operation_passes_torchs_own_checks(bias: bool, slot_is_zero: bool, dtype: torch.dtype) -> None:
-    layer = Layer(leading=(2, 3), bias=bias, dtype=dtype)
+def test_the_forward_operation_passes_torchs_own_checks(bias: bool, kind: str, dtype: torch.dtype) -> None:
+    slot_is_zero = kind == "zero-slot"
+    layer = Layer(leading=(2, 3), bias=bias, dtype=dtype, trained_basis=kind == "trained-basis")
     arguments = (layer.x, layer.weight, layer.bias, layer.slot, layer.basis, 0.5, slot_is_zero)
     torch.library.opcheck(torch.ops.lisa_kernels.lowrank_linear, arguments)
 
 
 @pytest.mark.parametrize("needs_dx", [True, False], ids=["dx", "no-dx"])
-@pytest.mark.parametrize("slot_is_zero", [True, False], ids=["zero-slot", "slot"])
-def test_the_backward_operation_passes_torchs_own_checks(needs_dx: bool, slot_is_zero: bool) -> None:
+@pytest.mark.parametrize("kind", ["zero-slot", "slot", "trained-basis"])
+def test_the_backward_operation_passes_torchs_own_checks(needs_dx: bool, kind: str) -> None:
     layer = Layer(leading=(2, 3))
-    slot, basis = (None, None) if slot_is_zero else (layer.slot.detach(), layer.basis)
+    slot, basis = (None, None) if kind == "zero-slot" else (layer.slot.detach(), layer.basis)
     projected = (layer.x @ layer.basis.t()).detach()
-    arguments = (layer.dy, layer.weight, projected, slot, basis, 0.5, needs_dx)
+    x = layer.x.detach() if kind == "trained-basis" else None
+    arguments = (layer.dy, layer.weight, projected, slot, basis, 0.5, needs_dx, x)
     torch.library.opcheck(torch.ops.lisa_kernels.lowrank_linear_backward, arguments)

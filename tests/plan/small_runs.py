@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRAFA, OwLore
+from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore
 from lisa_kernels.methods import Method
 from lisa_kernels.plan.rehearsal import Workload, prepare, take_steps
 from lisa_kernels.plan.trace import Trace
@@ -27,6 +27,7 @@ METHODS: dict[str, Method] = {
     "badam-keep": BAdam(retired_state="keep"),
     "owlore-keep": OwLore(active_layers=2, rank=4, embeddings="frozen", scores="uniform", retired_state="keep"),
     "galore": GaLore(rank=4),
+    "lora": LoRA(rank=4),
     "lora-fa": LoRAFA(rank=4),
     "full": FullFineTune(),
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """A linear layer with a low-rank slot beside its weight: contract, autograd and `torch.library` schema.
 
 What a low-rank layer keeps for its backward is x Pᵀ [tokens, r] in place of x [tokens, n], and the full gradient
-[m, n] is never formed. `capture_linear` keeps x too, for one backward when a basis is due; `linear` is the same layer
-without a slot, frozen or trained in full.
+[m, n] is never formed. Where the basis trains as well (LoRA) x is kept beside it. `capture_linear` keeps x for one
+backward, when a basis is due; `linear` is the same layer without a slot, frozen or trained in full.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ def _backward_definition(
     basis: Tensor | None,
     scale: float,
     needs_dx: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(dy.device.type):
         dx = reference.input_gradient(dy, weight, slot, basis, scale) if needs_dx else dy.new_empty((0,))
-        return dx, reference.slot_gradient(dy, projected, scale)
+        trains = x is not None and slot is not None
+        dp = reference.basis_gradient(dy, x, slot, scale) if trains else dy.new_empty((0,))
+        return dx, reference.slot_gradient(dy, projected, scale), dp
 
 
 _lowrank_linear_backward = torch.library.custom_op(
@@ -66,9 +69,11 @@ def _(
     basis: Tensor | None,
     scale: float,
     needs_dx: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]) if needs_dx else (0,))
-    return dx, dy.new_empty((projected.shape[-1], weight.shape[0]), dtype=torch.float32)
+    dp = dy.new_empty((0,)) if x is None else dy.new_empty((projected.shape[-1], x.shape[-1]), dtype=torch.float32)
+    return dx, dy.new_empty((projected.shape[-1], weight.shape[0]), dtype=torch.float32), dp
 
 
 def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,8 +81,9 @@ def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, weight, bias, slot, basis, scale, slot_is_zero = inputs
-    ctx.save_for_backward(weight, output[1], None if slot_is_zero else slot, None if slot_is_zero else basis)
+    x, weight, bias, slot, basis, scale, slot_is_zero = inputs
+    kept = x if ctx.needs_input_grad[4] and not slot_is_zero else None
+    ctx.save_for_backward(weight, output[1], None if slot_is_zero else slot, None if slot_is_zero else basis, kept)
     ctx.scale = scale
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
@@ -86,11 +92,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    weight, projected, slot, basis = ctx.saved_tensors
+    weight, projected, slot, basis, x = ctx.saved_tensors
     needs_dx, _, needs_bias, *_ = ctx.needs_input_grad
-    dx, db = _lowrank_linear_backward(dy, weight, projected, slot, basis, ctx.scale, needs_dx)
+    dx, db, dp = _lowrank_linear_backward(dy, weight, projected, slot, basis, ctx.scale, needs_dx, x)
     dbias = _bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
-    return (dx if needs_dx else None), None, dbias, db, None, None, None
+    return (dx if needs_dx else None), None, dbias, db, (None if x is None else dp), None, None
 
 
 _lowrank_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -107,12 +113,14 @@ def lowrank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, basis: Tensor,
     scale: float = 1.0, slot_is_zero: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return y = x Wᵀ + b + scale · (x Pᵀ) B with gradients for x, the bias and the slot B only.
+    """Return y = x Wᵀ + b + scale · (x Pᵀ) B with gradients for x, the bias, the slot B and a basis that trains.
 
     x: [..., n]; weight W: [m, n], frozen; bias: [m] or None; slot B: float32 [r, m]; basis P: [r, n] in the weight's
-    dtype. `slot_is_zero` promises that B is zero now and saves its product. Keeps x Pᵀ for the backward.
+    dtype, or float32 where it requires a gradient. `slot_is_zero` promises that B is zero now and saves its product; P
+    then gets no gradient. Keeps x Pᵀ for the backward, and x where P requires a gradient.
     """
-    x_, weight_, bias_, basis_ = _autocast(x, weight, bias, basis)
+    x_, weight_, bias_ = _autocast(x, weight, bias)
+    basis_ = basis if basis.requires_grad else _autocast(x, basis)[1]
     y, _ = _lowrank_linear(x_, weight_, bias_, slot, basis_, scale, slot_is_zero)
     return y  # type: ignore[no-any-return]
 

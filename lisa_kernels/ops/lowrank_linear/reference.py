@@ -3,6 +3,7 @@
     y = x Wᵀ + b + s · (x Pᵀ) B          W [m, n], P [r, n], B [r, m]
     dB = s · (x Pᵀ)ᵀ dY                  with P's rows orthonormal and s = 1: exactly P Gᵀ for G = dYᵀ x
     dX = dY W + s · dY Bᵀ P
+    dP = s · (dY Bᵀ)ᵀ x                  where the basis trains too (LoRA)
 
 A weight stored transposed [n, m] (GPT-2's Conv1D) is the same layer read through `weight.t()`.
 """
@@ -27,7 +28,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, basis: Tensor, scale: float, slot_is_zero: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (y [..., m], x Pᵀ [..., r]); a slot known to be zero costs nothing."""
-    projected = matmul(x, basis.t())
+    projected = matmul(x, basis.t().to(x.dtype))
     y = linear(x, weight, bias)
     if not slot_is_zero:
         y = y + (scale * (projected.to(slot.dtype) @ slot)).to(y.dtype)
@@ -38,13 +39,19 @@ def input_gradient(dy: Tensor, weight: Tensor, slot: Tensor | None, basis: Tenso
     """Return dX [..., n]; `slot` and `basis` are None where the slot is zero."""
     dx = matmul(dy, weight)
     if slot is not None and basis is not None:
-        dx = dx + (scale * matmul(matmul(dy, slot.t().to(dy.dtype)), basis)).to(dx.dtype)
+        dx = dx + (scale * matmul(matmul(dy, slot.t().to(dy.dtype)), basis.to(dy.dtype))).to(dx.dtype)
     return dx
 
 
 def slot_gradient(dy: Tensor, projected: Tensor, scale: float) -> Tensor:
     """Return dB float32 [r, m], summed over all tokens in float32."""
     gradient = sum_of_outer_products(projected, dy)
+    return gradient if scale == 1.0 else gradient.mul_(scale)
+
+
+def basis_gradient(dy: Tensor, x: Tensor, slot: Tensor, scale: float) -> Tensor:
+    """Return dP float32 [r, n], summed over all tokens in float32."""
+    gradient = sum_of_outer_products(matmul(dy, slot.t().to(dy.dtype)), x)
     return gradient if scale == 1.0 else gradient.mul_(scale)
 
 

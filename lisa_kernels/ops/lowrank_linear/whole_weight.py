@@ -18,7 +18,8 @@ class _WholeWeight(torch.autograd.Function):
         ctx: Any, weight: Tensor, slot: Tensor, basis: Tensor, scale: float, slot_is_zero: bool,
         choose: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(*([basis] if choose is None else []))
+        trains = ctx.needs_input_grad[2] and not slot_is_zero
+        ctx.save_for_backward(*([] if choose is not None else [basis, slot] if trains else [basis]))
         ctx.scale, ctx.choose = scale, choose
         if slot_is_zero:
             return weight.view_as(weight)
@@ -29,9 +30,10 @@ class _WholeWeight(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         with no_autocast(gradient.device.type):
             whole = gradient.to(torch.float32)
-            basis = ctx.saved_tensors[0] if ctx.choose is None else ctx.choose(whole)
+            basis, *slot = ctx.saved_tensors if ctx.choose is None else [ctx.choose(whole)]
             dslot = ctx.scale * (basis.to(torch.float32) @ whole.t())
-        return None, dslot, None, None, None, None
+            dbasis = ctx.scale * (slot[0] @ whole) if slot else None
+        return None, dslot, dbasis, None, None, None
 
 
 @uncompiled
@@ -39,7 +41,9 @@ def whole_weight(
     weight: Tensor, slot: Tensor, basis: Tensor, scale: float = 1.0, slot_is_zero: bool = False,
     choose: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return W + scale · Bᵀ P [m, n] in the weight's dtype, whose gradient G gives dB = scale · P Gᵀ and nothing else.
+    """Return W + scale · Bᵀ P [m, n] in the weight's dtype, whose gradient G gives dB = scale · P Gᵀ.
+
+    A basis that requires a gradient gets dP = scale · B G.
 
     weight W: [m, n], frozen; slot B: float32 [r, m]; basis P: [r, n]. `slot_is_zero` promises that B is zero now: a
     view of W is returned. `choose(G)`: asked for the basis in the backward, where one is due. Whoever multiplies by the

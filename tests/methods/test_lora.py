@@ -1,0 +1,116 @@
+"""LoRA: both factors train as peft's do, and its folders are peft's to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import anatomy, gpt2, llama, logits, snapshot, tokens, train
+from tolerances import PRODUCT
+
+from lisa_kernels import LoRA, attach
+from lisa_kernels.layers import TrainedBasisLinear
+from lisa_kernels.methods import SampledAdamW
+
+MODELS = {"llama": llama, "gpt2": gpt2}
+
+
+def attached(model: Any, steps: int = 0) -> SampledAdamW:
+    """Attach LoRA of rank 4 and take some steps."""
+    optimizer = attach(model, LoRA(rank=4, alpha=8), lr=1e-2)
+    for seed in range(steps):
+        train(model, optimizer, tokens(seed=seed))
+    return optimizer
+
+
+def layers_of(model: Any) -> dict[str, TrainedBasisLinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, TrainedBasisLinear)}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_loss_and_gradients_are_those_of_peft(make: Callable[[], Any], tmp_path: Path) -> None:
+    """On the same factors, at the start, where A's gradient is zero, and after steps."""
+    import peft
+
+    for steps in (0, 3):
+        model = make()
+        attached(model, steps).save_adapter(tmp_path / "adapter")
+        theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter", is_trainable=True)
+        losses = []
+        for each in (model, theirs):
+            batch = tokens(seed=7)
+            losses.append(each(**batch).loss)
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+        for path, layer in layers_of(model).items():
+            peer = theirs.get_submodule(f"base_model.model.{path}")
+            for ours, its in ((layer.basis.grad, peer.lora_A), (layer.slot.grad, peer.lora_B)):
+                given = its["default"].weight.grad
+                wanted = given if its is peer.lora_A else given.t()
+                assert ours is not None
+                torch.testing.assert_close(ours, wanted, rtol=0, atol=20 * PRODUCT * float(wanted.norm()))
+                assert bool(wanted.any()) == (steps > 0 or its is peer.lora_B)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_both_factors_train_and_nothing_else(make: Callable[[], Any]) -> None:
+    """The weights that `state_dict()` holds are those that the model computes with; detached it is an ordinary one."""
+    model, plain = make(), make()
+    shape = anatomy(model)
+    optimizer = attached(model)
+    before = {
+        path: (layer.basis.detach().clone(), layer.stored_weight.clone()) for path, layer in layers_of(model).items()
+    }
+    for seed in range(3):
+        train(model, optimizer, tokens(seed=seed))
+    for path, layer in layers_of(model).items():
+        basis, weight = before[path]
+        assert torch.equal(layer.stored_weight, weight)
+        assert not torch.equal(layer.basis, basis)
+        assert layer.slot.any()
+    assert set(model.state_dict()) == set(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
+    optimizer.detach()
+    assert anatomy(model) == shape
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in snapshot(model).items())
+
+
+def test_a_weight_that_others_multiply_by_trains_both_factors() -> None:
+    """A fused kernel that reads `layer.weight` in the model's forward gives both the gradients that the layer gives."""
+    gradients = []
+    for reads in (False, True):
+        model = llama()
+        attached(model, steps=1)
+        layer = model.model.layers[0].mlp.down_proj
+        if reads:
+            layer.forward = lambda x, layer=layer: torch.nn.functional.linear(x, layer.weight)
+        batch = tokens(seed=3)
+        model.train()(**batch).loss.backward()
+        gradients.append((layer.slot.grad, layer.basis.grad))
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+        assert one.any()
+
+
+def test_an_adapter_of_peft_is_taken_as_it_is(tmp_path: Path) -> None:
+    """A is not split, whatever its rows are; what is saved again has the same bits."""
+    import peft
+    from safetensors.torch import load_file
+
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, param in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(param, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = llama()
+    optimizer = attached(model)
+    optimizer.load_adapter(tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
+    optimizer.save_adapter(tmp_path / "ours")
+    ours, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert set(ours) == set(wanted)
+    assert all(torch.equal(ours[name], value) for name, value in wanted.items())
