@@ -92,18 +92,18 @@ def readers_of(data: str | Sequence[str] | None) -> list[str]:
 def add_method(parser: argparse.ArgumentParser) -> None:
     """Declare what decides the memory of a run besides model, batch and dtype, and what the period follows from."""
     add = parser.add_argument
-    add("--method", default="owlore", help="lisa, ows, owlore, badam, galore, lora-fa or full")
+    add("--method", default="owlore", help="lisa, ows, owlore, badam, galore, lora, lora-fa or full")
     add(
         "--active-layers",
         type=int,
         help="layers trained at a time (default: 2 for lisa and ows, 5 for owlore, 1 for badam)",
     )
     add("--period", type=OrAuto(int), help=_PERIOD_HELP)
-    add("--rank", type=int, help="of low-rank layers (default: 128, lora-fa 16; less on small models)")
-    add("--alpha", type=float, help="scale of lora-fa's adapters, divided by the rank (default: 32)")
+    add("--rank", type=int, help="of low-rank layers (default: 128, lora and lora-fa 16; less on small models)")
+    add("--alpha", type=float, help="scale of the adapters of lora and lora-fa, divided by the rank (default: 32)")
     add(
         "--targets",
-        help="layers with lora-fa's adapters: all-linear, or names such as q_proj,v_proj (default: all-linear)",
+        help="layers with adapters of lora and lora-fa: all-linear, or names as q_proj,v_proj (default: all-linear)",
     )
     add("--master", help="of 16-bit low-rank matrices while they train: remainder keeps 16 more bits (default: none)")
     add(

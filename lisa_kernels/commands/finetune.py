@@ -35,7 +35,7 @@ def add_command(commands: Any) -> None:
         "--output",
         type=Path,
         required=True,
-        help="folder for the model, checkpoints, summary.json and, of lora-fa, adapter/ as peft reads it",
+        help="folder for the model, checkpoints, summary.json and, of lora and lora-fa, adapter/ as peft reads it",
     )
     add(
         "--calibration-rows",

@@ -228,10 +228,18 @@ class AdapterMethod(Method):
 class LoRA(AdapterMethod):
     """Adapters of which both factors train, A from random directions and B from zero.
 
-    Source: arXiv 2106.09685. A layer's input is saved for the gradient of A.
+    Source: arXiv 2106.09685. A layer's input is saved for the gradient of A. embeddings: "low-rank" trains embedding
+    and head as well, in slots of the same rank that are folded into their weights (one where they are tied).
     """
 
     name: ClassVar[str] = "lora"
+    embeddings: str = "frozen"
+
+    def __post_init__(self) -> None:
+        """Check the settings; embedding and head carry a slot or nothing."""
+        super().__post_init__()
+        if self.embeddings not in ("frozen", "low-rank"):
+            raise InputError(f'embeddings is {self.embeddings!r}; beside adapters "frozen" or "low-rank" is wanted.')
 
 
 @dataclass(frozen=True)

@@ -382,9 +382,15 @@ class SampledAdamW(AdamW8bit):
         """Write the adapters, and a new head if there is one, as a folder that peft loads; whole or not at all.
 
         A folder that holds an adapter and nothing else is replaced. Raises InputError for one that holds more, for
-        methods other than LoRA and LoRAFA, and where weights were loaded that hold the adapters already.
+        methods other than LoRA and LoRAFA, where weights were loaded that hold the adapters already, and where the
+        embeddings were trained too, which are in the weights.
         """
         adapters = self._attached_adapters()
+        if len(adapters.layers) < len(self.layout.always.lowrank):
+            raise InputError(
+                "the embeddings were trained into the weights of this model, and its adapters alone are not what was "
+                "trained: save the whole model, and make an adapter of it with lisa-kernels difference."
+            )
         if any(layer.restarted for layer in adapters.layers.values()):
             raise InputError(
                 "weights were loaded into this model that hold its adapters, so that the adapters alone are no longer "

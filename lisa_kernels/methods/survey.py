@@ -88,18 +88,33 @@ class _Shares:
 def survey_model(model: nn.Module, method: Method, blocks: str | None = None) -> Survey:
     """Return what `method` would do to the model; nothing is changed. Raises InputError for what cannot work."""
     survey = (
-        _adapter_survey(model, method) if isinstance(method, AdapterMethod) else _layered_survey(model, method, blocks)
+        _adapter_survey(model, method, blocks)
+        if isinstance(method, AdapterMethod)
+        else _layered_survey(model, method, blocks)
     )
     _check_trainable(survey)
     return survey
 
 
-def _adapter_survey(model: nn.Module, method: AdapterMethod) -> Survey:
+def _adapter_survey(model: nn.Module, method: AdapterMethod, blocks: str | None) -> Survey:
     """Survey a model whose targeted linears carry a slot that stays, beside weights that never train."""
     shares = _Shares()
     head = shares.take(param for part in new_head(model).values() for param in part.parameters())
     always = UnitPlan("adapters", head, adapter_places(model, method))
-    return Survey(model, method, always=always, frozen=shares.frozen)
+    survey = Survey(model, method, always=always, frozen=shares.frozen)
+    if method.get("embeddings", "frozen") == "low-rank":
+        survey.outer = find_outer(model, split_model(model, blocks))
+        twice = {place.layer for place in always.places} & {place.layer for place in _heads(survey.outer)}
+        if twice:
+            raise InputError(
+                f'targets {method.targets!r} name the output layer, which embeddings="low-rank" trains already; leave '
+                "it out of one of them."
+            )
+    return survey
+
+
+def _heads(outer: OuterPlaces | None) -> list[Place]:
+    return [] if outer is None else outer.head
 
 
 def _layered_survey(model: nn.Module, method: Method, blocks: str | None) -> Survey:

@@ -10,7 +10,8 @@ from __future__ import annotations
 MEASURED_WIDTH = 576
 # Peak rates there, of what a method's layers move by: GSM8K, 60 steps of 288 tokens, the best of two or three.
 RATES = {
-    "full": 2e-4, "galore": 5e-4, "owlore": 1e-3, "lisa": 5e-4, "ows": 5e-4, "badam": 5e-4, "lora": 2e-3, "lora-fa": 4e-3,
+    "full": 2e-4, "galore": 5e-4, "owlore": 1e-3, "lisa": 5e-4, "ows": 5e-4, "badam": 5e-4, "lora": 2e-3,
+    "lora-fa": 4e-3,
 }  # fmt: skip
 # How often each layer is to be drawn in a run, on average.
 VISITS = 2

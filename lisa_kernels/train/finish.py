@@ -41,7 +41,7 @@ def finish_run(options: FineTuneOptions, optimizer: SampledAdamW, summary: dict[
     """Write summary.json, and then what adorns it: the adapter alone, the picture of the layers, the last lines."""
     output = options.output
     ornament(f"the summary ({SUMMARY_FILE})", lambda: write_json(output / SUMMARY_FILE, summary), console)
-    if optimizer.method.form == "adapter":
+    if optimizer.method.form == "adapter" and optimizer.method.get("embeddings", "frozen") == "frozen":
         ornament("the adapter alone", lambda: optimizer.save_adapter(output / ADAPTER_FOLDER), console)
     ornament("the picture of the layers", lambda: _show_layers(output, optimizer, summary["steps"], console), console)
     ornament("the end of what is printed", lambda: _tell(output, summary, console), console)

@@ -11,7 +11,7 @@ import torch
 from families import anatomy, gpt2, llama, logits, snapshot, tokens, train
 from tolerances import PRODUCT
 
-from lisa_kernels import LoRA, attach
+from lisa_kernels import InputError, LoRA, attach
 from lisa_kernels.layers import TrainedBasisLinear
 from lisa_kernels.methods import SampledAdamW
 
@@ -114,3 +114,34 @@ def test_an_adapter_of_peft_is_taken_as_it_is(tmp_path: Path) -> None:
     ours, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
     assert set(ours) == set(wanted)
     assert all(torch.equal(ours[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_embedding_and_head_train_beside_the_adapters(tied: bool, tmp_path: Path) -> None:
+    """In their own weights, which a saved model holds; an adapter's folder would not, and is refused."""
+    model = llama(tied=tied)
+    optimizer = attach(model, LoRA(rank=4, embeddings="low-rank"), lr=1e-2)
+    before = snapshot(model)
+    for seed in range(2):
+        train(model, optimizer, tokens(seed=seed))
+    wanted = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert {name for name in before if not torch.equal(before[name], snapshot(model)[name])} == wanted
+    with pytest.raises(InputError, match="save the whole model"):
+        optimizer.save_adapter(tmp_path / "adapter")
+    trained = logits(model)
+    plain = llama(tied=tied)
+    plain.load_state_dict(model.state_dict())
+    optimizer.merge()
+    optimizer.unmerge()
+    assert torch.equal(logits(model), trained)
+    optimizer.detach()
+    for each in (model, plain):
+        torch.testing.assert_close(logits(each), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_train_twice_is_refused() -> None:
+    """And embeddings that would train in full."""
+    with pytest.raises(InputError, match="name the output layer"):
+        attach(llama(), LoRA(rank=4, targets=("lm_head", "q_proj"), embeddings="low-rank"))
+    with pytest.raises(InputError, match='"frozen" or "low-rank" is wanted'):
+        LoRA(embeddings="always")

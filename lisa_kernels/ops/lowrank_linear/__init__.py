@@ -50,8 +50,9 @@ def _backward_definition(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(dy.device.type):
         dx = reference.input_gradient(dy, weight, slot, basis, scale) if needs_dx else dy.new_empty((0,))
-        trains = x is not None and slot is not None
-        dp = reference.basis_gradient(dy, x, slot, scale) if trains else dy.new_empty((0,))
+        dp = dy.new_empty((0,))
+        if x is not None and slot is not None:
+            dp = reference.basis_gradient(dy, x, slot, scale)
         return dx, reference.slot_gradient(dy, projected, scale), dp
 
 
