@@ -111,6 +111,11 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="embedding and head: always, low-rank, frozen or sampled (default: always; owlore low-rank, badam frozen)",
     )
     add(
+        "--design",
+        help="how layers are drawn together: marginals, by chance; shallow, neighbours together, so that backward "
+        "passes end higher up; sequential, as OwLore's published code draws (ows and owlore; default: marginals)",
+    )
+    add(
         "--scores",
         help="what owlore and ows draw by: outlier, hill, weight-norm, gradient-norm or uniform (default: outlier)",
     )

@@ -15,7 +15,7 @@ from lisa_kernels.scores import SCORE_KINDS
 CHOICES = {
     "embeddings": ("always", "low-rank", "frozen", "sampled"),
     "retired_state": ("drop", "keep", "page"),
-    "design": ("marginals", "sequential"),
+    "design": ("marginals", "sequential", "shallow"),
     "order": ("random", "ascending", "descending"),
     "master": ("none", "remainder"),
 }
@@ -113,8 +113,9 @@ class OWS(Method):
 
     Source: arXiv 2405.18380. scores: a kind of `layer_scores`, or one number per layer; "gradient-norm" adapts to the
     gradient norms seen in training. design: "marginals" gives each layer the probability its score asks for (at most
-    1); "sequential" draws one after the other, as the published code does, and flattens them. rank: of embedding and
-    head where these are low-rank.
+    1); "sequential" draws one after the other, as the published code does, and flattens them; "shallow" keeps the
+    probabilities and draws neighbours together, so that backward passes end higher up where embeddings rest.
+    rank: of embedding and head where these are low-rank.
     """
 
     name: ClassVar[str] = "ows"
@@ -125,6 +126,15 @@ class OWS(Method):
     retired_state: str = "drop"
     design: str = "marginals"
     rank: int = 128
+
+    def __post_init__(self) -> None:
+        """Check the settings; sets that are made once cannot follow scores that adapt."""
+        super().__post_init__()
+        if self.design == "shallow" and self.scores == "gradient-norm":
+            raise InputError(
+                'design="shallow" makes its sets once, and scores="gradient-norm" change as the run goes; use another '
+                "of the two."
+            )
 
     def score_kind(self) -> str | None:
         """Return the kind of scores to compute; adapting and given ones need none."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Said even where they are the method's defaults: they are what decides the memory.
 _ALWAYS_SAID = ("active_layers", "rank", "embeddings")
-_SAID = (*_ALWAYS_SAID, "alpha", "targets", "master", "scores", "retired_state")
+_SAID = (*_ALWAYS_SAID, "alpha", "targets", "master", "scores", "retired_state", "design")
 
 
 def workload_of(options: FineTuneOptions) -> Workload:

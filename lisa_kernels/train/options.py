@@ -59,6 +59,7 @@ class FineTuneOptions:
     retired_state: str | None = None
     paging: str | None = None
     scores: str | None = None
+    design: str | None = None
     lr: float | None = None
     lr_schedule: str = "linear"
     warmup_steps: int | None = None
@@ -142,7 +143,7 @@ class FineTuneOptions:
         settings = {
             "active_layers": self.active_layers, "period": self.period, "rank": self.rank, "alpha": self.alpha,
             "targets": targets, "embeddings": self.embeddings, "master": self.master, "scores": self.scores,
-            "retired_state": self.retired_state,
+            "retired_state": self.retired_state, "design": self.design,
         }  # fmt: skip
         method = method_by_name(self.method, **settings)
         rank, active = method.get("rank", None), method.get("active_layers", None)

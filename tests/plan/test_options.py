@@ -52,7 +52,8 @@ def test_large_models_recompute_activations() -> None:
 
 
 METHODS: list[Method] = [
-    LISA(period=7), OWS(scores="uniform"), OwLore(active_layers=2, rank=8, master="remainder", embeddings="low-rank"),
+    LISA(period=7), OWS(scores="uniform", design="shallow"),
+    OwLore(active_layers=2, rank=8, master="remainder", embeddings="low-rank"),
     BAdam(), GaLore(rank=8), LoRAFA(rank=4, alpha=8.0, targets=("q_proj", "v_proj")), FullFineTune(),
 ]  # fmt: skip
 

@@ -36,6 +36,7 @@ SAMPLERS: dict[str, Callable[[int], Sampler]] = {
     "weighted-marginals": lambda seed: WeightedSampler(WEIGHTS, 3, seed),
     "weighted-marginals-no-cap": lambda seed: WeightedSampler(WEIGHTS, 2, seed),
     "weighted-sequential": lambda seed: WeightedSampler(WEIGHTS, 3, seed, design="sequential"),
+    "weighted-shallow": lambda seed: WeightedSampler(WEIGHTS, 3, seed, design="shallow"),
     "cyclic-random": lambda seed: CyclicSampler(LAYERS, 1, seed),
     "cyclic-random-blocks": lambda seed: CyclicSampler(LAYERS, 3, seed),
     "cyclic-random-resting": lambda seed: CyclicSampler(LAYERS, 5, seed),
