@@ -87,11 +87,16 @@ class OrderedTables:
 
     def __init__(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
         tables = {id(param) for param in trained}
+        get = getattr(model, "get_input_embeddings", None)
+        token_embedding = get() if callable(get) else None
         self._handles: list[RemovableHandle] = []
         for module in model.modules():
             if not isinstance(module, nn.Embedding) or id(module.weight) not in tables:
                 continue
             if module.sparse or not module.weight.is_cuda:
+                continue
+            # What a class of the model's own takes is known of its tokens' embedding only: positions have no ids.
+            if type(module).forward is not nn.Embedding.forward and module is not token_embedding:
                 continue
             try:
                 hook = OrderedLookup(module)

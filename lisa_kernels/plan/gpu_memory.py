@@ -1,4 +1,4 @@
-"""What a GPU holds beside the tensors that operations return: cuBLAS's workspaces and the tables of our own kernels."""
+"""What a GPU holds beside the tensors that operations return: cuBLAS's workspaces, and what our own work takes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 import lisa_kernels.ops.adamw8
 import lisa_kernels.ops.grad_norm  # noqa: F401  (both define operations that are named here)
 from lisa_kernels.ops import lowrank_embedding, lowrank_linear
+from lisa_kernels.ops.lowrank_embedding.reference import band_width
 from lisa_kernels.plan.stand_ins import META
 
 KIB = 2**10
@@ -23,6 +24,11 @@ LARGE_FROM = (9, 0)
 ROW_BYTES, ITEM_BYTES = 64, 8
 # Elements of a tile of `grad_norm`, and of the smallest one of a step, where tensors of more tiles need no table.
 NORM_TILE, STEP_TILE, STEP_TILES = 4096, 1024, 1024
+
+# In whose place our own stands on a GPU, which adds up a band of columns at once: float32 twice, and for each token
+# its id and places, and what sorts them.
+TABLE_GRADIENT = torch.ops.aten.embedding_dense_backward.default
+BAND_BYTES, TOKEN_BYTES = 8, 64
 
 GRAD_NORM = torch.ops.lisa_kernels.grad_norm.default
 STEPS = (torch.ops.lisa_kernels.adamw8_.default, torch.ops.lisa_kernels.adamw32_.default)
@@ -50,9 +56,11 @@ class GpuMemory:
 
     @staticmethod
     def inside(func: Any, args: tuple[Any, ...]) -> Sequence[Tensor]:
-        """Return the tensors that the kernels of an operation hold while it runs; of operations of torch's own none."""
+        """Return the tensors that an operation holds while it runs and no other operation makes in a rehearsal."""
         if func is GRAD_NORM:
             return norm_tables(args[0])
+        if func is TABLE_GRADIENT:
+            return bands(*args[:2])
         return step_tables(args[0]) if func in STEPS else ()
 
 
@@ -70,6 +78,12 @@ def norm_tables(grads: Sequence[Tensor]) -> list[Tensor]:
 def step_tables(params: Sequence[Tensor]) -> list[Tensor]:
     """Return the table of a step, its tiles at their most: large tensors have launches of their own and need none."""
     return [_table(len(params), sum(min(-(-param.numel() // STEP_TILE), STEP_TILES) for param in params))]
+
+
+def bands(dy: Tensor, ids: Tensor) -> list[Tensor]:
+    """Return what adding up the gradient of a table holds beside it: dy [..., n] and the ids of its tokens."""
+    width = min(dy.shape[-1], band_width(max(1, ids.numel())))
+    return [_empty(ids.numel() * (width * BAND_BYTES + TOKEN_BYTES), torch.uint8)]
 
 
 def _empty(count: int, dtype: torch.dtype) -> Tensor:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lisa_kernels.ops.lowrank_embedding import reference
 from lisa_kernels.plan.gpu_memory import (
     LARGE_WORKSPACE_BYTES,
     NORM_TILE,
     STEP_TILES,
+    TABLE_GRADIENT,
     WORKSPACE_BYTES,
     GpuMemory,
     norm_tables,
     step_tables,
 )
 from lisa_kernels.plan.rehearsal import rehearse
+from lisa_kernels.plan.tracker import StorageTracker
 
 from .small_runs import METHODS, workload
 
@@ -84,3 +87,17 @@ def test_large_tensors_need_no_table_of_a_step() -> None:
 
     assert table_bytes(1 << 30) == table_bytes(1 << 31) == 64 + 8 * STEP_TILES
     assert table_bytes(1025) == 64 + 8 * 2
+
+
+@pytest.mark.parametrize("band", [1 << 10, 1 << 20], ids=["bands", "at once"])
+def test_a_tables_gradient_holds_what_its_operations_hold(band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the table itself; of what is planned for each token, those that sort on a GPU take a part."""
+    monkeypatch.setattr(reference, "BAND", band)
+    dy, ids = torch.zeros(64, 48), torch.arange(64) % 7
+    tracker = StorageTracker("cpu")
+    with tracker:
+        tracker.recording = True
+        reference.table_gradient(dy, ids, 100, 1.0, -1)
+    held = tracker.trace().peak_bytes - 4 * 100 * 48 - dy.nbytes - ids.nbytes
+    (planned,) = GpuMemory.inside(TABLE_GRADIENT, (dy, ids, 100, -1, False))
+    assert held <= planned.nbytes <= held + 48 * 64

@@ -47,6 +47,11 @@ def slot_gradient(dy: Tensor, ids: Tensor, basis: Tensor, vocabulary: int, facto
     return add_rows_(summed, flat, projected).t().contiguous()
 
 
+def band_width(tokens: int) -> int:
+    """Return how many columns of a table have their gradient added up at once."""
+    return max(1, BAND // tokens)
+
+
 def table_gradient(dy: Tensor, ids: Tensor, vocabulary: int, factor: float, padding: int) -> Tensor:
     """Return G [vocabulary, n] in dy's dtype, each row summed in float32 and rounded once."""
     rows, flat = _flat(dy, ids, -1)
@@ -54,11 +59,10 @@ def table_gradient(dy: Tensor, ids: Tensor, vocabulary: int, factor: float, padd
     if len(flat) == 0:
         return table
     ordered, order, place = _sorted(flat)
-    width = max(1, BAND // len(flat))
+    width = band_width(len(flat))
     for part, given in zip(table.split(width, dim=1), rows.split(width, dim=1)):
-        summed = _summed(given, order, place, len(flat), factor).to(dy.dtype)
         # An id's row is written as often as it has tokens, with the same values each time.
-        part[ordered] = summed.index_select(0, place)
+        part[ordered] = _summed(given, order, place, len(flat), factor).to(dy.dtype).index_select(0, place)
     if padding >= 0:
         table[padding].zero_()
     return table
