@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class SimulatedDevice(TorchDispatchMode):
                 return func._op_dk(key, *args, **kwargs)
         if name in VALUELESS:
             return func(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
+        if _is_composite(name):
             with self:
                 return func.decompose(*args, **kwargs)
         if name == "aten::copy_":
@@ -137,6 +138,13 @@ class SimulatedDevice(TorchDispatchMode):
                 memory_format=options.get("memory_format") or torch.preserve_format,
             )  # fmt: skip
             return result.copy_(source, options.get("non_blocking", False))
+
+
+@cache
+def _is_composite(name: str) -> bool:
+    """Whether a device runs an operation as several; where it has a kernel of its own, as for `silu_backward`, not."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, "CUDA")
 
 
 def _device_of(given: list[Any], kwargs: dict[str, Any]) -> int | None:
