@@ -11,6 +11,7 @@ import pytest
 from small_run import arguments, summary, write_text
 
 from lisa_kernels.cli import _parser, main
+from lisa_kernels.report import read_run
 from lisa_kernels.train import defaults
 from lisa_kernels.train.taken import short
 
@@ -55,6 +56,7 @@ def test_what_is_told_is_what_it_trains_by_and_records(
     assert (told["lr"], told["settings"]["period"], told["warmup_steps"]) == tuple(TAKEN.values())
     assert told["given"] == dict.fromkeys(TAKEN)
     assert run_of(run)["taken"] == TAKEN
+    assert TAKEN.items() <= read_run(run).settings.items()
     assert {name: run_of(run)["options"][name] for name in TAKEN} == dict.fromkeys(TAKEN)
     assert len(told["layer_history"]) == STEPS // 3 + 1
     lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
