@@ -42,6 +42,9 @@ from lisa_kernels.optim.paged import PagedStates
 from lisa_kernels.paging import Store
 from lisa_kernels.samplers import AdaptiveSampler, Sampler
 
+# Of the rate of adapters, whose factors are small at first, for slots that are folded into the weights beside them.
+FOLDED_SHARE = 0.25
+
 
 class SampledAdamW(AdamW8bit):
     """An ordinary torch optimizer over all layers of a model, a few of which train at a time.
@@ -100,12 +103,18 @@ class SampledAdamW(AdamW8bit):
 
     def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         full = [param for unit in self.layout.units() for param in unit.full]
-        slots = [param for unit in self.layout.units() for layer in unit.lowrank.values() for param in layer.trained]
+        layers = [layer for unit in self.layout.units() for layer in unit.lowrank.values()]
+        beside = [layer for layer in layers if self.method.form == "adapter" and layer.tracker is not None]
+        slots, folded = (
+            [param for layer in some for param in layer.trained]
+            for some in ([layer for layer in layers if layer not in beside], beside)
+        )
         scale = self.method.get("scale", 1.0)
         groups = [
             {"params": [param for param in full if param.dim() >= 2], "name": "matrices"},
             # scale is for the update only: the decay of the weight stays lr · weight_decay.
             {"params": slots, "lr": lr * scale, "weight_decay": weight_decay / scale, "name": "slots"},
+            {"params": folded, "lr": lr * FOLDED_SHARE, "weight_decay": weight_decay / FOLDED_SHARE, "name": "folded"},
             {"params": [param for param in full if param.dim() < 2], "weight_decay": 0.0, "name": "vectors"},
         ]
         return [group for group in groups if group["params"]]
