@@ -17,6 +17,7 @@ from device.simulated import Note, Order, allocations, driver, noted_faults, set
 from lisa_kernels import AdamW8bit
 from lisa_kernels.optim import paged
 from lisa_kernels.paging import host, queues
+from lisa_kernels.paging.managed import ManagedMemory
 
 SHAPES = [(64, 80), (5, 7), (300,), (70, 70), (80, 64), (9,), (65, 65), (64, 64), (128, 64)]
 PAGE_BYTES = 1 << 14
@@ -238,6 +239,18 @@ def test_a_page_that_dies_under_its_copy_stays_locked_until_it_is_over(device: s
     assert not noted
     gc.collect()
     assert driver.sim_locked_bytes() < locked
+
+
+@pytest.mark.order("late")
+def test_unified_memory_dies_while_its_device_and_another_have_work() -> None:
+    """Its own device is waited for, and no other."""
+    slab = ManagedMemory(torch.device("cuda", 0)).empty(SLOT)
+    slab.fill_(1)
+    other = torch.zeros(SLOT, device="cuda:1")
+    with waits() as noted:
+        del slab
+    assert [note.what for note in noted] == ["cudaDeviceSynchronize"]
+    assert other.tolist() == [0] * SLOT
 
 
 def test_memory_that_cannot_be_locked_warns_once_and_the_bits_are_the_same() -> None:

@@ -272,9 +272,12 @@ CUresult cuMemFree_v2(CUdeviceptr pointer) {
   auto range = world().managed.find(pointer);
   if (range == world().managed.end()) return CUDA_ERROR_INVALID_VALUE;
   auto& streams = world().streams;
-  auto busy = [](Stream* stream) { return !stream->queue.empty() && !stream->capture; };
-  if (std::any_of(streams.begin(), streams.end(), busy)) fault("unified memory is freed while streams have work");
   auto* address = reinterpret_cast<void*>(pointer);
+  // The work of another device has nothing to do with it.
+  auto busy = [owner = device_of(address)](Stream* stream) {
+    return stream->device == owner && !stream->queue.empty() && !stream->capture;
+  };
+  if (std::any_of(streams.begin(), streams.end(), busy)) fault("unified memory is freed while streams have work");
   mprotect(address, range->second, PROT_NONE);
   world().managed.erase(range);
   cudaFree(address);
