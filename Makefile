@@ -93,7 +93,7 @@ gpu: $(STAMP)  ## on a machine with a GPU: all that it can tell us, in one file 
 	$(BIN)/python -m bench.gpu --output runs/gpu-report.md
 
 device: device-env $(DRIVER) $(DEVICE)/.library  ## run the GPU paths on a simulated CUDA device (once: 3 minutes and 6.5 GB for its environment)
-	LD_PRELOAD=$(CURDIR)/$(DRIVER) TRITON_LIBCUDA_PATH=$(CURDIR)/$(DEVICE) TRITON_CACHE_DIR=$(CURDIR)/$(DEVICE)/triton \
+	LD_PRELOAD=$(CURDIR)/$(DRIVER) TRITON_LIBCUDA_PATH=$(CURDIR)/$(DEVICE) TRITON_CACHE_DIR=$(CUDA_ENV)/triton \
 		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests:$(CURDIR)/$(DEVICE)/library \
 		$(CUDA_ENV)/bin/python -m pytest -p device.plugin --numprocesses logical --maxprocesses 8 --dist worksteal $(DEVICE_TESTS)
 
