@@ -111,6 +111,15 @@ def capture_embedding(
     return result
 
 
+# One operation to a compiler, which would copy the whole table for each band that is written into it.
+_table_gradient = torch.library.custom_op("lisa_kernels::table_gradient", reference.table_gradient, mutates_args=())
+
+
+@_table_gradient.register_fake
+def _(dy: Tensor, ids: Tensor, vocabulary: int, factor: float, padding: int) -> Tensor:
+    return dy.new_empty((vocabulary, dy.shape[-1]))
+
+
 class _OrderedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, ids: Tensor, table: Tensor, factor: float, padding: int) -> Tensor:
@@ -121,7 +130,7 @@ class _OrderedEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (ids,) = ctx.saved_tensors
-        return None, None, reference.table_gradient(dy, ids, *ctx.settings), None, None
+        return None, None, _table_gradient(dy, ids, *ctx.settings), None, None
 
 
 def ordered_embedding(y: Tensor, ids: Tensor, table: Tensor, factor: float = 1.0, padding: int = -1) -> Tensor:
