@@ -73,7 +73,10 @@ class SlotModule(nn.Module):
         """
         device, dtype = self.stored_weight.device, self.stored_weight.dtype
         self.slot.data = torch.zeros(self.rank, self.out_features, device=device)
-        self.hold_basis(torch.zeros(self.rank, self.in_features) if basis is None else basis)
+        if basis is None:
+            self.basis = torch.zeros(self.rank, self.in_features, device=device, dtype=dtype)
+        else:
+            self.hold_basis(basis)
         if self.exact_master and dtype == torch.bfloat16:
             zeros = torch.zeros_like(self.stored_weight, dtype=torch.int16)
             self.remainder = zeros if remainder is None else zeros.copy_(remainder)
