@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from bench.step_cases import Case
 from bench.step_contestants import CONTESTANTS, Trainee
+from lisa_kernels.layers import checkpoint_blocks
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.rehearsal import Workload, empty_batch, micro_batch, prepare, take_steps
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
 from lisa_kernels.train.configs import load_config
-from lisa_kernels.train.models import enable_checkpointing, parse_dtype
+from lisa_kernels.train.models import parse_dtype
 
 # A peer's state is there from its first step on; its second has everything at once.
 STEPS = 2
@@ -156,7 +157,7 @@ def _train(
     peer: Peer, model: Any, workload: Workload, tracker: StorageTracker, make_batch: Callable[[], dict[str, Tensor]]
 ) -> None:
     if workload.gradient_checkpointing:
-        enable_checkpointing(model, context_fn=lambda: (nullcontext(), FusedAttention()))
+        checkpoint_blocks(model, context_fn=lambda: (nullcontext(), FusedAttention()))
     trainee = peer.start(model, _case(workload, len(model.model.layers)))
     model, optimizer = trainee.model, trainee.optimizer
     tracker.recording = True

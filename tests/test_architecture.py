@@ -22,6 +22,7 @@ MIDDLE = {"optim", "basis", "samplers", "scores", "layers"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "sizes": {"errors"},
     "native": {"errors"},
     "devices": {"errors"},
     "requirements": {"errors"},
@@ -36,11 +37,23 @@ ALLOWED: dict[str, set[str]] = {
     "layers": {"errors", "uncompiled", "ops", "basis", "layers"},
     "methods": {"errors", "files", "ops", "paging", *MIDDLE, "methods"},
     # A plan rehearses what a run would do, with its models and options.
-    "plan": {*BOTTOM, "ops", "paging", *MIDDLE, "methods", "train", "plan"},
+    "plan": {*BOTTOM, "sizes", "ops", "paging", *MIDDLE, "methods", "train", "plan"},
     # Reads what runs wrote; knows none of what wrote it.
     "report": {"errors", "report"},
     # A run leaves its page, and a history in the page's format.
-    "train": {*BOTTOM, "devices", "files", "requirements", "report", "ops", "paging", *MIDDLE, "methods", "train"},
+    "train": {
+        *BOTTOM,
+        "sizes",
+        "devices",
+        "files",
+        "requirements",
+        "report",
+        "ops",
+        "paging",
+        *MIDDLE,
+        "methods",
+        "train",
+    },
     # Reads rows and loads models as a run does.
     "evaluate": {"errors", "requirements", "devices", "ops", "methods", "train", "evaluate"},
     "difference": {"errors", "files", "layers", "methods", "train", "difference"},
@@ -48,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "info": {*BOTTOM, "devices", "ops", "trial"},
     "commands": {
         *BOTTOM,
+        "sizes",
         "ops",
         "paging",
         *MIDDLE,
@@ -63,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {"errors", "commands"},
     # The package's own names.
-    "__init__": {"errors", "optim", "methods", "plan"},
+    "__init__": {"errors", "layers", "optim", "methods", "plan"},
 }
 # Of these only the standard library may be imported.
 PURE = {"samplers", "errors", "files", "report"}

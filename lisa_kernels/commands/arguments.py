@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lisa_kernels.errors import InputError
+from lisa_kernels.sizes import parse_size
+
 MODEL_HELP = (
     "directory, hub id, preset:NAME (random weights): tiny, small, tinyllama-1.1b, llama-2-7b, llama-3.1-8b, "
     "qwen2.5-7b, mistral-7b, or sample:smollm2-135m (a small pretrained one, of the extra sample)"
@@ -42,6 +45,44 @@ class OrAuto:
     def __call__(self, text: str) -> Any:
         """Return the value; raises ValueError."""
         return "auto" if text.strip().lower() == "auto" else self.number(text)
+
+
+class Recomputation(argparse.BooleanOptionalAction):
+    """A switch that may also be told how far."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, type: Any = None, **settings: Any) -> None:
+        super().__init__(option_strings, dest, **settings)
+        self.nargs, self.type = "?", type
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Store what was said, True where nothing was."""
+        if option_string is not None and option_string.startswith("--no-"):
+            if values is not None:
+                parser.error(f"{option_string} takes no value")
+            values = False
+        setattr(namespace, self.dest, True if values is None else values)
+
+
+class BlocksOrSize:
+    """Reads a number of blocks, the word auto, or a size, which stays as it is written."""
+
+    wanted = "a number of blocks, auto or a size such as 24GB"
+    __name__ = wanted.removeprefix("a ")
+
+    def __call__(self, text: str) -> int | str:
+        """Return the value; raises ValueError."""
+        word = text.strip()
+        if word.isdecimal():
+            return int(word)
+        if word.lower() == "auto":
+            return "auto"
+        try:
+            parse_size(word)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        return word
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -130,7 +171,8 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")
     add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
     add("--keep-logits", action="store_true", help="form the logits of all tokens for the training loss")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
-        help="recompute activations (default: from 0.5e9 parameters)")  # fmt: skip
+    add("--gradient-checkpointing", action=Recomputation, default=None, metavar="HOW", type=BlocksOrSize(), help=(
+        "recompute activations: of all blocks, or of as many as a number says; auto: of as few as the device's free "
+        "memory allows, or a size such as 24GB (default: all blocks, from 0.5e9 parameters)"))  # fmt: skip
     add("--offload-activations", action="store_true", help="recompute activations, and keep what that starts from in "
         "host memory until it is needed")  # fmt: skip

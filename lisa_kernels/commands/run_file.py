@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lisa_kernels.commands.arguments import OrAuto
+from lisa_kernels.commands.arguments import Recomputation
 from lisa_kernels.errors import InputError, unknown_name
 
 RUN_FILE_HELP = (
@@ -159,12 +159,14 @@ def _names(options: Iterable[argparse.Action]) -> dict[str, tuple[argparse.Actio
     for action in options:
         negated = [flag for flag in action.option_strings if flag.startswith("--no-")]
         for flag in action.option_strings:
-            if action.nargs != 0:
+            if isinstance(action, Recomputation):
+                convert = _negation if flag in negated else _switch_or(_values(action))
+            elif action.nargs != 0:
                 convert = _values(action)
             else:
                 convert = _negation if flag in negated else _switch
             found[flag.removeprefix("--")] = action, convert
-        if negated:
+        if negated and not isinstance(action, Recomputation):
             found[action.dest.replace("_", "-")] = action, _switch
     return found
 
@@ -175,6 +177,10 @@ def _switch(where: str, value: Any) -> bool:
     return value
 
 
+def _switch_or(read: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda where, value: value if isinstance(value, bool) else read(where, value)
+
+
 def _negation(where: str, value: Any) -> bool:
     return not _switch(where, value)
 
@@ -183,7 +189,7 @@ def _values(action: argparse.Action) -> Callable[[str, Any], Any]:
     """Return what reads the value of an option that has one, or a list where the option may be repeated."""
     convert = action.type if callable(action.type) else str
     kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
-    wanted = convert.wanted if isinstance(convert, OrAuto) else kinds.get(convert, "text")
+    wanted = getattr(convert, "wanted", None) or kinds.get(convert, "text")
 
     def one(where: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):

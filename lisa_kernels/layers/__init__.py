@@ -2,6 +2,7 @@
 
 from lisa_kernels.layers.attachable import check_attachable, without_compiler
 from lisa_kernels.layers.blocks import ModelParts, find_blocks, split_model
+from lisa_kernels.layers.checkpointing import checkpoint_blocks
 from lisa_kernels.layers.embedding import (
     LowRankEmbedding,
     OrderedTables,
@@ -31,6 +32,7 @@ __all__ = [
     "TrainedBasisLinear",
     "check_attachable",
     "check_untied",
+    "checkpoint_blocks",
     "find_blocks",
     "find_linears",
     "is_conv1d",

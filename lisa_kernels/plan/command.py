@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lisa_kernels.errors import InputError
 from lisa_kernels.plan.allocator import replay
-from lisa_kernels.plan.cards import gb, parse_size
 from lisa_kernels.plan.fit import Fit, fit
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.options import finetune_command, workload_of
@@ -22,8 +22,10 @@ from lisa_kernels.plan.report import print_fit, print_plan
 from lisa_kernels.plan.result import Plan, allocated_bytes
 from lisa_kernels.plan.trace import CATEGORIES, Trace
 from lisa_kernels.scores.report import new_figure
+from lisa_kernels.sizes import gb, parse_size
+from lisa_kernels.train.configs import load_config
 from lisa_kernels.train.memory import PlannedMemory
-from lisa_kernels.train.options import FineTuneOptions
+from lisa_kernels.train.options import AUTO, FineTuneOptions
 
 # Moments of a rehearsal that a run's page shows.
 PAGE_POINTS = 240
@@ -37,8 +39,13 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     if arguments.plot is not None:
         new_figure(arguments.plot)
     start = time.perf_counter()
-    workload = workload_of(_options(arguments))
-    found = _find(workload, device_bytes, console)
+    options = _options(arguments)
+    if isinstance(options.gradient_checkpointing, str):
+        device_bytes = _size_for_recomputation(options.gradient_checkpointing, device_bytes)
+    workload = workload_of(options)
+    free = options.gradient_checkpointing is None or isinstance(options.gradient_checkpointing, str)
+    blocks = int(load_config(options.model).get_text_config().num_hidden_layers) if free else 0
+    found = _find(workload, device_bytes, console, blocks)
     result: dict[str, Any] = {**found.plan.as_dict(), "seconds": time.perf_counter() - start}
     if device_bytes is not None:
         result["fit"] = {
@@ -63,9 +70,11 @@ def plan_run(options: FineTuneOptions) -> PlannedMemory:
     numbers, rows = stacked(trace, PAGE_POINTS)
     names = [trace.events[number].phase for number in numbers]
     starts = [at for at, name in enumerate(names) if at == 0 or name != names[at - 1]]
+    reserve = replay(trace) if on_gpu else None
     return PlannedMemory(
-        allocated_bytes(replay(trace)) if on_gpu else trace.peak_bytes, trace.live_at(trace.peak_index),
+        trace.peak_bytes if reserve is None else allocated_bytes(reserve), trace.live_at(trace.peak_index),
         held_before_steps(trace), dict(zip(CATEGORIES, rows)), [(at, names[at]) for at in starts],
+        0 if reserve is None else reserve.reserved,
     )  # fmt: skip
 
 
@@ -86,7 +95,17 @@ def _options(arguments: argparse.Namespace) -> FineTuneOptions:
     return FineTuneOptions(**values, data="", output=Path())
 
 
-def _find(workload: Workload, device_bytes: int | None, console: Console) -> Fit:
+def _size_for_recomputation(given: str, device_bytes: int | None) -> int:
+    """Return the memory that decides how many blocks are recomputed: a plan asks no device."""
+    size = device_bytes if given == AUTO else parse_size(given)
+    if size is None:
+        raise InputError("--gradient-checkpointing auto needs --fit SIZE here, for a plan asks no device what is free.")
+    if device_bytes is not None and size != device_bytes:
+        raise InputError(f"--fit and --gradient-checkpointing {given} give two sizes; give one of them.")
+    return size
+
+
+def _find(workload: Workload, device_bytes: int | None, console: Console, blocks: int) -> Fit:
     """Return the plan of the workload, or of the first settings that fit."""
     with console.status("rehearsing") as status:
 
@@ -97,4 +116,4 @@ def _find(workload: Workload, device_bytes: int | None, console: Console) -> Fit
 
         if device_bytes is None:
             return Fit(make_plan(workload), expandable=False, rehearsals=1)
-        return fit(workload, device_bytes, make_plan)
+        return fit(workload, device_bytes, make_plan, blocks)

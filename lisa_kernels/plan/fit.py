@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import Method
-from lisa_kernels.plan.cards import gb
 from lisa_kernels.plan.result import Plan
+from lisa_kernels.sizes import gb
 
 if TYPE_CHECKING:
     from lisa_kernels.plan.rehearsal import Workload
@@ -27,18 +27,25 @@ class Fit:
     rehearsals: int
 
 
-def fit(workload: Workload, device_bytes: int, make_plan: Callable[[Workload], Plan]) -> Fit:
+def fit(workload: Workload, device_bytes: int, make_plan: Callable[[Workload], Plan], blocks: int = 0) -> Fit:
     """Return the first of the settings, in order of preference, with which `workload` fits `device_bytes` in all.
 
     First what changes no result beyond rounding: fewer rows at a time and as many more accumulated (tokens per step
     stay), gradient checkpointing, its inputs offloaded to host memory, state paged to it (of methods that train every
     layer, and of layers that left where it is kept). Then what changes the training, see `lighter_methods`. Memory
-    falls along these lists, so each is searched by halving. Raises InputError, with the bytes that are missing, where
-    nothing fits.
+    falls along these lists, so each is searched by halving.
+
+    blocks: of the model, where not all need be recomputed: then as few are as fit. Raises InputError, with the bytes
+    that are missing, where nothing fits.
     """
     search = _Search(device_bytes, make_plan)
-    if search.fits(workload):
-        return search.result(workload)
+    found = workload if search.fits(workload) else _lighter(workload, search)
+    if blocks and found.gradient_checkpointing and not found.offload_activations:
+        found = search.first([*_fewer_recomputed(found, blocks), found]) or found
+    return search.result(found)
+
+
+def _lighter(workload: Workload, search: _Search) -> Workload:
     methods = list(lighter_methods(workload.method))
     rungs = [_most_frugal(replace(workload, method=method)) for method in methods]
     best = search.first(rungs)
@@ -46,7 +53,14 @@ def fit(workload: Workload, device_bytes: int, make_plan: Callable[[Workload], P
         raise search.nothing_fits(rungs[-1])
     workload = replace(workload, method=methods[rungs.index(best)])
     by_stage = (search.first(list(_smaller_batches(stage))) for stage in _stages(workload))
-    return search.result(next(found for found in by_stage if found is not None))
+    return next(found for found in by_stage if found is not None)
+
+
+def _fewer_recomputed(workload: Workload, blocks: int) -> Iterator[Workload]:
+    """Yield the workload with none of its blocks recomputed, one, and so on, but for all of them."""
+    yield replace(workload, gradient_checkpointing=False)
+    for count in range(1, blocks):
+        yield replace(workload, checkpointed_blocks=count)
 
 
 class _Search:

@@ -10,9 +10,10 @@ from lisa_kernels.methods import Method
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.length import RunLength
 from lisa_kernels.train.configs import check_sequence_length
-from lisa_kernels.train.finetune import build_method, wants_checkpointing
+from lisa_kernels.train.finetune import build_method
 from lisa_kernels.train.models import DTYPES, parse_dtype
 from lisa_kernels.train.options import DEFAULT_STEPS, FineTuneOptions
+from lisa_kernels.train.recomputation import checkpointed_blocks
 
 if TYPE_CHECKING:
     from lisa_kernels.plan.rehearsal import Workload
@@ -31,10 +32,11 @@ def workload_of(options: FineTuneOptions) -> Workload:
     check_sequence_length(model.config, options.seq_len)
     if options.period is None and options.taken:
         options = dataclasses.replace(options, period=options.taken.get("period"))
-    method = build_method(options, model)
+    method, recomputed = build_method(options, model), checkpointed_blocks(options, model)
     return Workload(
         options.model, method, batch_size=options.batch_size, seq_len=options.seq_len,
-        accumulate=options.accumulate, dtype=dtype, gradient_checkpointing=wants_checkpointing(options, model),
+        accumulate=options.accumulate, dtype=dtype, gradient_checkpointing=recomputed != 0,
+        checkpointed_blocks=recomputed or None,
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
         seed=options.seed, length=RunLength.of(options, method, model),
@@ -61,6 +63,8 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
         flags["seed"] = workload.seed
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
     words.append("--gradient-checkpointing" if workload.gradient_checkpointing else "--no-gradient-checkpointing")
+    if workload.checkpointed_blocks is not None:
+        words[-1] += f" {workload.checkpointed_blocks}"
     if workload.offload_activations:
         words.append("--offload-activations")
     if workload.keep_logits:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from lisa_kernels.plan.cards import gb
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.plan.trace import CATEGORIES, Trace
 from lisa_kernels.scores.report import new_figure, save_figure
+from lisa_kernels.sizes import gb
 
 MOST_POINTS = 2000
 

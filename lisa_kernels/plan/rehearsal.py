@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.errors import InputError, NotRehearsedError
-from lisa_kernels.layers import SlotModule, offload_checkpoints
+from lisa_kernels.layers import SlotModule, checkpoint_blocks, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import make_layout
@@ -26,7 +26,6 @@ from lisa_kernels.plan.length import RunLength
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
-from lisa_kernels.train.models import enable_checkpointing
 
 # Without a sampler: a step that finds bases and makes the state, and one that has both.
 STEPS = 2
@@ -39,7 +38,8 @@ class Workload:
     """Everything that decides the bytes of a run; numbers of rows and tokens are those of one micro-batch.
 
     model: as for `load_config` (`preset:NAME`, a directory, the path of a config.json), or a configuration of
-    transformers. dtype: "fp32", "bf16" or "fp16". length: of the run, where its method's period is the published one
+    transformers. dtype: "fp32", "bf16" or "fp16". checkpointed_blocks: how many are recomputed where activations are,
+    None for all. length: of the run, where its method's period is the published one
     and the run's follows from it; no bytes depend on it. Raises InputError for values out of range.
     """
 
@@ -50,6 +50,7 @@ class Workload:
     accumulate: int = 1
     dtype: str = "bf16"
     gradient_checkpointing: bool = True
+    checkpointed_blocks: int | None = None
     offload_activations: bool = False
     max_grad_norm: float | None = 1.0
     block_size: int = 256
@@ -108,7 +109,7 @@ def prepare(model: nn.Module, workload: Workload, draws: Sequence[Sequence[int]]
     """Attach the method as `attach` does, with draws of its own in the place of the sampler's."""
     if workload.gradient_checkpointing:
         # Recomputation runs in the backward, where a mode of ours is not at work unless it is entered again.
-        enable_checkpointing(model, context_fn=lambda: (nullcontext(), FusedAttention()))
+        checkpoint_blocks(model, workload.checkpointed_blocks, context_fn=lambda: (nullcontext(), FusedAttention()))
         if workload.offload_activations:
             offload_checkpoints(model)
     device = next(model.parameters()).device

@@ -5,10 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from lisa_kernels.plan.cards import KEPT_BY_DRIVER, gb
+from lisa_kernels.plan.cards import KEPT_BY_DRIVER
 from lisa_kernels.plan.fit import Fit
 from lisa_kernels.plan.options import finetune_command
 from lisa_kernels.plan.result import Moment, Plan
+from lisa_kernels.sizes import gb
 
 SHOWN_FROM = 0.0005  # of the peak: what would be shown as 0.0 % is left out
 
@@ -17,6 +18,8 @@ def headline(plan: Plan) -> str:
     """Return the peak, what runs, and the moment of the peak, in one sentence."""
     workload = plan.workload
     checkpointing = ("with " if workload.gradient_checkpointing else "without ") + "gradient checkpointing"
+    if workload.checkpointed_blocks is not None:
+        checkpointing += f" of {workload.checkpointed_blocks} blocks"
     if workload.offload_activations:
         checkpointing += " in host memory"
     batches = f"{workload.accumulate} batches of " if workload.accumulate > 1 else ""

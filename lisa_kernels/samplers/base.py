@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lisa_kernels.errors import InputError
+
+_Item = TypeVar("_Item")
 
 
 class Sampler(ABC):
@@ -79,10 +81,10 @@ class Sampler(ABC):
         return random.Random(f"{type(self).__name__}:{self.seed}:{k}")
 
 
-def random_order(items: Sequence[int], stream: random.Random) -> list[int]:
+def random_order(items: Sequence[_Item], stream: random.Random) -> list[_Item]:
     """Return the items in random order.
 
     Only `Random.random()` is used, the one method whose sequence Python promises to keep over its versions.
     """
     keys = [stream.random() for _ in items]
-    return [item for _, item in sorted(zip(keys, items))]
+    return [items[place] for _, place in sorted(zip(keys, range(len(keys))))]

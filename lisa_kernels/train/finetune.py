@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import find_blocks, find_linears, linear_shape, offload_checkpoints
+from lisa_kernels.layers import checkpoint_blocks, find_blocks, find_linears, linear_shape, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
 from lisa_kernels.report.memory import most_held
@@ -23,11 +23,11 @@ from lisa_kernels.train.checkpoint import checkpoint_step, find_checkpoints
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
-from lisa_kernels.train.models import enable_checkpointing
 from lisa_kernels.train.options import AUTOMATIC, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.placement import Memory, check_room, out_of_memory, settled_dtype, take_device
 from lisa_kernels.train.prepare import load_model_for, read_data
+from lisa_kernels.train.recomputation import checkpointed_blocks, settle_recomputation
 from lisa_kernels.train.reporters import check_reporters, reporters
 from lisa_kernels.train.run_folder import open_run, start_run
 from lisa_kernels.train.run_lock import RunLock
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from lisa_kernels.train.history import RunHistory
 
 INTERRUPTED = 130
-# Above this many parameters activations outweigh what recomputing them costs.
-CHECKPOINTING_FROM = 500_000_000
 
 
 def build_method(options: FineTuneOptions, model: Any) -> Method:
@@ -113,14 +111,6 @@ def _training_arguments(
     )  # fmt: skip
 
 
-def wants_checkpointing(options: FineTuneOptions, model: Any) -> bool:
-    """Tell whether the run recomputes activations: as it was told, else by the size of the model."""
-    if options.gradient_checkpointing is not None:
-        return options.gradient_checkpointing
-    parameters: int = sum(param.numel() for param in model.parameters())
-    return options.offload_activations or parameters >= CHECKPOINTING_FROM
-
-
 def finetune(
     options: FineTuneOptions, console: Console, plan: Callable[[FineTuneOptions], PlannedMemory] | None = None
 ) -> tuple[int, dict[str, Any]]:
@@ -158,6 +148,7 @@ def _run(
     settled = dataclasses.replace(options, dtype=dtype)
     data = read_data(options, console)
     tokenizer = data.tokenizer
+    settled = settle_recomputation(settled, plan, device, console)
     plan_of_run = None if plan is None else planned_memory(settled, plan, console)
     planned = None if plan_of_run is None else plan_of_run.peak_bytes
     if device.type == "cuda" and planned is not None:
@@ -171,8 +162,9 @@ def _run(
     pad = pad_token_id(tokenizer)
     arguments = _training_arguments(options, taken, max_steps, len(held_out) > 0, device)
     model.config.use_cache = False
-    if wants_checkpointing(options, model):
-        enable_checkpointing(model)
+    recomputed = checkpointed_blocks(settled, model)
+    if recomputed != 0:
+        checkpoint_blocks(model, recomputed)
         if options.offload_activations:
             offload_checkpoints(model)
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.

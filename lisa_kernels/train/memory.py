@@ -95,6 +95,7 @@ class PlannedMemory:
     """What a plan says of a run: its peak, and for a picture what is alive when, by category.
 
     peak_bytes: as `MemoryMeter` measures it, on a GPU in the blocks of torch's allocator; on a CPU of tensors alone.
+    reserved_bytes: what that allocator asks the GPU for to serve them; 0 on a CPU.
     split_bytes: alive at the peak. held_bytes: alive just before an optimizer step, the most over the rehearsed steps.
     curve: alive at moments of the rehearsal, phases: (number of the first moment, name) of its parts.
     """
@@ -104,6 +105,12 @@ class PlannedMemory:
     held_bytes: dict[str, int] = field(default_factory=dict)
     curve: dict[str, list[int]] = field(default_factory=dict)
     phases: list[tuple[int, str]] = field(default_factory=list)
+    reserved_bytes: int = 0
+
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free on the device."""
+        return max(self.peak_bytes, self.reserved_bytes)
 
 
 def _resident_bytes() -> int:

@@ -62,16 +62,6 @@ def load_model(spec: str, dtype: torch.dtype, seed: int) -> Any:
     return model
 
 
-def enable_checkpointing(model: Any, **settings: Any) -> None:
-    """Have the model keep only what enters each block, and compute the rest again in the backward.
-
-    settings: more arguments of `torch.utils.checkpoint.checkpoint`.
-    """
-    # The new name came with transformers 5.20; the old one goes with 6.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, **settings})
-
-
 def _from_pretrained(spec: str, where: Path | None, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """Return the model and the names of its weights that the checkpoint does not hold."""
     from safetensors import SafetensorError

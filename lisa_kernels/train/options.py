@@ -11,6 +11,7 @@ from typing import Any
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.methods import Method, method_by_name
 from lisa_kernels.paging import check_paging
+from lisa_kernels.sizes import parse_size
 from lisa_kernels.train.sources.kinds import parse_columns
 
 DEFAULT_STEPS = 200
@@ -73,7 +74,7 @@ class FineTuneOptions:
     packing: bool = True
     dtype: str = "auto"
     device: str = "auto"
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | int | str | None = None
     offload_activations: bool = False
     keep_logits: bool = False
     seed: int = 0
@@ -135,6 +136,7 @@ class FineTuneOptions:
             if name not in REPORTERS:
                 raise unknown_name("--report-to", name, REPORTERS)
         check_paging(self.paging)
+        _check_recomputation(self.gradient_checkpointing)
         self.build_method()
 
     def build_method(self, default_rank: int | None = None, layers: int | None = None) -> Method:
@@ -166,3 +168,11 @@ class FineTuneOptions:
         """Return the options that repeat the run elsewhere, as plain values."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in _OF_ONE_START}
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def _check_recomputation(given: bool | int | str | None) -> None:
+    """Raise InputError for what is no way to say how much is recomputed."""
+    if isinstance(given, str) and given != AUTO:
+        parse_size(given)
+    if isinstance(given, int) and given < 0:
+        raise InputError(f"--gradient-checkpointing is {given}; a number of blocks of at least 0 is wanted.")

@@ -51,6 +51,18 @@ def test_a_switch_is_read_by_what_it_sets_too(file: Path) -> None:
         assert parse(file).gradient_checkpointing is False
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [("auto", "auto"), ("7", 7), ("24GB", "24GB"), ("true", True), ("false", False)]
+)
+def test_how_much_is_recomputed_is_read_as_on_the_command_line(file: Path, written: str, meant: Any) -> None:
+    file.write_text(NEEDED + f"gradient-checkpointing: {written}\n")
+    assert parse(file).gradient_checkpointing == meant
+    file.write_text(NEEDED)
+    flag = {"true": ["--gradient-checkpointing"], "false": ["--no-gradient-checkpointing"]}
+    read = parse(file, *flag.get(written, ["--gradient-checkpointing", written])).gradient_checkpointing
+    assert (read, type(read)) == (meant, type(meant))
+
+
 @pytest.mark.parametrize("flags_first", [False, True])
 def test_flags_win(file: Path, flags_first: bool) -> None:
     """Also where a flag says the default, where an option may be repeated, and where it excludes another."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.plan.cards import CARDS_GB, card_bytes, gb, parse_size
+from lisa_kernels.plan.cards import CARDS_GB, card_bytes
+from lisa_kernels.sizes import gb, parse_size
 
 SIZES = {
     "16GB": 16_000_000_000,

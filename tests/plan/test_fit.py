@@ -30,6 +30,7 @@ class Run:
     offload_activations: bool = False
     paging: str | None = None
     seq_len: int = 512
+    checkpointed_blocks: int | None = None
 
 
 def need_mib(run: Run) -> int:
@@ -109,6 +110,32 @@ def test_then_active_layers_one_by_one() -> None:
 def test_last_of_all_the_embeddings_freeze() -> None:
     wanted = Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), **FRUGAL)
     assert found(Run(), need_mib(wanted)) == wanted
+
+
+BLOCKS = 32
+
+
+def partly(run: Run) -> int:
+    """Each block that is recomputed spares as much as any other."""
+    if not run.gradient_checkpointing or run.checkpointed_blocks is None:
+        return need_mib(run)
+    none, every = (
+        need_mib(replace(run, gradient_checkpointing=flag, checkpointed_blocks=None)) for flag in (False, True)
+    )
+    return none - (none - every) * run.checkpointed_blocks // BLOCKS
+
+
+@pytest.mark.parametrize(("mib", "count"), [(0, 32), (100, 22), (319, 1), (320, 0), (4000, 0)])
+def test_what_is_left_over_spares_recomputation(mib: int, count: int) -> None:
+    """As few blocks are recomputed as fit; rows and method are what they were found to be."""
+    run: Any = Run(gradient_checkpointing=True)
+    size = CONTEXT_BYTES + (need_mib(run) + mib) * MIB
+    result = fit(run, size, lambda asked: Plan(asked, sizes((1, partly(asked) * MIB))), BLOCKS)  # type: ignore[arg-type]
+    found = result.plan.workload
+    recomputed = BLOCKS if found.checkpointed_blocks is None else found.checkpointed_blocks
+    assert (recomputed if found.gradient_checkpointing else 0) == count
+    assert (found.method, found.batch_size) == (run.method, run.batch_size)
+    assert result.rehearsals <= 8
 
 
 LADDERS: dict[str, tuple[Method, list[Method]]] = {

@@ -14,12 +14,12 @@ import torch
 
 from lisa_kernels import LISA, BAdam, FullFineTune, OwLore, attach
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers import checkpoint_blocks
 from lisa_kernels.methods import Method
 from lisa_kernels.optim import paged
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
-from lisa_kernels.train.models import enable_checkpointing
 
 from .small_runs import METHODS, config, random_batch, real_model, tracked_run, workload
 
@@ -61,12 +61,13 @@ def test_other_models_are_rehearsed(family: str, name: str) -> None:
     "changes",
     [
         {"gradient_checkpointing": False},
+        {"checkpointed_blocks": 1},
         {"accumulate": 3},
         {"keep_logits": True},
         {"max_grad_norm": None},
         {"seq_len": 300, "block_size": 128},
     ],
-    ids=["no-checkpointing", "accumulation", "logits", "no-clipping", "chunked-loss"],
+    ids=["no-checkpointing", "one-block", "accumulation", "logits", "no-clipping", "chunked-loss"],
 )
 def test_every_setting_is_rehearsed(changes: dict[str, object]) -> None:
     """Whatever a run can be told, on the method with most parts."""
@@ -116,7 +117,7 @@ def test_a_run_by_the_public_way_stays_below_the_plan(name: str) -> None:
     """
     given = workload("llama", METHODS[name], seq_len=64)
     model = real_model(given)
-    enable_checkpointing(model)
+    checkpoint_blocks(model)
     optimizer = attach(model, replace(given.method, period=2), max_grad_norm=1.0)  # type: ignore[call-arg]
     tracker = StorageTracker("cpu")
     with tracker, tracker.following(model):
