@@ -81,8 +81,7 @@ class OrderedTables:
     """Has the gradients of tables that train in full added in one order on GPUs, where torch's own has none.
 
     torch adds many tokens of few ids with atomics there, and equal runs would have other bits. Embeddings that return
-    more than their rows, or change their table or its gradient, keep torch's gradient. What is held meanwhile is no
-    more than torch's kernels hold, and as little known to a plan.
+    more than their rows, or change their table or its gradient, keep torch's gradient.
     """
 
     def __init__(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
