@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bench.quality_table import report
 from bench.rows import append_row, read_rows
-from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRAFA, OwLore, attach
+from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore, attach
 from lisa_kernels.methods import Method
 from lisa_kernels.train.models import load_model, load_tokenizer
 from lisa_kernels.train.records import load_records
@@ -88,6 +88,8 @@ CONTESTANTS = (
     Contestant("OWS(2, 10)", _attached(OWS(2, 10)), MIDDLE),
     Contestant("LISA(2, 10)", _attached(LISA(2, 10)), MIDDLE),
     Contestant("GaLore(rank=32, gap=50)", _attached(GaLore(rank=32, gap=50, scale=1.0)), MIDDLE),
+    Contestant("LoRA(rank=16)", _attached(LoRA(rank=16)), HIGH),
+    Contestant('LoRA(rank=16, embeddings="low-rank")', _attached(LoRA(rank=16, embeddings="low-rank")), HIGH),
     Contestant("LoRAFA(rank=32, alpha=64)", _attached(LoRAFA(rank=32, alpha=64.0)), HIGH),
     Contestant("peft LoRA r = 16, all-linear", _peft_lora, HIGH),
     Contestant("BAdam(10)", _attached(BAdam(10)), MIDDLE),

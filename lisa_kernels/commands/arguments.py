@@ -133,7 +133,12 @@ def readers_of(data: str | Sequence[str] | None) -> list[str]:
 def add_method(parser: argparse.ArgumentParser) -> None:
     """Declare what decides the memory of a run besides model, batch and dtype, and what the period follows from."""
     add = parser.add_argument
-    add("--method", default="owlore", help="lisa, ows, owlore, badam, galore, lora, lora-fa or full")
+    add(
+        "--method",
+        default="auto",
+        help="lisa, ows, owlore, badam, galore, lora, lora-fa or full; auto: lora with embedding and head in low rank "
+        "beside it, or owlore where a setting is given that only methods have which draw layers",
+    )
     add(
         "--active-layers",
         type=int,

@@ -44,7 +44,8 @@ INTERRUPTED = 130
 def build_method(options: FineTuneOptions, model: Any) -> Method:
     """Return the method, its default rank and number of layers no more than the model can hold."""
     if options.build_method().form == "adapter":
-        return options.build_method()
+        places = find_linears({"": model}, rank=1)
+        return options.build_method(min((min(linear_shape(place.layer)) for place in places), default=None))
     path, blocks = find_blocks(model)
     places = find_linears({path: model.get_submodule(path)}, rank=1)
     smallest = min((min(linear_shape(place.layer)) for place in places), default=None)

@@ -27,6 +27,8 @@ _FREE = (
     "output", "resume", "overwrite", "save_every", "report_to", "eval_every", "json", "max_checkpoints", "paging",
     "offload_activations", "samples",
 )  # fmt: skip
+# Settings of methods that train some layers at a time, or fold into the weights.
+_OF_LAYERS_THAT_REST = ("active_layers", "period", "scores", "design", "retired_state", "master")
 # What says where and how one start of a run goes, and nothing of the run.
 _OF_ONE_START = ("output", "resume", "overwrite", "json", "device", "taken")
 
@@ -49,7 +51,7 @@ class FineTuneOptions:
     model: str
     data: str | Sequence[str]
     output: Path
-    method: str = "owlore"
+    method: str = AUTO
     active_layers: int | None = None
     period: int | None = None
     rank: int | None = None
@@ -98,6 +100,8 @@ class FineTuneOptions:
         for name in AUTOMATIC:
             if getattr(self, name) == AUTO:
                 object.__setattr__(self, name, None)
+        if self.method == AUTO:
+            self._choose_method()
         for name in ("data", "eval_data"):
             given = getattr(self, name)
             if given is not None and not isinstance(given, str):
@@ -138,6 +142,17 @@ class FineTuneOptions:
         check_paging(self.paging)
         _check_recomputation(self.gradient_checkpointing)
         self.build_method()
+
+    def _choose_method(self) -> None:
+        """Take the method that learns best in the least memory, or one that has the settings which were given.
+
+        What was measured is in bench/README.md: LoRA in all layers, embedding and head in low rank beside it.
+        """
+        draws = any(getattr(self, name) is not None for name in _OF_LAYERS_THAT_REST)
+        draws = draws or self.embeddings in ("always", "sampled")
+        object.__setattr__(self, "method", "owlore" if draws else "lora")
+        if not draws and self.embeddings is None:
+            object.__setattr__(self, "embeddings", "low-rank")
 
     def build_method(self, default_rank: int | None = None, layers: int | None = None) -> Method:
         """Return the method with the settings given; defaults shrink to what a small model holds."""

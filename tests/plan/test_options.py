@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lisa_kernels.cli import main
-from lisa_kernels.methods import LISA, OWS, BAdam, FullFineTune, GaLore, LoRAFA, Method, OwLore
+from lisa_kernels.methods import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, Method, OwLore
 from lisa_kernels.plan.options import finetune_command, workload_of
 from lisa_kernels.plan.rehearsal import Workload
 from lisa_kernels.plan.result import Plan
@@ -42,7 +42,8 @@ def test_what_decides_memory_is_taken_over(config: str) -> None:
 def test_defaults_that_depend_on_the_model_are_settled_on_it(config: str) -> None:
     """Three layers whose smallest side is 64 hold 3 active ones and rank 16; small models keep their activations."""
     workload = workload_of(options(config))
-    assert workload.method == OwLore(active_layers=3, rank=16)
+    assert workload.method == LoRA(embeddings="low-rank")
+    assert workload_of(options(config, method="owlore")).method == OwLore(active_layers=3, rank=16)
     assert not workload.gradient_checkpointing
     assert workload_of(options(config, gradient_checkpointing=True)).gradient_checkpointing
 

@@ -28,9 +28,9 @@ def arguments(data: Path, output: Path, *more: str, method: str = "lisa") -> lis
     flags = ["--model", "preset:tiny", "--data", str(data), "--output", str(output), "--method", method, "--lr", "3e-3"]
     flags += ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--dtype", "fp32", "--eval-fraction", "0.1"]
     flags += ["--samples", "0", "--calibration-rows", "8"]
-    if method not in ("full", "galore", "lora-fa"):
+    if method not in ("full", "galore", "lora", "lora-fa"):
         flags += ["--period", "2"]
-    if method in ("owlore", "galore", "lora-fa"):
+    if method in ("owlore", "galore", "lora", "lora-fa"):
         flags += ["--rank", "16"]
     return ["finetune", *flags, *more]
 

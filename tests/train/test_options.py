@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lisa_kernels import InputError, LoRAFA, OwLore
+from lisa_kernels import InputError, LoRA, LoRAFA, OwLore
+from lisa_kernels.methods import Method
 from lisa_kernels.train.options import FineTuneOptions
 
 
@@ -31,10 +32,11 @@ def test_only_what_is_given_replaces_the_methods_defaults() -> None:
 
 
 def test_default_rank_and_layers_shrink_to_the_model_but_given_ones_do_not() -> None:
-    method = _options().build_method(default_rank=8, layers=3)
+    method = _options(method="owlore").build_method(default_rank=8, layers=3)
     assert (method.get("rank", 0), method.get("active_layers", 0)) == (8, 3)
     method = _options(rank=64, active_layers=4).build_method(default_rank=8, layers=3)
     assert (method.get("rank", 0), method.get("active_layers", 0)) == (64, 4)
+    assert _options().build_method(default_rank=8) == LoRA(rank=8, embeddings="low-rank")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_a_name_left_empty_and_targets_of_another_method_are_refused() -> None:
     with pytest.raises(InputError, match="targets"):
         _options(method="lora-fa", targets="q_proj,")
     with pytest.raises(InputError, match="'owlore' has no setting 'targets'"):
-        _options(targets="q_proj")
+        _options(method="owlore", targets="q_proj")
 
 
 def test_where_state_rests_is_told_by_names() -> None:
@@ -67,6 +69,27 @@ def test_where_state_rests_is_told_by_names() -> None:
     ]:  # fmt: skip
         with pytest.raises(InputError, match=words):
             _options(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({}, LoRA(embeddings="low-rank")),
+        ({"rank": 8, "targets": "q_proj"}, LoRA(rank=8, targets="q_proj", embeddings="low-rank")),
+        ({"embeddings": "frozen"}, LoRA()),
+        ({"method": "lora"}, LoRA()),
+        ({"active_layers": 3}, OwLore(3)),
+        ({"scores": "uniform", "rank": 8}, OwLore(rank=8, scores="uniform")),
+        ({"embeddings": "always"}, OwLore(embeddings="always")),
+    ],
+)
+def test_the_method_follows_where_it_is_not_given(given: dict[str, Any], taken: Method) -> None:
+    """And a run that is repeated from what was recorded takes the same."""
+    options = _options(**given)
+    assert options.build_method() == taken
+    again = FineTuneOptions(**{**options.recorded(), "output": Path("out")})
+    assert again.build_method() == taken
+    assert (again.method, again.embeddings) == (options.method, options.embeddings)
 
 
 def test_auto_is_what_is_not_given() -> None:
