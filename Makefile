@@ -53,8 +53,7 @@ demo: $(DEMO_STAMP)  ## fine-tune SmolLM2-135M on questions about Python: loss a
 
 demo-pretrained: $(DEMO_STAMP)
 	$(BIN)/lisa-kernels finetune --model sample:smollm2-135m --data stdlib:questions --eval-fraction 0.01 \
-		--method galore --rank 32 --embeddings frozen --lr 5e-4 --lr-schedule cosine --warmup-steps 3 --steps 60 \
-		--batch-size 1 --seq-len 256 --output $(RUNS)/smollm2 --overwrite
+		--lr-schedule cosine --steps 60 --batch-size 1 --seq-len 256 --output $(RUNS)/smollm2 --overwrite
 
 demo-random: $(DEMO_STAMP)
 	$(BIN)/lisa-kernels finetune --model preset:tiny --data stdlib:code --max-data-bytes 3000000 \

@@ -31,15 +31,20 @@ def forward(
     projected = matmul(x, basis.t().to(x.dtype))
     y = linear(x, weight, bias)
     if not slot_is_zero:
-        y = y + (scale * (projected.to(slot.dtype) @ slot)).to(y.dtype)
+        # The scale goes where there are r numbers a token, not m.
+        y += (_scaled(projected.to(slot.dtype), scale) @ slot).to(y.dtype)
     return y, projected
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
+    return values if scale == 1.0 else values * scale
 
 
 def input_gradient(dy: Tensor, weight: Tensor, slot: Tensor | None, basis: Tensor | None, scale: float) -> Tensor:
     """Return dX [..., n]; `slot` and `basis` are None where the slot is zero."""
     dx = matmul(dy, weight)
     if slot is not None and basis is not None:
-        dx = dx + (scale * matmul(matmul(dy, slot.t().to(dy.dtype)), basis.to(dy.dtype))).to(dx.dtype)
+        dx += matmul(_scaled(matmul(dy, slot.t().to(dy.dtype)), scale), basis.to(dy.dtype))
     return dx
 
 
