@@ -1,0 +1,147 @@
+"""How well each method fine-tunes a real pretrained model at equal tokens, and what that costs.
+
+SmolLM2-135M-Instruct learns a task of `bench.pretrained_tasks`, a packed row a step; held-out answers are asked before,
+after, and some of them on the way. The learning rate of each method is the best of its own grid on a seed that is not
+counted among the others. Each run is a row; rows that exist are not run again, so that a table may grow over many
+evenings.
+
+    python -m bench.pretrained --data FOLDER                         # every method, task gsm8k
+    python -m bench.pretrained --data FOLDER --only LoRA --rate 2e-3 --seed 1   # these alone; processes share the rows
+    python -m bench.pretrained --report                              # only the table, also into bench/README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.pretrained_contestants import CONTESTANTS, Contestant
+from bench.pretrained_table import report
+from bench.pretrained_tasks import BASE, Size, Task, read_task
+from bench.rows import append_row, read_rows
+from lisa_kernels.train.models import load_model
+
+ROWS = "pretrained"
+GRID_SEED, SEEDS = 100, (0, 1, 2)
+WARM_UP = 0.05
+# One step in so many is counted in operations.
+COUNTED_EVERY = 10
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step: up in 5 % of the steps, then down by half a cosine."""
+    warm = max(1, round(steps * WARM_UP))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def run(
+    contestant: Contestant, lr: float, seed: int, task: Task, size: Size, base: str = BASE
+) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune the base once; returns the row."""
+    model = load_model(base, torch.float32, 0)
+    model.config.use_cache = False
+    calibration = [batch for batch, _ in zip(task.batches(seed), range(16))]
+    optimizer = contestant.start(model, lr, seed, calibration)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, size.steps))
+    batches, cpu, wall, operations, curve = task.batches(seed), 0.0, 0.0, 0, []
+    for step in range(size.steps if lr else 0):
+        begin = time.process_time(), time.perf_counter()
+        operations += _step(model.train(), optimizer, next(batches), step % COUNTED_EVERY == COUNTED_EVERY // 2)
+        schedule.step()
+        cpu, wall = cpu + time.process_time() - begin[0], wall + time.perf_counter() - begin[1]
+        done = step + 1
+        if size.curve_every and done % size.curve_every == 0 and done < size.steps:
+            curve.append([done, round(cpu, 2), round(task.answer_loss(model, size.curve_rows)[0], 5)])
+    counted = max(1, len(range(COUNTED_EVERY // 2, size.steps, COUNTED_EVERY)))
+    return {
+        "task": task.name, "contestant": contestant.name, "lr": lr, "seed": seed, **size.key(),
+        **task.outcome(model), "curve": curve, "cpu_seconds": cpu, "wall_seconds": wall,
+        "operations_a_step": operations // counted,
+    }  # fmt: skip
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], counted: bool) -> int:
+    """Take one step; returns its floating-point operations where they are counted, else 0."""
+    counter = FlopCounterMode(display=False)
+    with counter if counted else torch.enable_grad():
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return int(counter.get_total_flops()) if counted else 0
+
+
+def measure(
+    contestant: Contestant, rates: tuple[float, ...], seeds: tuple[int, ...], task: Callable[[], Task], size: Size,
+    name: str,
+) -> None:  # fmt: skip
+    """Run what is missing of one contestant."""
+    for seed in seeds:
+        for lr in rates:
+            if find_row(name, contestant.name, lr, seed, size) is None:
+                row = run(contestant, lr, seed, task(), size)
+                append_row(ROWS, row)
+                print(
+                    f"{contestant.name}: lr {lr:g}, seed {seed}: {row['answer_loss']:.4f}, known "
+                    f"{row['known_loss']:.4f} ({row['cpu_seconds']:.0f} CPU s) {row['curve']}",
+                    flush=True,
+                )
+
+
+def find_row(task: str, contestant: str, lr: float, seed: int, size: Size) -> dict[str, Any] | None:
+    """Return the row of one run, or None."""
+    wanted = {"task": task, "contestant": contestant, "seed": seed, **size.key()}
+    for row in read_rows(ROWS):
+        if all(row[key] == value for key, value in wanted.items()) and abs(row["lr"] - lr) <= 1e-6 * lr:
+            return row
+    return None
+
+
+def tuned_rates(contestant: Contestant, task: str, size: Size) -> tuple[float, ...]:
+    """Return the rate that was best on the grid's seed, once each of the contestant's own was run; else none."""
+    rows = [find_row(task, contestant.name, lr, GRID_SEED, size) for lr in contestant.rates]
+    found = [row for row in rows if row is not None]
+    return (min(found, key=lambda row: row["answer_loss"])["lr"],) if len(found) == len(rows) else ()
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the tasks' files, see bench.pretrained_tasks")
+    parser.add_argument("--task", default="gsm8k", choices=["gsm8k", "commonsense", "alpaca"])
+    parser.add_argument("--only", action="append", help="only contestants whose name holds this")
+    parser.add_argument("--rate", action="append", type=float, help="learning rates in place of the contestant's own")
+    parser.add_argument("--seed", action="append", type=int, help="seeds in place of a grid and then 0, 1 and 2")
+    parser.add_argument("--steps", type=int, default=Size.steps, help="steps of a run (default: %(default)s)")
+    parser.add_argument("--curve-every", type=int, default=Size.curve_every, help="steps between looks at the loss")
+    parser.add_argument("--report", action="store_true", help="only print the table from the rows that exist")
+    given = parser.parse_args()
+    size = Size(steps=given.steps, curve_every=given.curve_every)
+    if not given.report and given.data is None:
+        parser.error("--data is missing: the folder with the tasks' files")
+    task = functools.cache(lambda: read_task(given.task, given.data, size))
+    for contestant in () if given.report else CONTESTANTS:
+        if given.only and not any(part in contestant.name for part in given.only):
+            continue
+        rates = tuple(given.rate or contestant.rates)
+        if given.seed:
+            measure(contestant, rates, tuple(given.seed), task, size, given.task)
+            continue
+        measure(contestant, rates, (GRID_SEED,), task, size, given.task)
+        measure(contestant, given.rate or tuned_rates(contestant, given.task, size), SEEDS, task, size, given.task)
+    report(given.task, [contestant.name for contestant in CONTESTANTS], SEEDS, size)
+
+
+if __name__ == "__main__":
+    main()

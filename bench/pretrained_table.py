@@ -1,0 +1,72 @@
+"""The table of `bench/results/pretrained.jsonl`, printed and written into bench/README.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from bench.pretrained_tasks import Size
+from bench.readme import markdown, put
+from bench.rows import read_rows
+
+FULL, BEFORE = "full fine-tuning, torch AdamW fp32", "before training"
+Row = dict[str, Any]
+
+
+def counted_rows(rows: list[Row], name: str, seeds: Sequence[int]) -> list[Row]:
+    """Return the rows of one contestant's counted seeds, all at the rate of which most of them are there."""
+    mine = [row for row in rows if row["contestant"] == name and row["seed"] in seeds]
+    if not mine:
+        return []
+    rate = statistics.mode(row["lr"] for row in mine)
+    return list({row["seed"]: row for row in mine if row["lr"] == rate}.values())
+
+
+def paired(rows: Sequence[Row], others: Sequence[Row]) -> tuple[float, float] | None:
+    """Return mean and standard deviation over seeds of loss / other's loss − 1, on the same rows in the same order."""
+    by_seed = {row["seed"]: row["answer_loss"] for row in others}
+    apart = [row["answer_loss"] / by_seed[row["seed"]] - 1 for row in rows if row["seed"] in by_seed]
+    if not apart:
+        return None
+    return statistics.mean(apart), statistics.stdev(apart) if len(apart) > 1 else float("nan")
+
+
+def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
+    """Return the Markdown table, best mean first."""
+    full, lines = counted_rows(rows, FULL, seeds), []
+    for name in (BEFORE, *names):
+        mine = counted_rows(rows, name, seeds)
+        if not mine:
+            continue
+        mean = statistics.mean(row["answer_loss"] for row in mine)
+        against = paired(mine, full) if name not in (FULL, BEFORE) else None
+        known = [row["known_loss"] for row in mine if row.get("known_loss") is not None]
+        cost = statistics.median(row["cpu_seconds"] for row in mine) if name != BEFORE else None
+        lines.append((mean, [
+            name, f"{mean:.4f}", "" if against is None else f"{against[0]:+.1%} ± {against[1]:.1%}",
+            f"{len(mine)}" if name != BEFORE else "", f"{mine[0]['lr']:g}" if name != BEFORE else "",
+            f"{statistics.mean(known):.3f}" if known else "-",
+            f"{mine[0]['operations_a_step'] / 1e9:.0f}" if name != BEFORE else "", "" if cost is None else f"{cost:.0f}",
+            *([f"{statistics.mean(row_accuracy(row) for row in mine):.1%}"] if "accuracies" in mine[0] else []),
+        ]))  # fmt: skip
+    head = [
+        "method", "answer loss", "against full fine-tuning", "seeds", "rate", "loss of what it knew", "GFLOP a step",
+        "CPU s", *(["accuracy"] if rows and "accuracies" in rows[-1] else []),
+    ]  # fmt: skip
+    return markdown(head, [line for _, line in sorted(lines)])
+
+
+def row_accuracy(row: Row) -> float:
+    """Return the mean accuracy of a row's test sets."""
+    return statistics.mean(row["accuracies"].values())
+
+
+def report(task: str, names: Sequence[str], seeds: Sequence[int], size: Size) -> None:
+    """Print the table of one task and put it between the markers of bench/README.md, if they are there."""
+    alike = [
+        row for row in read_rows("pretrained") if row["task"] == task and size.key().items() <= row.items()
+    ]  # fmt: skip
+    text = table(alike, names, seeds)
+    print(text)
+    put(f"pretrained {task}", text)
