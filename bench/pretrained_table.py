@@ -40,26 +40,32 @@ def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
         if not mine:
             continue
         mean = statistics.mean(row["answer_loss"] for row in mine)
-        against = paired(mine, full) if name not in (FULL, BEFORE) else None
         known = [row["known_loss"] for row in mine if row.get("known_loss") is not None]
-        cost = statistics.median(row["cpu_seconds"] for row in mine) if name != BEFORE else None
+        right = [row_accuracy(row) for row in mine if "accuracies" in row]
         lines.append((mean, [
-            name, f"{mean:.4f}", "" if against is None else f"{against[0]:+.1%} ± {against[1]:.1%}",
-            f"{len(mine)}" if name != BEFORE else "", f"{mine[0]['lr']:g}" if name != BEFORE else "",
-            f"{statistics.mean(known):.3f}" if known else "-",
-            f"{mine[0]['operations_a_step'] / 1e9:.0f}" if name != BEFORE else "", "" if cost is None else f"{cost:.0f}",
-            *([f"{statistics.mean(row_accuracy(row) for row in mine):.1%}"] if "accuracies" in mine[0] else []),
+            name, f"{mean:.4f}", *(["", "", "", "", ""] if name == BEFORE else _effort(mine, full)),
+            f"{statistics.mean(known):.3f}" if known else "-", *([f"{statistics.mean(right):.1%}"] if right else []),
         ]))  # fmt: skip
     head = [
-        "method", "answer loss", "against full fine-tuning", "seeds", "rate", "loss of what it knew", "GFLOP a step",
-        "CPU s", *(["accuracy"] if rows and "accuracies" in rows[-1] else []),
+        "method", "answer loss", "against full fine-tuning", "seeds", "rate", "GFLOP a step", "CPU s a step",
+        "loss of what it knew", *(["accuracy"] if rows and "accuracies" in rows[-1] else []),
     ]  # fmt: skip
     return markdown(head, [line for _, line in sorted(lines)])
 
 
+def _effort(mine: Sequence[Row], full: Sequence[Row]) -> list[str]:
+    """Return the cells of one trained contestant between its loss and what it knew."""
+    against = paired(mine, full) if mine[0]["contestant"] != FULL else None
+    seconds = statistics.median(row["cpu_seconds"] / row["steps"] for row in mine)
+    return [
+        "" if against is None else f"{against[0]:+.1%} ± {against[1]:.1%}", f"{len(mine)}", f"{mine[0]['lr']:g}",
+        f"{mine[0]['operations_a_step'] / 1e9:.0f}", f"{seconds:.1f}",
+    ]  # fmt: skip
+
+
 def row_accuracy(row: Row) -> float:
     """Return the mean accuracy of a row's test sets."""
-    return statistics.mean(row["accuracies"].values())
+    return float(statistics.mean(row["accuracies"].values()))
 
 
 def report(task: str, names: Sequence[str], seeds: Sequence[int], size: Size) -> None:

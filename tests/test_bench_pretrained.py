@@ -1,0 +1,89 @@
+"""The comparison on a pretrained model: a row of a real run, what is run and what is not, the table's figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import pretrained, rows
+from bench.pretrained_contestants import CONTESTANTS, Contestant
+from bench.pretrained_table import BEFORE, FULL, paired, table
+from bench.pretrained_tasks import Size, Task, spread
+from lisa_kernels.evaluate.likelihood import Scored
+from lisa_kernels.train.tokenize import TokenizedData
+
+SIZE = Size(steps=12, step_tokens=8, test_rows=2, curve_rows=1, curve_every=4)
+ASKED = [Scored((5, 6, 7, 8), (2, 3)), Scored((9, 8, 7), (1, 2))]
+
+
+def task() -> Task:
+    ids = torch.arange(3, 11)
+    return Task("counting", TokenizedData([{"input_ids": ids, "labels": ids.clone()}]), ASKED, ASKED[:1], 0)
+
+
+def row(contestant: str, seed: int, loss: float, lr: float = 1e-3, **others: Any) -> dict[str, Any]:
+    return {
+        "task": "counting", "contestant": contestant, "lr": lr, "seed": seed, **SIZE.key(), "answer_loss": loss,
+        "known_loss": 3.0, "cpu_seconds": 6.0, "operations_a_step": 2_000_000_000, **others,
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    return tmp_path / "pretrained.jsonl"
+
+
+@pytest.mark.parametrize("name", [FULL, 'LoRA(rank=16, embeddings="low-rank")'])
+def test_a_run_learns_and_says_what_it_cost(name: str) -> None:
+    contestant = next(each for each in CONTESTANTS if each.name == name)
+    before = pretrained.run(contestant, 0.0, 0, task(), SIZE, base="preset:tiny")
+    after = pretrained.run(contestant, 1e-3, 0, task(), SIZE, base="preset:tiny")
+    assert after["answer_loss"] < before["answer_loss"]
+    assert sum(after["nats"]) == pytest.approx(4 * after["answer_loss"], abs=0.01)
+    assert [at for at, _, _ in after["curve"]] == [4, 8]
+    assert after["operations_a_step"] > 1e6 > before["operations_a_step"]
+    assert after.keys() >= {*SIZE.key(), "known_loss", "cpu_seconds"}
+
+
+def test_rows_that_exist_are_not_run_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the grid on a seed that is not counted, then the counted seeds at its best rate."""
+    ran: list[tuple[float, int]] = []
+
+    def run(contestant: Contestant, lr: float, seed: int, task: Task, size: Size) -> dict[str, Any]:
+        ran.append((lr, seed))
+        return {**row(contestant.name, seed, loss=abs(lr - 2e-3)), "lr": lr, "curve": []}
+
+    monkeypatch.setattr(pretrained, "run", run)
+    contestant = Contestant("one", CONTESTANTS[0].start, (1e-3, 2e-3))
+    assert pretrained.tuned_rates(contestant, "counting", SIZE) == ()
+    for _ in range(2):
+        pretrained.measure(contestant, contestant.rates, (pretrained.GRID_SEED,), task, SIZE, "counting")
+    assert ran == [(1e-3, pretrained.GRID_SEED), (2e-3, pretrained.GRID_SEED)]
+    assert pretrained.tuned_rates(contestant, "counting", SIZE) == (2e-3,)
+    assert len(results.read_text().splitlines()) == 2
+    assert json.loads(results.read_text().splitlines()[0])["commit"]
+
+
+def test_the_table_compares_seed_by_seed() -> None:
+    """Each with full fine-tuning of its own seed; the seed of the grid does not count, nor do other rates."""
+    found = [
+        *[row(FULL, seed, loss) for seed, loss in enumerate((1.0, 2.0))],
+        *[row("ours", seed, loss) for seed, loss in enumerate((0.9, 1.9))],
+        row("ours", 2, 0.5, lr=9e-3), row("ours", 100, 0.1), row(BEFORE, 0, 4.0, lr=0.0),
+    ]  # fmt: skip
+    text = table(found, [FULL, "ours"], (0, 1, 2))
+    first, second, last = text.splitlines()[2:]
+    assert first.startswith("| ours | 1.4000 | -7.5% ± 3.5% | 2 | 0.001 | 2 | 0.5 | 3.000 |")
+    assert second.startswith(f"| {FULL} | 1.5000 |")
+    assert last.startswith(f"| {BEFORE} | 4.0000 |")
+    assert paired(found[2:4], found[:2]) == pytest.approx((-0.075, 0.0353553), rel=1e-4)
+
+
+def test_rows_are_spread_over_all() -> None:
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert spread([1, 2], 5) == [1, 2]
