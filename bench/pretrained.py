@@ -63,10 +63,13 @@ def run(
         done = step + 1
         if size.curve_every and done % size.curve_every == 0 and done < size.steps:
             curve.append([done, round(cpu, 2), round(task.answer_loss(model, size.curve_rows)[0], 5)])
+    outcome = task.outcome(model)
+    if curve:
+        curve.append([size.steps, round(cpu, 2), round(task.loss_of_some(outcome["nats"], size.curve_rows), 5)])
     counted = max(1, len(range(COUNTED_EVERY // 2, size.steps, COUNTED_EVERY)))
     return {
         "task": task.name, "contestant": contestant.name, "lr": lr, "seed": seed, **size.key(),
-        **task.outcome(model), "curve": curve, "cpu_seconds": cpu, "wall_seconds": wall,
+        **outcome, "curve": curve, "cpu_seconds": cpu, "wall_seconds": wall,
         "operations_a_step": operations // counted,
     }  # fmt: skip
 

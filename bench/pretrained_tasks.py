@@ -79,6 +79,11 @@ class Task:
         """Return nats a token over `rows` answers spread over all that are asked, and the nats of each answer."""
         return _loss(model, spread(self.asked, rows or len(self.asked)), self.pad)
 
+    def loss_of_some(self, nats: list[float], rows: int) -> float:
+        """Return nats a token over `rows` of all answers, from the nats of each."""
+        chosen = spread(list(zip(nats, self.asked)), rows)
+        return float(sum(value for value, _ in chosen) / sum(len(row.places) for _, row in chosen))
+
     def outcome(self, model: nn.Module) -> dict[str, Any]:
         """Return what a trained model answers, as figures of a row."""
         loss, nats = self.answer_loss(model)

@@ -45,7 +45,8 @@ def test_a_run_learns_and_says_what_it_cost(name: str) -> None:
     after = pretrained.run(contestant, 1e-3, 0, task(), SIZE, base="preset:tiny")
     assert after["answer_loss"] < before["answer_loss"]
     assert sum(after["nats"]) == pytest.approx(4 * after["answer_loss"], abs=0.01)
-    assert [at for at, _, _ in after["curve"]] == [4, 8]
+    assert [at for at, _, _ in after["curve"]] == [4, 8, 12]
+    assert after["curve"][-1][2] == pytest.approx(after["nats"][0] / 2, abs=1e-3)
     assert after["operations_a_step"] > 1e6 > before["operations_a_step"]
     assert after.keys() >= {*SIZE.key(), "known_loss", "cpu_seconds"}
 
