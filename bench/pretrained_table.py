@@ -10,7 +10,7 @@ from bench.pretrained_tasks import Size
 from bench.readme import markdown, put
 from bench.rows import read_rows
 
-FULL, BEFORE = "full fine-tuning, torch AdamW fp32", "before training"
+FULL, BEFORE, PEER = "full fine-tuning, torch AdamW fp32", "before training", "peft LoRA r = 16"
 Row = dict[str, Any]
 
 
@@ -32,9 +32,26 @@ def paired(rows: Sequence[Row], others: Sequence[Row]) -> tuple[float, float] | 
     return statistics.mean(apart), statistics.stdev(apart) if len(apart) > 1 else float("nan")
 
 
+def time_to_quality(rows: Sequence[Row], peers: Sequence[Row]) -> float | None:
+    """Return the median over seeds of the seconds to a peer's last loss, in those that the peer took; None: never.
+
+    Both losses are of the answers that are asked on the way; a curve is read at its points, from above.
+    """
+    by_seed = {row["seed"]: row["curve"] for row in peers if row["curve"]}
+    found = []
+    for row in rows:
+        if row["seed"] not in by_seed:
+            continue
+        _, whole, wanted = by_seed[row["seed"]][-1]
+        reached = [seconds for _, seconds, loss in row["curve"] if loss <= wanted]
+        found.append(reached[0] / whole if reached else float("inf"))
+    middle = statistics.median(found) if found else float("inf")
+    return None if middle == float("inf") else float(middle)
+
+
 def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
     """Return the Markdown table, best mean first."""
-    full, lines = counted_rows(rows, FULL, seeds), []
+    full, peers, lines = counted_rows(rows, FULL, seeds), counted_rows(rows, PEER, seeds), []
     for name in (BEFORE, *names):
         mine = counted_rows(rows, name, seeds)
         if not mine:
@@ -43,23 +60,25 @@ def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
         known = [row["known_loss"] for row in mine if row.get("known_loss") is not None]
         right = [row_accuracy(row) for row in mine if "accuracies" in row]
         lines.append((mean, [
-            name, f"{mean:.4f}", *(["", "", "", "", ""] if name == BEFORE else _effort(mine, full)),
+            name, f"{mean:.4f}", *([""] * 6 if name == BEFORE else _effort(mine, full, peers)),
             f"{statistics.mean(known):.3f}" if known else "-", *([f"{statistics.mean(right):.1%}"] if right else []),
         ]))  # fmt: skip
     head = [
         "method", "answer loss", "against full fine-tuning", "seeds", "rate", "GFLOP a step", "CPU s a step",
+        "time to LoRA's loss",
         "loss of what it knew", *(["accuracy"] if rows and "accuracies" in rows[-1] else []),
     ]  # fmt: skip
     return markdown(head, [line for _, line in sorted(lines)])
 
 
-def _effort(mine: Sequence[Row], full: Sequence[Row]) -> list[str]:
+def _effort(mine: Sequence[Row], full: Sequence[Row], peers: Sequence[Row]) -> list[str]:
     """Return the cells of one trained contestant between its loss and what it knew."""
     against = paired(mine, full) if mine[0]["contestant"] != FULL else None
     seconds = statistics.median(row["cpu_seconds"] / row["steps"] for row in mine)
+    sooner = time_to_quality(mine, peers)
     return [
         "" if against is None else f"{against[0]:+.1%} ± {against[1]:.1%}", f"{len(mine)}", f"{mine[0]['lr']:g}",
-        f"{mine[0]['operations_a_step'] / 1e9:.0f}", f"{seconds:.1f}",
+        f"{mine[0]['operations_a_step'] / 1e9:.0f}", f"{seconds:.1f}", "-" if sooner is None else f"{sooner:.2f}×",
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench import pretrained, rows
 from bench.pretrained_contestants import CONTESTANTS, Contestant
-from bench.pretrained_table import BEFORE, FULL, paired, table
+from bench.pretrained_table import BEFORE, FULL, paired, table, time_to_quality
 from bench.pretrained_tasks import Size, Task, spread
 from lisa_kernels.evaluate.likelihood import Scored
 from lisa_kernels.train.tokenize import TokenizedData
@@ -28,7 +28,7 @@ def task() -> Task:
 def row(contestant: str, seed: int, loss: float, lr: float = 1e-3, **others: Any) -> dict[str, Any]:
     return {
         "task": "counting", "contestant": contestant, "lr": lr, "seed": seed, **SIZE.key(), "answer_loss": loss,
-        "known_loss": 3.0, "cpu_seconds": 6.0, "operations_a_step": 2_000_000_000, **others,
+        "known_loss": 3.0, "cpu_seconds": 6.0, "curve": [], "operations_a_step": 2_000_000_000, **others,
     }  # fmt: skip
 
 
@@ -79,10 +79,21 @@ def test_the_table_compares_seed_by_seed() -> None:
     ]  # fmt: skip
     text = table(found, [FULL, "ours"], (0, 1, 2))
     first, second, last = text.splitlines()[2:]
-    assert first.startswith("| ours | 1.4000 | -7.5% ± 3.5% | 2 | 0.001 | 2 | 0.5 | 3.000 |")
+    assert first.startswith("| ours | 1.4000 | -7.5% ± 3.5% | 2 | 0.001 | 2 | 0.5 | - | 3.000 |")
     assert second.startswith(f"| {FULL} | 1.5000 |")
     assert last.startswith(f"| {BEFORE} | 4.0000 |")
     assert paired(found[2:4], found[:2]) == pytest.approx((-0.075, 0.0353553), rel=1e-4)
+
+
+def test_time_to_quality_is_read_from_the_curves() -> None:
+    """Of each seed beside the peer of that seed; a method that never gets there has none."""
+    peers = [row("peer", seed, 0.8, curve=[[4, 10.0, 1.0], [8, 20.0, 0.8]]) for seed in (0, 1)]
+    fast = row("fast", 0, 0.7, curve=[[4, 8.0, 0.9], [8, 15.0, 0.8], [12, 22.0, 0.7]])
+    slow = row("slow", 1, 0.9, curve=[[4, 8.0, 0.9], [8, 15.0, 0.85]])
+    assert time_to_quality([fast], peers) == 0.75
+    assert time_to_quality(peers, peers) == 1.0
+    assert time_to_quality([slow], peers) is None
+    assert time_to_quality([row("elsewhere", 7, 0.7, curve=fast["curve"])], peers) is None
 
 
 def test_rows_are_spread_over_all() -> None:
