@@ -127,8 +127,9 @@ $(DEVICE)/.library: $(wildcard csrc/*) | device-env
 	$(CUDA_ENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(DEVICE)/library .
 	touch $@
 
-quality: $(STAMP)  ## run the comparison of all methods (about an hour on two cores; goes on where it stopped)
+quality: $(STAMP)  ## run the comparisons of all methods (hours; goes on where it stopped); DATA=FOLDER: on a pretrained model too
 	$(BIN)/python -m bench.quality
+	$(if $(DATA),$(BIN)/python -m bench.pretrained --data $(DATA))
 
 clean:  ## delete .venv, builds and runs
 	rm -rf $(VENV) build dist runs

@@ -28,7 +28,7 @@ from bench.memory_runs import PEERS, Peer, measured, measured_peer, planned_peer
 from bench.plots import check_picture, parts_of, plot_memory
 from bench.rows import append_row
 from bench.step_contestants import reason_of
-from lisa_kernels import LISA, BAdam, FullFineTune, GaLore, LoRAFA, OwLore
+from lisa_kernels import LISA, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore
 from lisa_kernels.errors import unknown_name
 from lisa_kernels.methods import Method
 from lisa_kernels.plan.rehearsal import Workload, rehearse
@@ -51,7 +51,9 @@ def _methods(rank: int) -> dict[str, tuple[str, Method]]:
         "lisa-frozen": ("LISA, embeddings frozen", LISA(embeddings="frozen")),
         "lisa": ("LISA, embeddings always", LISA()),
         "badam-ours": ("BAdam()", BAdam()),
+        "lora": ("LoRA(rank=16), embeddings low-rank", LoRA(rank=16, embeddings="low-rank")),
         "lora-fa": ("LoRAFA()", LoRAFA()),
+        "galore-32": ("GaLore(rank=32), embeddings low-rank", GaLore(rank=32, embeddings="low-rank")),
         "galore": ("GaLore()", GaLore(rank=rank)),
         "full": ("FullFineTune()", FullFineTune()),
     }

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.choice_table import README, choice_table
 from bench.pretrained_contestants import CONTESTANTS, Contestant
 from bench.pretrained_table import report
 from bench.pretrained_tasks import BASE, Size, Task, read_task
+from bench.readme import put
 from bench.rows import append_row, read_rows
 from lisa_kernels.train.models import load_model
 
@@ -144,6 +146,7 @@ def main() -> None:
         measure(contestant, rates, (GRID_SEED,), task, size, given.task)
         measure(contestant, given.rate or tuned_rates(contestant, given.task, size), SEEDS, task, size, given.task)
     report(given.task, [contestant.name for contestant in CONTESTANTS], SEEDS, size)
+    put("choice", choice_table(), README)
 
 
 if __name__ == "__main__":

@@ -66,19 +66,19 @@ def peft_lora(name: str, *rates: float, **settings: Any) -> Contestant:
 
 CONTESTANTS = (
     Contestant("before training", _as_it_is, (0.0,)),
-    Contestant("full fine-tuning, torch AdamW fp32", _torch_adamw, (2e-4,)),
-    peft_lora("peft LoRA r = 16", 2e-3, 4e-3, r=16, lora_alpha=32),
+    Contestant("full fine-tuning, torch AdamW fp32", _torch_adamw, (5e-5, 1e-4, 2e-4)),
+    peft_lora("peft LoRA r = 16", 5e-4, 1e-3, 2e-3, 4e-3, r=16, lora_alpha=32),
     peft_lora("peft LoRA r = 64", 1e-3, 2e-3, r=64, lora_alpha=128),
     peft_lora("peft rsLoRA r = 64", 5e-4, 1e-3, r=64, lora_alpha=32, use_rslora=True),
     peft_lora("peft DoRA r = 16", 2e-3, r=16, lora_alpha=32, use_dora=True),
-    ours("LoRA(rank=16)", LoRA(rank=16), 2e-3),
-    ours('LoRA(rank=16, embeddings="low-rank")', LoRA(rank=16, embeddings="low-rank"), 2e-3),
+    ours("LoRA(rank=16)", LoRA(rank=16), 1e-3),
+    ours('LoRA(rank=16, embeddings="low-rank")', LoRA(rank=16, embeddings="low-rank"), 5e-4, 1e-3),
     ours(
-        'GaLore(rank=32, embeddings="low-rank")', GaLore(rank=32, scale=1.0, embeddings="low-rank"), 5e-4, 1e-3
+        'GaLore(rank=32, embeddings="low-rank")', GaLore(rank=32, scale=1.0, embeddings="low-rank"), 2.5e-4, 5e-4
     ),
     ours('GaLore(rank=32, embeddings="frozen")', GaLore(rank=32, scale=1.0, embeddings="frozen"), 5e-4),
     ours('GaLore(rank=8, embeddings="low-rank")', GaLore(rank=8, scale=1.0, embeddings="low-rank"), 7e-4),
-    ours("OwLore(5, period=5, rank=128)", OwLore(5, 5, rank=128), 1e-3),
+    ours("OwLore(5, period=5, rank=128)", OwLore(5, 5, rank=128), 5e-4, 1e-3),
     ours("OwLore(10, period=6, rank=32)", OwLore(10, 6, rank=32), 1e-3),
     ours("OwLore(5, period=50, rank=128), as published", OwLore(5, 50, rank=128, embeddings="always"), 1e-3),
     ours("LISA(2, period=6)", LISA(2, 6), 5e-4),

@@ -15,8 +15,11 @@ Row = dict[str, Any]
 
 
 def counted_rows(rows: list[Row], name: str, seeds: Sequence[int]) -> list[Row]:
-    """Return the rows of one contestant's counted seeds, all at the rate of which most of them are there."""
-    mine = [row for row in rows if row["contestant"] == name and row["seed"] in seeds]
+    """Return the rows of one contestant's counted seeds, all at the rate of which most of them are there.
+
+    Before training every seed is the same.
+    """
+    mine = [row for row in rows if row["contestant"] == name and (row["seed"] in seeds or name == BEFORE)]
     if not mine:
         return []
     rate = statistics.mode(row["lr"] for row in mine)
@@ -52,7 +55,7 @@ def time_to_quality(rows: Sequence[Row], peers: Sequence[Row]) -> float | None:
 def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
     """Return the Markdown table, best mean first."""
     full, peers, lines = counted_rows(rows, FULL, seeds), counted_rows(rows, PEER, seeds), []
-    for name in (BEFORE, *names):
+    for name in dict.fromkeys((BEFORE, *names)):
         mine = counted_rows(rows, name, seeds)
         if not mine:
             continue
@@ -87,11 +90,14 @@ def row_accuracy(row: Row) -> float:
     return float(statistics.mean(row["accuracies"].values()))
 
 
+def task_table(task: str, names: Sequence[str], seeds: Sequence[int], size: Size) -> str:
+    """Return the table of one task's recorded runs of one size."""
+    alike = [row for row in read_rows("pretrained") if row["task"] == task and size.key().items() <= row.items()]
+    return table(alike, names, seeds)
+
+
 def report(task: str, names: Sequence[str], seeds: Sequence[int], size: Size) -> None:
     """Print the table of one task and put it between the markers of bench/README.md, if they are there."""
-    alike = [
-        row for row in read_rows("pretrained") if row["task"] == task and size.key().items() <= row.items()
-    ]  # fmt: skip
-    text = table(alike, names, seeds)
+    text = task_table(task, names, seeds, size)
     print(text)
     put(f"pretrained {task}", text)

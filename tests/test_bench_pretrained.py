@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from bench import pretrained, rows
+from bench.choice_table import README, choice_table
 from bench.pretrained_contestants import CONTESTANTS, Contestant
-from bench.pretrained_table import BEFORE, FULL, paired, table, time_to_quality
+from bench.pretrained_table import BEFORE, FULL, paired, table, task_table, time_to_quality
 from bench.pretrained_tasks import Size, Task, spread
+from bench.readme import README as PAGE
+from bench.readme import put
 from lisa_kernels.evaluate.likelihood import Scored
 from lisa_kernels.train.tokenize import TokenizedData
 
@@ -94,6 +97,21 @@ def test_time_to_quality_is_read_from_the_curves() -> None:
     assert time_to_quality(peers, peers) == 1.0
     assert time_to_quality([slow], peers) is None
     assert time_to_quality([row("elsewhere", 7, 0.7, curve=fast["curve"])], peers) is None
+
+
+def test_the_pages_show_the_recorded_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Writing both tables anew changes nothing: no figure was typed, and none is older than its row."""
+    monkeypatch.undo()
+    names = [contestant.name for contestant in CONTESTANTS]
+    tables = {
+        "pretrained gsm8k": (task_table("gsm8k", names, pretrained.SEEDS, Size()), PAGE),
+        "choice": (choice_table(), README),
+    }
+    for name, (text, page) in tables.items():
+        copy = tmp_path / "page.md"
+        copy.write_text(page.read_text())
+        assert put(name, text, copy)
+        assert copy.read_text() == page.read_text()
 
 
 def test_rows_are_spread_over_all() -> None:

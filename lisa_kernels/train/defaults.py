@@ -12,7 +12,7 @@ MEASURED_WIDTH = 576
 # galore and owlore are the best of a grid of factors of two (rows in bench/results/pretrained.jsonl); the others follow
 # them in the ratios in which they are published.
 RATES = {
-    "full": 1e-4, "galore": 5e-4, "owlore": 1e-3, "lisa": 5e-4, "ows": 5e-4, "badam": 5e-4, "lora": 1e-3,
+    "full": 1e-4, "galore": 2.5e-4, "owlore": 1e-3, "lisa": 5e-4, "ows": 5e-4, "badam": 5e-4, "lora": 1e-3,
     "lora-fa": 2e-3,
 }  # fmt: skip
 # How often each layer is to be drawn in a run, on average.
