@@ -137,7 +137,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="auto",
         help="lisa, ows, owlore, badam, galore, lora, lora-fa or full; auto: lora with embedding and head in low rank "
-        "beside it, or owlore where a setting is given that only methods have which draw layers",
+        "beside it; owlore where a setting is given that lora has not, and for models that adapters do not reach whole",
     )
     add(
         "--active-layers",

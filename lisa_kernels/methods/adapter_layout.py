@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.layers import check_untied, find_linears
+from lisa_kernels.layers import check_untied, find_blocks, find_linears
 from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.definitions import AdapterMethod
+
+# Of the weights of a decoder's blocks, what may be beyond adapters and is not spoken of.
+SMALL_SHARE = 0.05
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
@@ -46,6 +49,35 @@ def adapter_places(model: nn.Module, method: AdapterMethod) -> list[Place]:
         model, places, "which an adapter would change when merged; leave it out of the targets, or untie the two"
     )
     return places
+
+
+def beyond_adapters(model: nn.Module, places: Iterable[Place]) -> list[str]:
+    """Return the paths of a decoder's matrices that no adapter at `places` reaches: experts, layers of a class's own.
+
+    None where they are less than `SMALL_SHARE` of the blocks' weights, as routers are, and where there are no blocks.
+    """
+    try:
+        path, blocks = find_blocks(model)
+    except InputError:
+        return []
+    reached = {place.layer.weight for place in places}
+    matrices = {
+        f"{path}.{number}.{name}": param
+        for number, block in enumerate(blocks)
+        for name, param in block.named_parameters()
+        if param.dim() >= 2
+    }
+    left = [name for name, param in matrices.items() if param not in reached]
+    weights = sum(param.numel() for param in matrices.values())
+    return left if sum(matrices[name].numel() for name in left) > SMALL_SHARE * weights else []
+
+
+def is_all_adaptable(model: nn.Module) -> bool:
+    """Tell whether adapters on all linears reach a decoder's blocks, whole, and nothing beside them but the head."""
+    output = _output_layer(model)
+    places = find_linears({"": model}, 1, lambda path, layer: layer is not output)
+    path, _ = find_blocks(model)
+    return all(place.path.startswith(f"{path}.") for place in places) and not beyond_adapters(model, places)
 
 
 def _targeted(model: nn.Module, method: AdapterMethod, head: set[nn.Module]) -> list[Place]:

@@ -73,6 +73,12 @@ def _tell_what_differs(survey: Survey) -> None:
             "multiply in their own way, or they are frozen); its layers train at full rank, and take its memory.",
             stacklevel=3,
         )
+    if survey.beyond:
+        warnings.warn(
+            f"{len(survey.beyond)} matrices (first: {survey.beyond[0]}) are no linear layers, so that no adapter "
+            "reaches them and they stay as they are; OwLore, GaLore and LISA train them.",
+            stacklevel=3,
+        )
     names = survey.frozen_names()
     if names:
         warnings.warn(

@@ -10,7 +10,7 @@ from torch import nn
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import ModelParts, check_untied, find_linears, is_trainable, split_model
 from lisa_kernels.layers.linears import Place
-from lisa_kernels.methods.adapter_layout import adapter_places, new_head
+from lisa_kernels.methods.adapter_layout import adapter_places, beyond_adapters, new_head
 from lisa_kernels.methods.definitions import AdapterMethod, Method
 from lisa_kernels.methods.outer_slots import OuterPlaces, find_outer
 
@@ -35,7 +35,8 @@ class Survey:
 
     blocks: the decoder blocks, none for adapters. drawn: one plan for each block and, where they are sampled, for
     embedding and head; always: what trains beside the draw; outer: embedding and head, where they get slots.
-    frozen: what the method would train, had the user not frozen it.
+    frozen: what the method would train, had the user not frozen it. beyond: the paths of matrices that adapters on all
+    linear layers do not reach.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Survey:
     always: UnitPlan = field(default_factory=lambda: UnitPlan("always"))
     outer: OuterPlaces | None = None
     frozen: list[nn.Parameter] = field(default_factory=list)
+    beyond: list[str] = field(default_factory=list)
 
     @property
     def drawable(self) -> list[int]:
@@ -101,7 +103,8 @@ def _adapter_survey(model: nn.Module, method: AdapterMethod, blocks: str | None)
     shares = _Shares()
     head = shares.take(param for part in new_head(model).values() for param in part.parameters())
     always = UnitPlan("adapters", head, adapter_places(model, method))
-    survey = Survey(model, method, always=always, frozen=shares.frozen)
+    beyond = beyond_adapters(model, always.places) if method.targets == "all-linear" else []
+    survey = Survey(model, method, always=always, frozen=shares.frozen, beyond=beyond)
     if method.get("embeddings", "frozen") == "low-rank":
         survey.outer = find_outer(model, split_model(model, blocks))
         twice = {place.layer for place in always.places} & {place.layer for place in _heads(survey.outer)}

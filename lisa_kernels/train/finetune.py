@@ -15,6 +15,7 @@ from rich.console import Console
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import checkpoint_blocks, find_blocks, find_linears, linear_shape, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
+from lisa_kernels.methods.adapter_layout import is_all_adaptable
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
 from lisa_kernels.report.memory import most_held
 from lisa_kernels.report.memory import planned as planned_of
@@ -23,7 +24,7 @@ from lisa_kernels.train.checkpoint import checkpoint_step, find_checkpoints
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
-from lisa_kernels.train.options import AUTOMATIC, SCHEDULES, FineTuneOptions, default_options
+from lisa_kernels.train.options import AUTO, AUTOMATIC, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.placement import Memory, check_room, out_of_memory, settled_dtype, take_device
 from lisa_kernels.train.prepare import load_model_for, read_data
@@ -43,6 +44,7 @@ INTERRUPTED = 130
 
 def build_method(options: FineTuneOptions, model: Any) -> Method:
     """Return the method, its default rank and number of layers no more than the model can hold."""
+    options = options.settled(options.method != AUTO or is_all_adaptable(model))
     if options.build_method().form == "adapter":
         places = find_linears({"": model}, rank=1)
         return options.build_method(min((min(linear_shape(place.layer)) for place in places), default=None))

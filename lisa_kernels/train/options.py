@@ -100,8 +100,6 @@ class FineTuneOptions:
         for name in AUTOMATIC:
             if getattr(self, name) == AUTO:
                 object.__setattr__(self, name, None)
-        if self.method == AUTO:
-            self._choose_method()
         for name in ("data", "eval_data"):
             given = getattr(self, name)
             if given is not None and not isinstance(given, str):
@@ -143,19 +141,25 @@ class FineTuneOptions:
         _check_recomputation(self.gradient_checkpointing)
         self.build_method()
 
-    def _choose_method(self) -> None:
-        """Take the method that learns best in the least memory, or one that has the settings which were given.
+    def settled(self, adaptable: bool = True) -> FineTuneOptions:
+        """Return the options with a method: where none is given the one that learns best in the least memory.
 
-        What was measured is in bench/README.md: LoRA in all layers, embedding and head in low rank beside it.
+        What was measured is in bench/README.md: LoRA in all layers, embedding and head in low rank beside it. OwLore
+        where a setting is given that LoRA has not, and where a model is not `adaptable` as a whole.
         """
+        if self.method != AUTO:
+            return self
         draws = any(getattr(self, name) is not None for name in _OF_LAYERS_THAT_REST)
-        draws = draws or self.embeddings in ("always", "sampled")
-        object.__setattr__(self, "method", "owlore" if draws else "lora")
-        if not draws and self.embeddings is None:
-            object.__setattr__(self, "embeddings", "low-rank")
+        if draws or self.embeddings in ("always", "sampled"):
+            return dataclasses.replace(self, method="owlore")
+        if not adaptable and self.targets is None and self.alpha is None:
+            return dataclasses.replace(self, method="owlore")
+        return dataclasses.replace(self, method="lora", embeddings=self.embeddings or "low-rank")
 
     def build_method(self, default_rank: int | None = None, layers: int | None = None) -> Method:
         """Return the method with the settings given; defaults shrink to what a small model holds."""
+        if self.method == AUTO:
+            return self.settled().build_method(default_rank, layers)
         targets = self.targets if self.targets in (None, "all-linear") else tuple(self.targets.split(","))
         settings = {
             "active_layers": self.active_layers, "period": self.period, "rank": self.rank, "alpha": self.alpha,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from families import ADAPTED, anatomy, changed, llama, logits, roberta_classifier, snapshot, tokens, train
+from families import ADAPTED, anatomy, changed, llama, logits, mixtral, roberta_classifier, snapshot, tokens, train
 
 from lisa_kernels import InputError, LoRAFA, attach
 from lisa_kernels.layers import LowRankLinear
@@ -102,3 +104,14 @@ def test_nothing_unfreezes_the_down_projection() -> None:
     names = {name for name, _ in model.named_parameters()}
     assert not any(name.endswith(".basis") for name in names)
     assert not any(name.endswith((".basis", ".slot")) for name in model.state_dict())
+
+
+@pytest.mark.parametrize(("make", "first"), [(mixtral, "model.layers.0.mlp.gate.weight"), (llama, None)])
+def test_what_no_adapter_reaches_is_told(make: Callable[[], Any], first: str | None) -> None:
+    """Experts that are one tensor stay as they are, and one sentence names them and who trains them."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        attach(make(), LoRAFA(rank=4))
+    told = [str(warning.message) for warning in said if "no adapter reaches" in str(warning.message)]
+    assert len(told) == (first is not None)
+    assert all(str(first) in text and "OwLore" in text for text in told)

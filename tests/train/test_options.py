@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families import falcon, gpt2, llama, llava, mixtral
 
 from lisa_kernels import InputError, LoRA, LoRAFA, OwLore
 from lisa_kernels.methods import Method
+from lisa_kernels.train.finetune import build_method
 from lisa_kernels.train.options import FineTuneOptions
 
 
@@ -88,8 +91,8 @@ def test_the_method_follows_where_it_is_not_given(given: dict[str, Any], taken: 
     options = _options(**given)
     assert options.build_method() == taken
     again = FineTuneOptions(**{**options.recorded(), "output": Path("out")})
+    assert again == options
     assert again.build_method() == taken
-    assert (again.method, again.embeddings) == (options.method, options.embeddings)
 
 
 def test_auto_is_what_is_not_given() -> None:
@@ -102,3 +105,12 @@ def test_where_it_writes_is_not_part_of_what_it_computes() -> None:
     assert _options(output=Path("a"), save_every=3).fixed() == _options(output=Path("b"), resume=True).fixed()
     assert _options(paging="host").fixed() == _options(paging="file:pages").fixed()
     assert _options(lr=1.0).fixed() != _options(lr=2.0).fixed()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(llama, "lora"), (gpt2, "lora"), (mixtral, "owlore"), (falcon, "owlore"), (llava, "owlore")]
+)
+def test_the_method_that_is_not_given_trains_the_whole_decoder(make: Callable[[], Any], name: str) -> None:
+    """Experts and layers that no adapter reaches train in another method, and none stands in a tower of images."""
+    assert build_method(_options(), make()).name == name
+    assert build_method(_options(method="lisa"), make()).name == "lisa"
