@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +20,12 @@ from lisa_kernels.layers import (
     SlotModule,
     leave_out_logits,
 )
+from lisa_kernels.methods.adapter_access import AdapterAccess
 from lisa_kernels.methods.adapters import Adapters
 from lisa_kernels.methods.attachment import attachment_state, check_attachment
 from lisa_kernels.methods.definitions import AdapterMethod, Method
 from lisa_kernels.methods.foreign_steps import ForeignSteps
-from lisa_kernels.methods.peft_folder import read_adapter, write_adapter
+from lisa_kernels.methods.groups import parameter_groups
 from lisa_kernels.methods.shelf import Shelf
 from lisa_kernels.methods.slots import (
     fold_slots,
@@ -37,16 +36,12 @@ from lisa_kernels.methods.slots import (
     transport_slots,
 )
 from lisa_kernels.methods.units import Layout, Unit
-from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.optim.paged import PagedStates
 from lisa_kernels.paging import Store
 from lisa_kernels.samplers import AdaptiveSampler, Sampler
 
-# Of the rate of adapters, whose factors are small at first, for slots that are folded into the weights beside them.
-FOLDED_SHARE = 0.25
 
-
-class SampledAdamW(AdamW8bit):
+class SampledAdamW(AdapterAccess):
     """An ordinary torch optimizer over all layers of a model, a few of which train at a time.
 
     Every parameter that may ever train is in its groups from the start: full-rank matrices, low-rank slots, vectors
@@ -86,7 +81,9 @@ class SampledAdamW(AdamW8bit):
             param: n for n, unit in enumerate(layout.units()) for param in unit.params()
         }  # fmt: skip
         self._shelf = Shelf(self._open_store)
-        super().__init__(self._groups(lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings)
+        super().__init__(
+            parameter_groups(method, layout, lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings
+        )
         self._guard = FreezeGuard(model)
         self._foreign_steps, self._read_weights = ForeignSteps(self), ReadWeights(model)
         self._plain_linears = PlainLinears(model)
@@ -100,24 +97,6 @@ class SampledAdamW(AdamW8bit):
             self._remove_hooks()
             self._close_pages()
             raise
-
-    def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        full = [param for unit in self.layout.units() for param in unit.full]
-        layers = [layer for unit in self.layout.units() for layer in unit.lowrank.values()]
-        beside = [layer for layer in layers if self.method.form == "adapter" and layer.tracker is not None]
-        slots, folded = (
-            [param for layer in some for param in layer.trained]
-            for some in ([layer for layer in layers if layer not in beside], beside)
-        )
-        scale = self.method.get("scale", 1.0)
-        groups = [
-            {"params": [param for param in full if param.dim() >= 2], "name": "matrices"},
-            # scale is for the update only: the decay of the weight stays lr · weight_decay.
-            {"params": slots, "lr": lr * scale, "weight_decay": weight_decay / scale, "name": "slots"},
-            {"params": folded, "lr": lr * FOLDED_SHARE, "weight_decay": weight_decay / FOLDED_SHARE, "name": "folded"},
-            {"params": [param for param in full if param.dim() < 2], "weight_decay": 0.0, "name": "vectors"},
-        ]
-        return [group for group in groups if group["params"]]
 
     def _page_states(self) -> PagedStates | None:
         if self._retired_state == "page" and self.paging is None:
@@ -370,68 +349,6 @@ class SampledAdamW(AdamW8bit):
                 self._shelf.put(unit, {path: kept_buffers(layer) for path, layer in unit.lowrank.items()})
                 for layer in unit.lowrank.values():
                     layer.deactivate()
-
-    # Adapters
-
-    def _attached_adapters(self) -> Adapters:
-        if self._adapters is None:
-            raise InputError(
-                f"method {self.method.name!r} has no adapters; attach the model with LoRA(...) or LoRAFA(...)."
-            )
-        if self._guard is None:
-            raise InputError("this optimizer was detached, its adapters are in the weights; attach the model again.")
-        return self._adapters
-
-    def _check_unmerged(self) -> None:
-        if self._adapters is not None and self._adapters.merged:
-            raise InputError("the adapters are merged into the weights; call unmerge() on the optimizer first.")
-
-    @torch.no_grad()
-    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapters, and a new head if there is one, as a folder that peft loads; whole or not at all.
-
-        A folder that holds an adapter and nothing else is replaced. Raises InputError for one that holds more, for
-        methods other than LoRA and LoRAFA, where weights were loaded that hold the adapters already, and where the
-        embeddings were trained too, which are in the weights.
-        """
-        adapters = self._attached_adapters()
-        if len(adapters.layers) < len(self.layout.always.lowrank):
-            raise InputError(
-                "the embeddings were trained into the weights of this model, and its adapters alone are not what was "
-                "trained: save the whole model, and make an adapter of it with lisa-kernels difference."
-            )
-        if any(layer.restarted for layer in adapters.layers.values()):
-            raise InputError(
-                "weights were loaded into this model that hold its adapters, so that the adapters alone are no longer "
-                "known: save the whole model, or load the optimizer's state as well."
-            )
-        write_adapter(adapters, Path(folder))
-
-    @torch.no_grad()
-    def load_adapter(self, folder: str | os.PathLike[str]) -> None:
-        """Take over a LoRA adapter of the same rank and layers, by peft or by `save_adapter`; the moments start anew.
-
-        LoRA-FA splits an A that is not orthonormal, so that the product and with it the model's function are the
-        adapter's. Raises InputError, the model untouched, for what does not fit.
-        """
-        adapters = self._attached_adapters()
-        self._check_unmerged()
-        read_adapter(adapters, Path(folder))
-        self.retire(self.layout.always.params())
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """W ← W + scale · Bᵀ A until `unmerge()`: the model runs as fast as a plain one, and cannot train.
-
-        A copy of the weights with adapters goes to host memory, so that `unmerge()` is exact in every dtype. `detach()`
-        merges for good and copies nothing.
-        """
-        self._attached_adapters().merge()
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put weights and adapters back as they were before `merge()`, bit for bit."""
-        self._attached_adapters().unmerge()
 
     # The end
 
