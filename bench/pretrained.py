@@ -130,9 +130,10 @@ def main() -> None:
     parser.add_argument("--seed", action="append", type=int, help="seeds in place of a grid and then 0, 1 and 2")
     parser.add_argument("--steps", type=int, default=Size.steps, help="steps of a run (default: %(default)s)")
     parser.add_argument("--curve-every", type=int, default=Size.curve_every, help="steps between looks at the loss")
+    parser.add_argument("--test-rows", type=int, default=Size.test_rows, help="rows asked (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="only print the table from the rows that exist")
     given = parser.parse_args()
-    size = Size(steps=given.steps, curve_every=given.curve_every)
+    size = Size(steps=given.steps, test_rows=given.test_rows, curve_every=given.curve_every)
     if not given.report and given.data is None:
         parser.error("--data is missing: the folder with the tasks' files")
     task = functools.cache(lambda: read_task(given.task, given.data, size))
