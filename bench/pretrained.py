@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.choice_table import README, choice_table
 from bench.pretrained_contestants import CONTESTANTS, Contestant
@@ -35,8 +34,6 @@ from lisa_kernels.train.models import load_model
 ROWS = "pretrained"
 GRID_SEED, SEEDS = 100, (0, 1, 2)
 WARM_UP = 0.05
-# One step in so many is counted in operations.
-COUNTED_EVERY = 10
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -56,10 +53,10 @@ def run(
     calibration = [batch for batch, _ in zip(task.batches(seed), range(16))]
     optimizer = contestant.start(model, lr, seed, calibration)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, size.steps))
-    batches, cpu, wall, operations, curve = task.batches(seed), 0.0, 0.0, 0, []
+    batches, cpu, wall, curve = task.batches(seed), 0.0, 0.0, []
     for step in range(size.steps if lr else 0):
         begin = time.process_time(), time.perf_counter()
-        operations += _step(model.train(), optimizer, next(batches), step % COUNTED_EVERY == COUNTED_EVERY // 2)
+        _step(model.train(), optimizer, next(batches))
         schedule.step()
         cpu, wall = cpu + time.process_time() - begin[0], wall + time.perf_counter() - begin[1]
         done = step + 1
@@ -68,23 +65,17 @@ def run(
     outcome = task.outcome(model)
     if curve:
         curve.append([size.steps, round(cpu, 2), round(task.loss_of_some(outcome["nats"], size.curve_rows), 5)])
-    counted = max(1, len(range(COUNTED_EVERY // 2, size.steps, COUNTED_EVERY)))
     return {
         "task": task.name, "contestant": contestant.name, "lr": lr, "seed": seed, **size.key(),
         **outcome, "curve": curve, "cpu_seconds": cpu, "wall_seconds": wall,
-        "operations_a_step": operations // counted,
     }  # fmt: skip
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], counted: bool) -> int:
-    """Take one step; returns its floating-point operations where they are counted, else 0."""
-    counter = FlopCounterMode(display=False)
-    with counter if counted else torch.enable_grad():
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return int(counter.get_total_flops()) if counted else 0
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    model(**batch).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def measure(

@@ -63,11 +63,11 @@ def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
         known = [row["known_loss"] for row in mine if row.get("known_loss") is not None]
         right = [row_accuracy(row) for row in mine if "accuracies" in row]
         lines.append((mean, [
-            name, f"{mean:.4f}", *([""] * 6 if name == BEFORE else _effort(mine, full, peers)),
+            name, f"{mean:.4f}", *([""] * 5 if name == BEFORE else _effort(mine, full, peers)),
             f"{statistics.mean(known):.3f}" if known else "-", *([f"{statistics.mean(right):.1%}"] if right else []),
         ]))  # fmt: skip
     head = [
-        "method", "answer loss", "against full fine-tuning", "seeds", "rate", "GFLOP a step", "CPU s a step",
+        "method", "answer loss", "against full fine-tuning", "seeds", "rate", "CPU s a step",
         "time to LoRA's loss",
         "loss of what it knew", *(["accuracy"] if rows and "accuracies" in rows[-1] else []),
     ]  # fmt: skip
@@ -81,7 +81,7 @@ def _effort(mine: Sequence[Row], full: Sequence[Row], peers: Sequence[Row]) -> l
     sooner = time_to_quality(mine, peers)
     return [
         "" if against is None else f"{against[0]:+.1%} ± {against[1]:.1%}", f"{len(mine)}", f"{mine[0]['lr']:g}",
-        f"{mine[0]['operations_a_step'] / 1e9:.0f}", f"{seconds:.1f}", "-" if sooner is None else f"{sooner:.2f}×",
+        f"{seconds:.1f}", "-" if sooner is None else f"{sooner:.2f}×",
     ]  # fmt: skip
 
 

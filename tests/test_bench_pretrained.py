@@ -31,7 +31,7 @@ def task() -> Task:
 def row(contestant: str, seed: int, loss: float, lr: float = 1e-3, **others: Any) -> dict[str, Any]:
     return {
         "task": "counting", "contestant": contestant, "lr": lr, "seed": seed, **SIZE.key(), "answer_loss": loss,
-        "known_loss": 3.0, "cpu_seconds": 6.0, "curve": [], "operations_a_step": 2_000_000_000, **others,
+        "known_loss": 3.0, "cpu_seconds": 6.0, "curve": [], **others,
     }  # fmt: skip
 
 
@@ -50,7 +50,6 @@ def test_a_run_learns_and_says_what_it_cost(name: str) -> None:
     assert sum(after["nats"]) == pytest.approx(4 * after["answer_loss"], abs=0.01)
     assert [at for at, _, _ in after["curve"]] == [4, 8, 12]
     assert after["curve"][-1][2] == pytest.approx(after["nats"][0] / 2, abs=1e-3)
-    assert after["operations_a_step"] > 1e6 > before["operations_a_step"]
     assert after.keys() >= {*SIZE.key(), "known_loss", "cpu_seconds"}
 
 
@@ -82,7 +81,7 @@ def test_the_table_compares_seed_by_seed() -> None:
     ]  # fmt: skip
     text = table(found, [FULL, "ours"], (0, 1, 2))
     first, second, last = text.splitlines()[2:]
-    assert first.startswith("| ours | 1.4000 | -7.5% ± 3.5% | 2 | 0.001 | 2 | 0.5 | - | 3.000 |")
+    assert first.startswith("| ours | 1.4000 | -7.5% ± 3.5% | 2 | 0.001 | 0.5 | - | 3.000 |")
     assert second.startswith(f"| {FULL} | 1.5000 |")
     assert last.startswith(f"| {BEFORE} | 4.0000 |")
     assert paired(found[2:4], found[:2]) == pytest.approx((-0.075, 0.0353553), rel=1e-4)
