@@ -121,10 +121,12 @@ class FineTuneOptions:
             raise InputError("both --steps and --epochs are given; give one of them.")
         if self.resume and self.overwrite:
             raise InputError("both --resume and --overwrite are given; give one of them.")
-        if self.offload_activations and self.gradient_checkpointing is False:
+        recomputed = self.gradient_checkpointing
+        if self.offload_activations and (isinstance(recomputed, str) or (recomputed is not None and not recomputed)):
+            said = "--no-gradient-checkpointing" if recomputed is False else f"--gradient-checkpointing {recomputed}"
             raise InputError(
-                "both --offload-activations and --no-gradient-checkpointing are given; only what checkpointing keeps "
-                "can wait in host memory: give one of them."
+                f"both --offload-activations and {said} are given; only what checkpointing keeps can wait in host "
+                "memory: give one of them, or the number of blocks that are recomputed."
             )
         if not 0 <= self.eval_fraction <= 0.5:
             raise InputError(f"--eval-fraction is {self.eval_fraction}; a share from 0 to 0.5 is wanted.")

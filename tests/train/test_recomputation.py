@@ -69,3 +69,10 @@ def test_without_a_plan_all_blocks_recompute() -> None:
 def test_what_says_nothing_is_refused(how: Any, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         dataclasses.replace(options(None), gradient_checkpointing=how)
+
+
+@pytest.mark.parametrize("how", [False, 0, "auto", "8GB"])
+def test_what_waits_in_host_memory_is_recomputed(how: Any) -> None:
+    with pytest.raises(InputError, match="both --offload-activations and"):
+        dataclasses.replace(options(how), offload_activations=True)
+    assert dataclasses.replace(options(3), offload_activations=True).gradient_checkpointing == 3

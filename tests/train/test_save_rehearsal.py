@@ -85,10 +85,11 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "models"),
     [
-        ({}, 1), ({"save_every": 5}, 4), ({"save_every": 5, "max_checkpoints": 1}, 3),
-        ({"save_every": 5, "method": "lora-fa"}, 7),
+        ({}, 1), ({"save_every": 5, "method": "owlore"}, 4),
+        ({"save_every": 5, "max_checkpoints": 1, "method": "owlore"}, 3), ({"save_every": 5, "method": "lora-fa"}, 7),
+        ({"save_every": 5}, 7),
     ],
-    ids=["no checkpoints", "two and one", "one and one", "adapters and what is beneath"],
+    ids=["no checkpoints", "two and one", "one and one", "adapters and what is beneath", "the default's adapters"],
 )  # fmt: skip
 def test_the_disk_holds_all_that_is_written(
     more: dict[str, Any], models: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
