@@ -36,6 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
     "layers": {"errors", "uncompiled", "ops", "basis", "layers"},
     "methods": {"errors", "files", "ops", "paging", *MIDDLE, "methods"},
+    # Knows what methods are; no method knows of it.
+    "flow": {"errors", "files", "ops", "paging", *MIDDLE, "methods", "flow"},
     # A plan rehearses what a run would do, with its models and options.
     "plan": {*BOTTOM, "sizes", "ops", "paging", *MIDDLE, "methods", "train", "plan"},
     # Reads what runs wrote; knows none of what wrote it.
