@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lisa_kernels.commands import bench, difference, evaluate, finetune, info, plan, report, scores
 from lisa_kernels.commands.run_file import CommandParser
+from lisa_kernels.distributed import check_one_launched
 from lisa_kernels.errors import InputError
 
 USAGE_ERROR = 2
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, debug = f"lisa-kernels {''.join(words[:1])}", "--debug" in words
     try:
         arguments = _parser().parse_args(words)
+        if arguments.command != "info":
+            check_one_launched("this command")
         code: int = arguments.run(arguments, Console(stderr=True))
     except InputError as error:
         if debug:

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # For each room, the rooms of the package that it may import.
 BOTTOM = {"errors", "native"}
-MIDDLE = {"optim", "basis", "samplers", "scores", "layers"}
+MIDDLE = {"optim", "basis", "samplers", "scores", "layers", "distributed"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
@@ -33,8 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "basis": {*BOTTOM, "ops", "basis"},
     "samplers": {"errors", "samplers"},
     "scores": {"errors", "scores"},
+    "distributed": {"errors", "distributed"},
     # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
-    "layers": {"errors", "uncompiled", "ops", "basis", "layers"},
+    "layers": {"errors", "uncompiled", "ops", "basis", "distributed", "layers"},
     "methods": {"errors", "files", "ops", "paging", *MIDDLE, "methods"},
     # Knows what methods are; no method knows of it.
     "flow": {"errors", "files", "ops", "paging", *MIDDLE, "methods", "flow"},
@@ -77,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "requirements",
         "commands",
     },
-    "cli": {"errors", "commands"},
+    "cli": {"errors", "distributed", "commands"},
     # The package's own names.
     "__init__": {"errors", "layers", "optim", "methods", "plan"},
 }
@@ -144,7 +145,7 @@ def test_every_room_is_known() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_arrows_point_down(room: str) -> None:
-    """cli → commands → plan → train → methods → {optim, basis, samplers, scores, layers} → {ops, paging} → torch."""
+    """cli → commands → plan → train → methods → {optim, basis, layers, distributed …} → {ops, paging} → torch."""
     for file in ROOMS[room]:
         assert not broken_arrows(room, imports_of(file)), relative(file)
 
@@ -175,18 +176,23 @@ def test_outside_packages_are_imported_in_their_places(room: str) -> None:
         if top in ("transformers", "datasets", "tokenizers", "accelerate", "peft"):
             assert room in ("train", "plan", "layers", "evaluate", "difference"), (file, item)
             assert not item.at_module_level or relative(file) in TRAINERS, (file, item)
+        if item.name.startswith(("torch.distributed", "torch.nn.parallel")):
+            assert room == "distributed", (file, item)
         if top == "matplotlib":
             assert not item.at_module_level, (file, item)
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_environment_variable_is_read(room: str) -> None:
-    """Settings are arguments: nothing reads or writes `os.environ`, but to say which GPUs CUDA was told to hide."""
-    told = 'os.environ.get("CUDA_VISIBLE_DEVICES")'
-    texts = {path: path.read_text() for path in ROOMS[room]}
-    texts = {
-        path: text.replace(told, "None") if relative(path) == "devices.py" else text for path, text in texts.items()
+    """Settings are arguments: nothing reads or writes `os.environ`, but to say what was hidden or started by others."""
+    known = {
+        "devices.py": 'os.environ.get("CUDA_VISIBLE_DEVICES")',
+        "distributed/launcher.py": "os.environ if told is None else told",
     }
+    texts = {path: path.read_text() for path in ROOMS[room]}
+    for path in texts:
+        if (told := known.get(relative(path))) is not None:
+            texts[path] = texts[path].replace(told, "None")
     for file, node in [(path, node) for path, text in texts.items() for node in ast.walk(ast.parse(text))]:
         name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
         assert name not in ("environ", "environb", "getenv", "putenv"), (file, getattr(node, "lineno", 0))

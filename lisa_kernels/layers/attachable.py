@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lisa_kernels.distributed import check_not_shared_out, check_not_wrapped
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.freezing import COPY_ADVICE, check_checkpointing, is_attached, is_copy
 
@@ -25,25 +25,12 @@ def check_attachable(model: nn.Module) -> None:
         raise InputError("this model is already attached; call detach() on its optimizer first.")
     if is_copy(model):
         raise InputError(f"this model is a copy of an attached one; {COPY_ADVICE}")
-    _check_wrappers(model)
+    check_not_wrapped(model)
+    check_not_shared_out(model)
     _check_adapters(model)
     _check_placement(model)
     _check_weights(model)
     check_checkpointing(model)
-
-
-def _check_wrappers(model: nn.Module) -> None:
-    if isinstance(model, (DistributedDataParallel, DataParallel)):
-        raise InputError(
-            f"the model is wrapped in {type(model).__name__}, which fixes the set of gradients once and fails after "
-            "the first switch; attach the bare model, in one process on one GPU. (Gradients that are all-reduced by "
-            "hand keep ranks equal under full-rank methods only: bases are found from each rank's own.)"
-        )
-    if type(model).__module__.partition(".")[0] == "deepspeed" or any(hasattr(p, "ds_id") for p in model.parameters()):
-        raise InputError(
-            "the model is under DeepSpeed ZeRO, which flattens parameters at initialisation and cannot follow a "
-            "changing set; attach the bare model on one GPU."
-        )
 
 
 def _check_adapters(model: nn.Module) -> None:
@@ -87,16 +74,9 @@ def _check_weights(model: nn.Module) -> None:
                 f"{name} holds {param.dtype}; float32, bfloat16 or float16 is wanted: load the model in one of these, "
                 "without quantisation."
             )
-        if is_traceable_wrapper_subclass(param) and not _is_sharded(param):
+        if is_traceable_wrapper_subclass(param):
             raise InputError(
                 f"{name} is a {type(param).__name__}, packed in its own way; load the model without quantisation."
             )
         if param.is_meta:
             raise InputError(f"{name} is on the meta device and has no values; load the weights before attaching.")
-
-
-def _is_sharded(param: nn.Parameter) -> bool:
-    """Return whether this is a tensor of FSDP2's, which acts as a plain one."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(param, DTensor)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lisa_kernels.distributed import REPLACED, check_not_shared_out, process_count
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.uncompiled import uncompiled
@@ -22,6 +23,16 @@ REPLICA_ADVICE = (
     "wraps models in it wherever it sees several GPUs; let the program see one: start it with CUDA_VISIBLE_DEVICES=0."
 )
 COPY_ADVICE = "copy the model after detach(), or load its state_dict() into a model that was never attached."
+
+
+def _advice(alone: str) -> str:
+    """Return what to do about changed parameters: of several processes it is a wrapper that has changed them."""
+    return alone if process_count() == 1 else REPLACED
+
+
+def replica_advice() -> str:
+    """Return why something that shares the model's layers and hooks cannot train."""
+    return _advice(REPLICA_ADVICE)
 
 
 @dataclass
@@ -71,10 +82,11 @@ class FreezeGuard:
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Check the model, as a forward pre-hook is called; never part of a compiled graph."""
         if model is not self._model():
-            raise InputError(REPLICA_ADVICE)
+            raise InputError(replica_advice())
         check_checkpointing(model)
         drop_input_gradients(model)
         if model.training and torch.is_grad_enabled():
+            check_not_shared_out(model)
             self.check_unchanged(model)
         self.enforce(model)
 
@@ -102,10 +114,10 @@ class FreezeGuard:
             else:
                 change = known.change(name, param)
             if change is not None:
-                raise InputError(f"{change} when the model was attached; {CHANGE_ADVICE}")
+                raise InputError(f"{change} when the model was attached; {_advice(CHANGE_ADVICE)}")
         if len(found) < len(self._known):
             gone = next(known.name for known in self._known.values() if known.name not in found)
-            raise InputError(f"{gone} is gone from the model since it was attached; {CHANGE_ADVICE}")
+            raise InputError(f"{gone} is gone from the model since it was attached; {_advice(CHANGE_ADVICE)}")
 
     def enforce(self, model: nn.Module) -> None:
         """Put right every parameter whose `requires_grad` was changed by someone else; warns once."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers.freezing import REPLICA_ADVICE
+from lisa_kernels.layers.freezing import replica_advice
 from lisa_kernels.layers.linears import Place, is_conv1d, linear_shape
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.lowrank_linear import capture_linear, linear, lowrank_linear
@@ -71,7 +71,7 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
     @weight.setter
     def weight(self, value: Tensor) -> None:
         """Refuse the plain tensor that a replica is given for its weight; parameters are registered past this."""
-        raise InputError(REPLICA_ADVICE)
+        raise InputError(replica_advice())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., m] for x [..., n]."""

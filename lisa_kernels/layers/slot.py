@@ -49,7 +49,8 @@ class SlotModule(nn.Module):
         # On the weight's device from the start: who asks an empty slot for its device is about to make something there.
         self.slot = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self.register_buffer("basis", torch.empty(0, device=device), persistent=False)
-        self.register_buffer("remainder", torch.empty(0, dtype=torch.int16, device=device), persistent=False)
+        # int16 once it holds something: what sends a model's buffers to other processes has no such numbers.
+        self.register_buffer("remainder", torch.empty(0, device=device), persistent=False)
 
     @property
     def stored_weight(self) -> nn.Parameter:
@@ -109,7 +110,7 @@ class SlotModule(nn.Module):
         self.slot.data = torch.empty(0, device=self.slot.device)
         if not keep:
             self.free_basis()
-            self.remainder = torch.empty(0, dtype=torch.int16, device=self.slot.device)
+            self.remainder = torch.empty(0, device=self.slot.device)
 
     def lifting_factors(self) -> tuple[Tensor, Tensor]:
         """Return (left, right) with leftᵀ · right = scale · Bᵀ P in the weight's own order."""

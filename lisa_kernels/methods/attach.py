@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lisa_kernels.distributed import check_one_process
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import check_attachable, without_compiler
 from lisa_kernels.methods.definitions import Method
@@ -25,7 +26,7 @@ def attach(
     weight_decay: float = 1e-2, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
     scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
-    paging: str | None = None,
+    paging: str | None = None, ranks: Any = "auto",
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
@@ -39,13 +40,15 @@ def attach(
     are given on the CPU; of labels on a GPU all take part, for to leave some out the host would wait. The model's own
     parameters stay what they are; linears that get a low-rank slot are swapped until `detach()`. What was frozen before
     stays frozen, which is said once; a layer that is frozen whole keeps its number and is never drawn. Of a compiled
-    model the one inside is attached.
+    model the one inside is attached. Several processes of torch.distributed are refused, unless ranks=None says that
+    the caller reduces gradients.
     Raises InputError, the model untouched, for anything that cannot work.
     """
     if not isinstance(method, Method):
         raise InputError(f"method is {method!r}; an instance such as OwLore(active_layers=5) is wanted.")
     model = without_compiler(model)
     check_attachable(model)
+    _check_ranks(ranks)
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     check_hyper(settings)
     check_settings(block_size, rounding, max_grad_norm, paging)
@@ -63,6 +66,14 @@ def attach(
         raise
     _tell_what_differs(survey)
     return optimizer
+
+
+def _check_ranks(ranks: Any) -> None:
+    if ranks is None:
+        return
+    if ranks != "auto":
+        raise InputError(f'ranks is {ranks!r}; "auto" or None is wanted.')
+    check_one_process()
 
 
 def _tell_what_differs(survey: Survey) -> None:

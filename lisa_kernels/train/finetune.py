@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from lisa_kernels.distributed import check_one_launched, check_one_process
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import checkpoint_blocks, find_blocks, find_linears, linear_shape, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
@@ -121,6 +122,8 @@ def finetune(
 
     plan: tells the memory of a run before it starts; summary and page have it beside the measured one.
     """
+    check_one_process()
+    check_one_launched("this run")
     with RunLock(options.output) as lock:
         device = take_device(options, console)
         if device.type == "cuda":

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from lisa_kernels.distributed import check_one_process
 from lisa_kernels.errors import InputError
 from lisa_kernels.files import written_whole
 from lisa_kernels.methods import SampledAdamW
@@ -130,6 +131,8 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
     _last_loss: Tensor | None = None
 
     def __init__(self, model: Any, **settings: Any) -> None:
+        # Its files, its rows and its losses are those of one process.
+        check_one_process()
         super().__init__(model=model, **settings)
         if any(param.dtype == torch.float16 for param in model.parameters()):
             # The weights are narrow already, so no autocast; gradients below 2⁻²⁴ would be zeros all the same.

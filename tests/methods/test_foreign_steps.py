@@ -52,3 +52,14 @@ def test_a_forgotten_optimizer_is_forgotten() -> None:
     del optimizer
     gc.collect()
     assert not set(hooks) - before
+
+
+def test_a_step_on_other_parameters_than_those_attached_is_refused() -> None:
+    """As DeepSpeed does, which puts flat copies into the groups of the optimizer that it is given."""
+    model = llama()
+    optimizer = attach(model, METHODS[0])
+    model(**tokens()).loss.backward()
+    group = optimizer.param_groups[0]
+    group["params"] = [torch.nn.Parameter(torch.cat([param.detach().flatten() for param in group["params"]]))]
+    with pytest.raises(InputError, match=r"'matrices' of the optimizer are others.*DeepSpeed"):
+        optimizer.step()

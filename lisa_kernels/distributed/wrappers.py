@@ -1,0 +1,71 @@
+"""Refuse the wrappers that share out or reduce gradients on their own, each with the reason and what works instead."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lisa_kernels.errors import InputError
+
+WORKS = "attach and call the bare model, in one process on one GPU."
+
+REPLACED = (
+    "FullyShardedDataParallel, DeepSpeed and their like put tensors of their own in the place of parameters, and "
+    f"cannot follow a set that changes; {WORKS}"
+)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise InputError for a model that is, or holds, a wrapper which fixes the set of gradients once."""
+    for path, module in model.named_modules():
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            raise InputError(
+                f"{_named(path)} is wrapped in {type(module).__name__}, which fixes the set of gradients once and "
+                f"fails after the first switch; {WORKS} (Gradients that are all-reduced by hand keep ranks equal under "
+                "full-rank methods only: bases are found from each rank's own.)"
+            )
+    if type(model).__module__.partition(".")[0] == "deepspeed" or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise InputError(
+            "the model is under DeepSpeed ZeRO, which flattens parameters at initialisation and cannot follow a "
+            f"changing set; {WORKS}"
+        )
+
+
+def check_not_shared_out(model: nn.Module) -> None:
+    """Raise InputError for a model of which each process holds a part, or that is called by DDP.
+
+    Asked at every training forward too, for wrappers come after attaching as well.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    caller = DistributedDataParallel._get_active_ddp_module()
+    if caller is not None:
+        raise InputError(
+            "the attached model is called by DistributedDataParallel, which reduces the gradients that there were when "
+            f"it was made, and no others after a switch: ranks would drift apart; {WORKS}"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise InputError(
+                f"{_named(path)} is wrapped in FullyShardedDataParallel, which flattens parameters into one tensor and "
+                f"cannot train a part of it; {WORKS}"
+            )
+        if isinstance(module, FSDPModule):
+            raise InputError(
+                f"{_named(path)} is under fully_shard (FSDP2), whose shards neither slots nor bases can follow yet; "
+                f"{WORKS}"
+            )
+    for name, param in model.named_parameters():
+        if isinstance(param, DTensor):
+            raise InputError(
+                f"{name} is a DTensor, of which each process holds a part (tensor parallelism); its gradient's basis "
+                f"would be of that part alone; {WORKS}"
+            )
+
+
+def _named(path: str) -> str:
+    return path or "the model"
