@@ -1,6 +1,7 @@
 """Fine-tune language models by layer sampling and low-rank gradients, with optimizer state in 8 bits."""
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.flow import TimestepExperts
 from lisa_kernels.layers import checkpoint_blocks
 from lisa_kernels.methods import (
     LISA,
@@ -30,6 +31,7 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "OwLore",
+    "TimestepExperts",
     "attach",
     "checkpoint_blocks",
     "layer_scores",

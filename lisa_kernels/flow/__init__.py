@@ -4,7 +4,19 @@ Source: arXiv 2506.06952. Time t runs from noise, t = 0, to data, t = 1: x_t = (
 noisiest interval.
 """
 
+from lisa_kernels.flow.experts import TimestepExperts
+from lisa_kernels.flow.experts_adamw import ExpertsAdamW
 from lisa_kernels.flow.intervals import Intervals, Times
 from lisa_kernels.flow.route import Route
+from lisa_kernels.flow.routing import Clock, route_model, unroute_model
 
-__all__ = ["Intervals", "Route", "Times"]
+__all__ = [
+    "Clock",
+    "ExpertsAdamW",
+    "Intervals",
+    "Route",
+    "Times",
+    "TimestepExperts",
+    "route_model",
+    "unroute_model",
+]

@@ -1,7 +1,7 @@
 """The bridge to a model: find its decoder blocks, give linears a low-rank slot, keep frozen what is frozen."""
 
 from lisa_kernels.layers.attachable import check_attachable, without_compiler
-from lisa_kernels.layers.blocks import ModelParts, find_blocks, split_model
+from lisa_kernels.layers.blocks import ModelParts, find_blocks, no_ones, split_model
 from lisa_kernels.layers.checkpointing import checkpoint_blocks
 from lisa_kernels.layers.embedding import (
     LowRankEmbedding,
@@ -41,6 +41,7 @@ __all__ = [
     "leave_out_logits",
     "linear_shape",
     "lookup_factor",
+    "no_ones",
     "offload_checkpoints",
     "split_model",
     "swap_linears",

@@ -130,6 +130,15 @@ def split_model(model: nn.Module, path: str | None = None) -> ModelParts:
     )
 
 
+def no_ones(model: nn.Module, path: str) -> list[nn.Parameter]:
+    """Return the parameters that are not in one block of the list at `path` alone: outside, or in several."""
+    owners: dict[nn.Parameter, set[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        inside = name.startswith(f"{path}.")
+        owners.setdefault(param, set()).add(name[len(path) + 1 :].partition(".")[0] if inside else "")
+    return [param for param, blocks in owners.items() if len(blocks) > 1 or "" in blocks]
+
+
 def _language_levels(model: nn.Module, path: str) -> list[nn.Module]:
     """Return the modules around the list of blocks that belong to its language model, innermost first."""
     config = _nearest_config(model, path)

@@ -55,8 +55,9 @@ def attach(
     survey = survey_model(model, method, blocks)
     sampler = _make_sampler(survey, seed, _scores(survey, calibration, scores))
     layout = make_layout(survey, seed)
+    kind: type[SampledAdamW] = method.optimizer or SampledAdamW
     try:
-        optimizer = SampledAdamW(
+        optimizer = kind(
             model, method, layout, sampler, block_size=block_size, rounding=rounding, seed=seed,
             max_grad_norm=max_grad_norm, paging=paging, keep_logits=keep_logits, **settings
         )  # fmt: skip

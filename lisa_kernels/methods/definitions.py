@@ -18,8 +18,9 @@ CHOICES = {
     "design": ("marginals", "sequential", "shallow"),
     "order": ("random", "ascending", "descending"),
     "master": ("none", "remainder"),
+    "resting_weights": ("keep", "page"),
 }
-LEAST = {"active_layers": 1, "period": 1, "rank": 1, "gap": 0}
+LEAST = {"active_layers": 1, "period": 1, "rank": 1, "gap": 0, "groups": 1}
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -36,11 +37,15 @@ class Method:
     makes embedding and head two more layers of the draw (one where they are tied).
     retired_state: "drop" frees a layer's moments, basis and remainder when it leaves; "page" moves them to the store
     that `attach(paging=...)` names, else to host memory, and back when it is drawn again; "keep" does the same on the
-    device. Raises InputError for values out of range.
+    device. around: what counts as embedding and head, the parameters of the "language" model, or "all" that are no one
+    block's. optimizer: the class that trains with it, None for `SampledAdamW`. Raises InputError for values out of
+    range.
     """
 
     name: ClassVar[str]
     form: ClassVar[str] = "full"
+    around: ClassVar[str] = "language"
+    optimizer: ClassVar[type | None] = None
 
     def __post_init__(self) -> None:
         """Check every field that has a range."""

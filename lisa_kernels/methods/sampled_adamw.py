@@ -81,9 +81,7 @@ class SampledAdamW(AdapterAccess):
             param: n for n, unit in enumerate(layout.units()) for param in unit.params()
         }  # fmt: skip
         self._shelf = Shelf(self._open_store)
-        super().__init__(
-            parameter_groups(method, layout, lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings
-        )
+        super().__init__(self._parameter_groups(lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings)
         self._guard = FreezeGuard(model)
         self._foreign_steps, self._read_weights = ForeignSteps(self), ReadWeights(model)
         self._plain_linears = PlainLinears(model)
@@ -97,6 +95,9 @@ class SampledAdamW(AdapterAccess):
             self._remove_hooks()
             self._close_pages()
             raise
+
+    def _parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return parameter_groups(self.method, self.layout, lr, weight_decay)
 
     def _page_states(self) -> PagedStates | None:
         if self._retired_state == "page" and self.paging is None:
@@ -213,17 +214,22 @@ class SampledAdamW(AdapterAccess):
 
     def _prefetch_coming(self) -> None:
         """Begin to bring back what the switch at the end of this step will need, beside the step's own work."""
-        last = self.period is not None and (self.calls + 1) % self.period == 0
-        if not last or self._retired_state != "page" or self._paged is None:
+        if self._retired_state != "page" or self._paged is None:
             return
+        for unit in self._coming():
+            self._shelf.prefetch(unit)
+            if self._paged.stay:
+                self._paged.prefetch(unit.params())
+
+    def _coming(self) -> list[Unit]:
+        """Return what this step's end will switch on, where that is known before."""
+        if self.sampler is None or self.period is None or (self.calls + 1) % self.period:
+            return []
         # What an adaptive sampler draws next depends on this very step.
-        if self.sampler is None or self.period is None or isinstance(self.sampler, AdaptiveSampler):
-            return
-        for index in self._drawn_in((self.calls + 1) // self.period):
-            if index not in self._active:
-                self._shelf.prefetch(self.layout.drawn[index])
-                if self._paged.stay:
-                    self._paged.prefetch(self.layout.drawn[index].params())
+        if isinstance(self.sampler, AdaptiveSampler):
+            return []
+        drawn = self._drawn_in((self.calls + 1) // self.period)
+        return [self.layout.drawn[index] for index in drawn if index not in self._active]
 
     def _arm(self) -> None:
         for layer in self._active_slots():

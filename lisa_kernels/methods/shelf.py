@@ -1,4 +1,4 @@
-"""What layers that left need again besides their moments: bases and remainders, a page for each unit."""
+"""What layers that left need again besides their moments: bases and remainders, or weights, a page for each unit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ KEPT = ("basis", "remainder")
 
 
 class Shelf:
-    """Keeps tensors of resting units in pages: they move when a layer leaves and when it returns, and at no step."""
+    """Keeps tensors of resting units in pages: they move when a layer leaves and when it returns, and at no step.
 
-    def __init__(self, store: Callable[[], Store]) -> None:
-        self._store = store
+    kind: what is kept; the names of pages begin with it.
+    """
+
+    def __init__(self, store: Callable[[], Store], kind: str = "bases") -> None:
+        self._store, self._kind = store, kind
         self._pages: dict[str, tuple[Page, SlabLayout]] = {}
 
     def put(self, unit: Unit, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -29,7 +32,7 @@ class Shelf:
         layout = SlabLayout(Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in named.items())
         if unit.name not in self._pages or self._pages[unit.name][1].entries != layout.entries:
             self.forget(unit)
-            page = self._store().page(f"bases-{unit.name}", layout.nbytes, next(iter(named.values())).device)
+            page = self._store().page(f"{self._kind}-{unit.name}", layout.nbytes, next(iter(named.values())).device)
             self._pages[unit.name] = page, layout
         page, layout = self._pages[unit.name]
         places = layout.views(page.take())
@@ -59,10 +62,15 @@ class Shelf:
     def held(self) -> dict[str, dict[str, Tensor]]:
         """Return all that is kept, by path and name, to be read and not written."""
         found: dict[str, dict[str, Tensor]] = {}
-        for page, layout in self._pages.values():
-            page.settle()
-            found.update(_by_path(layout.views_apart(page.home())))
+        for name in self._pages:
+            found.update(self.held_of(name))
         return found
+
+    def held_of(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """Return what is kept of the unit of this name, to be read and not written."""
+        page, layout = self._pages[name]
+        page.settle()
+        return _by_path(layout.views_apart(page.home()))
 
 
 def _by_path(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

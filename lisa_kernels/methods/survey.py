@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import ModelParts, check_untied, find_linears, is_trainable, split_model
+from lisa_kernels.layers import ModelParts, check_untied, find_linears, is_trainable, no_ones, split_model
 from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.adapter_layout import adapter_places, beyond_adapters, new_head
 from lisa_kernels.methods.definitions import AdapterMethod, Method
@@ -128,6 +128,9 @@ def _layered_survey(model: nn.Module, method: Method, blocks: str | None) -> Sur
         raise InputError(f"active_layers is {wanted}, but the model has {layers} layers; use at most {layers}.")
     shares = _Shares()
     survey = Survey(model, method, parts.blocks, frozen=shares.frozen)
+    if method.around == "all":
+        # What is frozen there is a model of its own, such as an encoder, and no oversight.
+        survey.always.full = shares.take(param for param in no_ones(model, parts.path) if param.requires_grad)
     places = _block_places(model, method, parts)
     for index, block in enumerate(parts.blocks):
         name = f"{parts.path}.{index}"
@@ -140,7 +143,7 @@ def _layered_survey(model: nn.Module, method: Method, blocks: str | None) -> Sur
         shares.take(survey.outer.weights() if survey.outer else ())
     if embeddings == "sampled":
         survey.drawn += [UnitPlan(name, shares.take(params)) for name, params in _outer_units(parts)]
-    elif embeddings != "frozen":
+    elif embeddings != "frozen" and method.around == "language":
         survey.always.full = shares.take(parts.outer)
     return survey
 
