@@ -82,6 +82,14 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; it stops being one before its files go."""
+    doomed = path.with_name(f".{path.name}.old")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+@torch.no_grad()
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of Python's, numpy's and torch's global generators, those of all GPUs with it.
 

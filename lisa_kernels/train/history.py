@@ -1,14 +1,7 @@
-"""What a run leaves of itself as it goes: one line of JSON for each thing that happened, in history.jsonl.
-
-Lines have `kind` and `step`, the number of steps taken before: "begin" (what the run is), "draw" (the layers of a
-period), "log" (loss, rate, gradient norm, speed, memory), "evaluation" (held-out loss), "answers" (what it says).
-"""
+"""The history of a run of transformers' Trainer; see `history_file`."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,80 +12,34 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_kernels.errors import InputError
 from lisa_kernels.layers import SlotModule
 from lisa_kernels.methods import SampledAdamW
-from lisa_kernels.report import HISTORY_FILE, read_lines
+from lisa_kernels.train.history_file import HistoryFile
 from lisa_kernels.train.memory import MemoryMeter
 
 _LOGGED = ("loss", "learning_rate", "grad_norm")
 
 
-class RunHistory(TrainerCallback):  # type: ignore[misc]
-    """Writes the history of a run beside its summary; a line is whole or, where a kill cut it, the last and left out.
-
-    A file that cannot be written is told of once and costs the run nothing but its curves.
-    """
+class RunHistory(HistoryFile, TrainerCallback):  # type: ignore[misc]
+    """Writes losses, rates, speed, memory and draws of layers as the run goes."""
 
     def __init__(
         self, folder: Path, optimizer: SampledAdamW, meter: MemoryMeter, tokens_per_step: float, console: Console
     ) -> None:
-        self.path, self.optimizer, self.meter = folder / HISTORY_FILE, optimizer, meter
-        self.tokens_per_step, self.console = tokens_per_step, console
-        self.lines: list[dict[str, Any]] = []
+        super().__init__(folder, console)
+        self.optimizer, self.meter, self.tokens_per_step = optimizer, meter, tokens_per_step
         self._seconds = self._logged_seconds = 0.0
         self._logged_step = 0
         self._held: dict[str, int] = {}
         self._started = 0.0
-        self._writes = True
 
     def begin(self, facts: dict[str, Any], steps: int) -> None:
-        """Open the history of a run that has taken `steps`: lines past them go, those of an earlier start stay."""
-        lines = self._earlier() if steps else []
-        # What the model says at the end is asked again at the end.
-        self.lines = [
-            line for line in lines if line["step"] <= steps and (line["kind"], line["step"]) != ("answers", steps)
-        ]
+        """Open the history, and go on counting where an earlier start left off."""
+        super().begin(facts, steps)
         logs = [line for line in self.lines if line["kind"] == "log"]
         if logs:
             self._seconds = self._logged_seconds = logs[-1]["seconds"]
         self._logged_step = steps
-        if not self.has("begin"):
-            self.lines.insert(0, {"kind": "begin", "step": 0, **_plain(facts)})
-        self._write("w", self.lines)
-
-    def _earlier(self) -> list[dict[str, Any]]:
-        try:
-            return read_lines(self.path) if self.path.exists() else []
-        except (InputError, OSError) as error:
-            self.console.print(f"note: the history of this run begins anew ({error})", highlight=False, markup=False)
-            return []
-
-    def has(self, kind: str) -> bool:
-        """Tell whether there is a line of that kind."""
-        return any(line["kind"] == kind for line in self.lines)
-
-    def add(self, kind: str, step: int, **values: Any) -> None:
-        """Write one line."""
-        line = {"kind": kind, "step": step, **_plain(values)}
-        self.lines.append(line)
-        self._write("a", [line])
-
-    def _write(self, mode: str, lines: Iterable[dict[str, Any]]) -> None:
-        if not self._writes:
-            return
-        try:
-            self._write_lines(mode, lines)
-        except OSError as error:
-            self._writes = False
-            self.console.print(f"note: the history of this run is not written on ({error})", highlight=False)
-
-    def _write_lines(self, mode: str, lines: Iterable[dict[str, Any]]) -> None:
-        path = self.path.with_name(f".{self.path.name}.partial") if mode == "w" else self.path
-        with path.open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-        if mode == "w":
-            os.replace(path, self.path)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,17 +74,6 @@ class RunHistory(TrainerCallback):  # type: ignore[misc]
                 "log", state.global_step, **{name: logs.get(name) for name in _LOGGED}, seconds=self._seconds,
                 tokens_per_second=speed, held_bytes=self._held, peak_bytes=self.meter.peak_bytes(),
             )  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """Return the value as JSON can hold it: numbers that are none become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def held_bytes(model: nn.Module, optimizer: SampledAdamW) -> dict[str, int]:

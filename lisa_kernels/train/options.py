@@ -181,6 +181,11 @@ class FineTuneOptions:
         """Where figures go while the run goes on."""
         return [name for name in dict.fromkeys(self.report_to.split(",")) if name != "none"]
 
+    def sources(self) -> list[tuple[str, str]]:
+        """Return each (flag, value) that may name a file which the run reads."""
+        given = (("--model", self.model), ("--data", self.data), ("--eval-data", self.eval_data or ()))
+        return [(flag, one) for flag, values in given for one in ([values] if isinstance(values, str) else values)]
+
     def fixed(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the one it continues, as plain values."""
         return {key: value for key, value in self.recorded().items() if key not in _FREE}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -47,7 +47,15 @@ class Memory:
         return f"{self.total / 1e9:.2f} GB ({shares})"
 
 
-def take_device(options: FineTuneOptions, console: Console, machine: Machine | None = None) -> torch.device:
+class HasDevice(Protocol):
+    """Options that name a device."""
+
+    @property
+    def device(self) -> str:
+        """cpu, cuda, cuda:N or auto."""
+
+
+def take_device(options: HasDevice, console: Console, machine: Machine | None = None) -> torch.device:
     """Return the device of the run, and say which it is. Raises InputError where it is not there."""
     machine = survey_machine() if machine is None else machine
     device = choose_device(options.device, machine)

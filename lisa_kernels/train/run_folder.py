@@ -5,18 +5,43 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.files import written_whole
 from lisa_kernels.train.checkpoint import find_checkpoints, remove_leftovers
-from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.taken import recorded_in
 
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 ADAPTER_FOLDER = "adapter"
+
+
+class RunOptions(Protocol):
+    """What the folder of a run needs to know of its options."""
+
+    @property
+    def output(self) -> Path:
+        """The folder."""
+
+    @property
+    def resume(self) -> bool:
+        """Whether a run there goes on."""
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether a run there may be replaced."""
+
+    def sources(self) -> Sequence[tuple[str, str]]:
+        """Return each (flag, value) that may name a file which the run reads."""
+
+    def fixed(self) -> dict[str, Any]:
+        """Return the options that a resumed run must share with the one it continues, as plain values."""
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that repeat the run elsewhere, as plain values."""
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -26,7 +51,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def open_run(options: FineTuneOptions) -> tuple[dict[str, Any], Path | None]:
+def open_run(options: RunOptions) -> tuple[dict[str, Any], Path | None]:
     """Take the output folder for this run; returns (what run.json holds besides the options, last checkpoint or None).
 
     Refuses a folder of another run unless it is resumed with the same options or may be overwritten.
@@ -51,7 +76,7 @@ def open_run(options: FineTuneOptions) -> tuple[dict[str, Any], Path | None]:
             f"--output {folder} holds another run; add --resume to continue it, --overwrite to replace it, "
             "or give another folder."
         )
-    for flag, given in _sources(options):
+    for flag, given in options.sources():
         if Path(given).exists() and Path(given).resolve().is_relative_to(folder.resolve()):
             raise InputError(
                 f"--overwrite would delete {flag} {given}, which lies in --output {folder}; give another --output."
@@ -59,13 +84,7 @@ def open_run(options: FineTuneOptions) -> tuple[dict[str, Any], Path | None]:
     return {}, None
 
 
-def _sources(options: FineTuneOptions) -> list[tuple[str, str]]:
-    """Return each (flag, value) that may name a file which a run reads."""
-    given = (("--model", options.model), ("--data", options.data), ("--eval-data", options.eval_data or ()))
-    return [(flag, one) for flag, values in given for one in ([values] if isinstance(values, str) else values)]
-
-
-def _resumed(options: FineTuneOptions, saved: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
+def _resumed(options: RunOptions, saved: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
     before, now = saved["options"], json.loads(json.dumps(options.fixed()))
     taken = recorded_in(saved)
     if "taken" not in saved and before.get("warmup_steps") == 0:
@@ -85,7 +104,7 @@ def _resumed(options: FineTuneOptions, saved: dict[str, Any]) -> tuple[dict[str,
     return saved, checkpoints[-1] if checkpoints else None
 
 
-def start_run(options: FineTuneOptions, facts: dict[str, Any]) -> None:
+def start_run(options: RunOptions, facts: dict[str, Any]) -> None:
     """Begin a run in its folder, emptied if it may be: write run.json with what was measured before the first step.
 
     Called when everything that was given has proved usable, so that a mistake never costs an older run. Raises

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,10 +21,12 @@ from lisa_kernels.train.checkpoint import (
     find_checkpoints,
     load_tree,
     random_state,
+    remove_checkpoint,
     remove_leftovers,
     save_tree,
     set_random_state,
 )
+from lisa_kernels.train.interrupt import Interrupt
 
 TRAINING_STATE = "training_state"
 
@@ -90,26 +89,8 @@ class SamplingState(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": {}, "attributes": {"attachment": self.attachment}}
 
 
-class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
+class StopOnInterrupt(Interrupt, TrainerCallback):  # type: ignore[misc]
     """Turns the first ctrl-C into: finish this step, save a checkpoint, stop. The second stops at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: Any = None
-
-    def __enter__(self) -> StopOnInterrupt:
-        """Take over SIGINT."""
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Give SIGINT back."""
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of training after an interrupt."""
@@ -237,14 +218,6 @@ def _trainer_state(checkpoint: Path) -> TrainerState:
         raise InputError(f"{checkpoint} is not a whole checkpoint ({error}); resume from another.") from error
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; it stops being one before its files go."""
-    doomed = path.with_name(f".{path.name}.old")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-@torch.no_grad()
 def held_out_loss(model: Any, loader: Any, optimizer: SampledAdamW | None = None) -> float:
     """Return the mean cross entropy in nats per supervised token over all batches; nan if there are none.
 
