@@ -42,6 +42,11 @@ class Route:
         """How many blocks a group has."""
         return self.layers // self.groups
 
+    @property
+    def held(self) -> int | None:
+        """The group that runs whatever the times are; None outside of `holding`."""
+        return self._held
+
     def blocks_of(self, group: int) -> range:
         """Return the numbers of a group's blocks."""
         self.intervals.interval(group)
