@@ -37,8 +37,21 @@ ALLOWED: dict[str, set[str]] = {
     # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
     "layers": {"errors", "uncompiled", "ops", "basis", "distributed", "layers"},
     "methods": {"errors", "files", "ops", "paging", *MIDDLE, "methods"},
-    # Knows what methods are; no method knows of it.
-    "flow": {"errors", "files", "uncompiled", "ops", "paging", *MIDDLE, "methods", "flow"},
+    # Knows what methods are; no method knows of it. Its runs keep folders, checkpoints and pages as others do.
+    "flow": {
+        "errors",
+        "files",
+        "requirements",
+        "devices",
+        "uncompiled",
+        "report",
+        "ops",
+        "paging",
+        *MIDDLE,
+        "methods",
+        "train",
+        "flow",
+    },
     # A plan rehearses what a run would do, with its models and options.
     "plan": {*BOTTOM, "sizes", "ops", "paging", *MIDDLE, "methods", "train", "plan"},
     # Reads what runs wrote; knows none of what wrote it.
@@ -74,6 +87,7 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "evaluate",
         "difference",
+        "flow",
         "info",
         "requirements",
         "commands",
