@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lisa_kernels.commands import bench, difference, evaluate, finetune, info, plan, report, scores
+from lisa_kernels.commands import bench, difference, evaluate, finetune, flow, info, plan, report, scores
 from lisa_kernels.commands.run_file import CommandParser
 from lisa_kernels.distributed import check_one_launched
 from lisa_kernels.errors import InputError
@@ -20,7 +20,7 @@ INTERRUPTED = 130
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lisa-kernels", description="Fine-tune language models by layer sampling.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
-    for command in (finetune, evaluate, difference, plan, scores, bench, report, info):
+    for command in (finetune, evaluate, difference, plan, scores, flow, bench, report, info):
         command.add_command(commands)
     return parser
 

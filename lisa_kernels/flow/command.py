@@ -1,0 +1,72 @@
+"""`lisa-kernels flow sample`: images of a trained flow as a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lisa_kernels.devices import choose_device, survey_machine
+from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.flow.model_file import load_model
+from lisa_kernels.flow.pictures import check_picture, make_images, write_grid
+from lisa_kernels.flow.progress import sampling_bar
+from lisa_kernels.flow.sample import SOLVERS
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Options of the command, one field a flag; see its help for units and defaults."""
+
+    model: Path
+    plot: Path
+    label: Sequence[str] | None = None
+    count: int = 10
+    steps: int = 40
+    solver: str = "euler"
+    guidance: float = 1.0
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the model."""
+        for name in ("count", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}; at least 1 is wanted.")
+        if self.solver not in SOLVERS:
+            raise unknown_name("--solver", self.solver, SOLVERS)
+        if not 0 <= self.guidance < float("inf"):
+            raise InputError(f"--guidance is {self.guidance}; a finite number of at least 0 is wanted.")
+        check_picture(self.plot)
+
+
+def draw_samples(options: SampleOptions, console: Console) -> dict[str, Any]:
+    """Write the picture; returns what it shows and what it took."""
+    device = choose_device(options.device, survey_machine())
+    model, classes = load_model(options.model.expanduser())
+    model.to(device)
+    every = [str(number) for number in range(len(classes.names))]
+    rows = [classes.number(label) for label in options.label or every]
+    labels = torch.tensor(rows).repeat_interleave(options.count)
+    begun = time.perf_counter()
+    with sampling_bar(console, options.steps) as bar:
+        images = make_images(
+            model, labels, steps=options.steps, solver=options.solver, guidance=options.guidance, seed=options.seed,
+            progress=lambda: bar.advance(bar.task_ids[0]),
+        )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    write_grid(images, options.count, options.plot, [classes.names[row] for row in rows])
+    console.print(
+        f"{len(labels)} images in {seconds:.1f} s, {options.steps} steps of {model.route.size} of {model.route.layers} "
+        f"layers each; picture in {options.plot}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return {
+        "picture": str(options.plot), "images": len(labels), "labels": rows, "steps": options.steps,
+        "layers_per_evaluation": model.route.size, "layers": model.route.layers, "seconds": seconds,
+    }  # fmt: skip
