@@ -116,6 +116,11 @@ class ExpertsAdamW(SampledAdamW):
     def _begin_period(self) -> None:
         # The order of the groups is known: of draws there is nothing to remember.
         self._switch_to(self._draw())
+        # Moments are needed at the end of the next step, not at its start: they come beside its forward and backward,
+        # and two groups' are never there at once.
+        if self._paged is not None and self._paged.stay:
+            for index in self._active:
+                self._paged.prefetch(self.layout.drawn[index].params())
 
     def _count(self) -> None:
         self._times_drawn = 0
@@ -137,7 +142,7 @@ class ExpertsAdamW(SampledAdamW):
             self._weights.keep_only(layers)
 
     def _prefetch_coming(self) -> None:
-        super()._prefetch_coming()
+        """Begin to bring back the weights that the next forward starts with, beside this step's work."""
         if self._weights is not None:
             for unit in self._coming():
                 self._weights.prefetch(unit)
