@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         "flow",
     },
     # A plan rehearses what a run would do, with its models and options.
-    "plan": {*BOTTOM, "sizes", "ops", "paging", *MIDDLE, "methods", "train", "plan"},
+    "plan": {*BOTTOM, "sizes", "ops", "paging", *MIDDLE, "methods", "flow", "train", "plan"},
     # Reads what runs wrote; knows none of what wrote it.
     "report": {"errors", "report"},
     # A run leaves its page, and a history in the page's format.

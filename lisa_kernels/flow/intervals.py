@@ -115,7 +115,7 @@ class Intervals:
             return cls(tuple(boundaries), drawn, overlap)
         if boundaries not in PLACEMENTS:
             raise unknown_name("placement of boundaries", boundaries, PLACEMENTS)
-        shares = torch.arange(1, groups, dtype=torch.float64) / groups
+        shares = torch.arange(1, groups, dtype=torch.float64, device="cpu") / groups
         inner = drawn.quantiles(shares) if boundaries == "quantile" else shares
         return cls((0.0, *inner.tolist(), 1.0), drawn, overlap)
 
@@ -149,14 +149,14 @@ class Intervals:
                 "convention needs its times converted."
             )
         # Compared as the time's own precision holds the bounds, so that a time that is a bound begins its interval.
-        inner = torch.tensor(self.bounds[1:-1], dtype=torch.float64)
+        inner = torch.tensor(self.bounds[1:-1], dtype=torch.float64, device=t.device)
         if t.is_floating_point():
             inner = inner.to(t.dtype).to(torch.float64)
-        return torch.bucketize(values, inner.to(t.device), right=True)
+        return torch.bucketize(values, inner, right=True)
 
     def group_of(self, t: float | Tensor) -> int:
         """Return the group of a time, or of several that belong to one group; InputError where they do not."""
-        times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+        times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
         found = self.groups_of(times).unique().tolist()
         if len(found) == 1:
             return int(found[0])
@@ -174,7 +174,7 @@ class Intervals:
         """
         low, high = self.training_interval(group)
         first, last = self.times.cumulative(low), self.times.cumulative(high)
-        key = torch.tensor(number_key(seed, TIMES_STREAM + call, step), dtype=torch.int64)
+        key = torch.tensor(number_key(seed, TIMES_STREAM + call, step), dtype=torch.int64, device="cpu")
         shares = (random_words(key, 0, count).to(torch.float64) + 0.5) / 2.0**32
         drawn = self.times.quantiles(first + (last - first) * shares).to(torch.float32)
         return _inside(drawn, low, high)
@@ -195,10 +195,10 @@ class Intervals:
 
 def _inside(drawn: Tensor, low: float, high: float) -> Tensor:
     """Return times with those that rounding put outside of [low, high) moved to its nearest number of float32."""
-    ends = torch.tensor([low, high], dtype=torch.float64)
-    least, most = ends.to(torch.float32).unbind()
+    ends = torch.tensor([low, high, 2.0, -1.0], dtype=torch.float64, device=drawn.device)
+    least, most, above, below = ends.to(torch.float32).unbind()
     if float(least) < low:
-        least = torch.nextafter(least, torch.tensor(2.0))
+        least = torch.nextafter(least, above)
     if float(most) >= high:
-        most = torch.nextafter(most, torch.tensor(-1.0))
+        most = torch.nextafter(most, below)
     return drawn.clamp(least, most)

@@ -154,12 +154,12 @@ def take_steps(
     if isinstance(store, HostStore):
         store.watchers.append(lambda slab: tracker.label([slab], "pages"))
     with tracker.phase("attach"):
-        _label_held(model, optimizer, tracker)
+        label_held(model, optimizer, tracker)
     if isinstance(sampler, GivenDraws) and sampler.visits:
         with tracker.phase("earlier periods"):
             for _ in range(sampler.visits):
                 _leave_state(optimizer)
-            _label_held(model, optimizer, tracker)
+            label_held(model, optimizer, tracker)
     steps = len(sampler.draws) - sampler.visits if isinstance(sampler, GivenDraws) else STEPS
     # The backward's from the start too: too much, and never too little, where a small run is at its peak before it.
     workspaces = [] if gpu is None else [gpu.workspace(), gpu.workspace()]
@@ -171,7 +171,7 @@ def take_steps(
                 sampler.before_switch = partial(_enter_switch, model, optimizer, tracker, f"step {number}: switch")
             with tracker.phase(f"step {number}: step"):
                 optimizer.step()
-                _label_held(model, optimizer, tracker)
+                label_held(model, optimizer, tracker)
                 optimizer.zero_grad()
     del workspaces
 
@@ -201,11 +201,11 @@ def _leave_state(optimizer: SampledAdamW) -> None:
 
 def _enter_switch(model: nn.Module, optimizer: SampledAdamW, tracker: StorageTracker, phase: str) -> None:
     # The state of layers that leave is known by its name now only.
-    _label_held(model, optimizer, tracker)
+    label_held(model, optimizer, tracker)
     tracker.enter(phase)
 
 
-def _label_held(model: nn.Module, optimizer: SampledAdamW, tracker: StorageTracker) -> None:
+def label_held(model: nn.Module, optimizer: SampledAdamW, tracker: StorageTracker) -> None:
     """Say what the tensors are that model and optimizer hold between steps."""
     layers = [module for module in model.modules() if isinstance(module, SlotModule)]
     slots = [tensor for layer in layers for tensor in (layer.slot, layer.basis, layer.remainder)]

@@ -15,6 +15,7 @@ from lisa_kernels.plan.cards import CARDS_GB, CONTEXT_BYTES, card_bytes
 from lisa_kernels.plan.trace import Trace
 
 if TYPE_CHECKING:
+    from lisa_kernels.plan.flow import FlowWorkload
     from lisa_kernels.plan.length import RunLength
     from lisa_kernels.plan.rehearsal import Workload
 
@@ -52,7 +53,7 @@ class Plan:
     itself takes.
     """
 
-    workload: Workload
+    workload: Any
     trace: Trace
     context_bytes: int = CONTEXT_BYTES
 
@@ -140,7 +141,7 @@ def allocated_bytes(reserve: Reserve) -> int:
     return reserve.allocated + max(math.ceil(reserve.allocated * UNEVEN), UNEVEN_BYTES)
 
 
-def _plain(workload: Workload) -> dict[str, Any]:
+def _plain(workload: Workload | FlowWorkload) -> dict[str, Any]:
     values = {field.name: getattr(workload, field.name) for field in dataclasses.fields(workload)}
     length: RunLength | None = values.pop("length", None)
     settings = (workload.method if length is None else length.applied_to(workload.method)).settings()

@@ -115,6 +115,15 @@ def test_a_draw_is_a_function_of_seed_step_and_call() -> None:
         assert not torch.equal(first, intervals.draw(0, 64, **other))
 
 
+def test_another_default_device_changes_nothing() -> None:
+    """Boundaries are numbers of the host, and draws are made there, wherever new tensors would be."""
+    expected = Intervals.make(3, times="logit-normal").draw(1, 5, seed=0, step=0)
+    with torch.device("meta"):
+        found = Intervals.make(3, times="logit-normal").draw(1, 5, seed=0, step=0)
+        assert Intervals.make(3).group_of(0.5) == 1
+    assert torch.equal(found, expected)
+
+
 def test_a_state_makes_the_same_intervals() -> None:
     """Bounds to the last bit, distribution and overlap."""
     intervals = Intervals.make(3, "quantile", Times("logit-normal", shift=2.0), 0.05)
