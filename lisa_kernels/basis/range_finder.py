@@ -7,12 +7,13 @@ not finite, or zero throughout, is noticed there and changes nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lisa_kernels.basis.gradients import FactoredGradient, Gradient, cheaper, lift, project
+from lisa_kernels.basis.gradients import FactoredGradient, Gradient, SharedGradient, cheaper, lift, project
 from lisa_kernels.basis.orthonormal import (
     filled_rows,
     leading_rows,
@@ -55,6 +56,8 @@ def _with_others(rows: Tensor, m: int, source: RandomRows) -> Tensor:
 
 
 def _affordable(gradient: Gradient, rows: Tensor, passes: int) -> Gradient:
+    if isinstance(gradient, SharedGradient) and isinstance(gradient.part, FactoredGradient):
+        return dataclasses.replace(gradient, part=cheaper(gradient.part, 2 * passes * len(rows)))
     return cheaper(gradient, 2 * passes * len(rows)) if isinstance(gradient, FactoredGradient) else gradient
 
 

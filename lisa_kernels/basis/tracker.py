@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lisa_kernels.basis.gradients import FactoredGradient, Gradient
+from lisa_kernels.basis.gradients import FactoredGradient, Gradient, SharedGradient
 from lisa_kernels.basis.orthonormal import deviation
 from lisa_kernels.basis.random_rows import RandomRows
 from lisa_kernels.basis.range_finder import find_first, find_refreshed
@@ -35,6 +36,12 @@ class Heard:
         """Return whether the host knows by now that it is true."""
         return (self._copied is None or self._copied.query()) and bool(self._value)
 
+    def wait(self) -> bool:
+        """Return whether it is true, once the host knows."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._value)
+
 
 @dataclass
 class BasisTracker:
@@ -48,6 +55,9 @@ class BasisTracker:
     not long in random directions then, it is tried again after 1 to 7 steps, 8 to 63 …, up to the gap. Where the host
     has heard by then that the first gradient was good, this is left out; where it has not, the device throws the work
     away, which comes to the same. `early` False leaves it out in any case, for gradients known to be good.
+
+    `summed` adds up a tensor over the ranks that train together: gradients are then the sums of theirs, bases the same
+    on all of them, and the host waits until it has heard, for all ranks have to do the same.
     """
 
     rank: int
@@ -56,6 +66,7 @@ class BasisTracker:
     seed: int
     stream: int
     early: bool = True
+    summed: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     activation: int = 0
     steps: int = 0
     due: bool = True
@@ -96,7 +107,11 @@ class BasisTracker:
         """Return whether a first basis is tried again: once between two powers of 8, staggered as refreshes are."""
         power = 8 ** ((self.steps.bit_length() - 1) // 3)
         its_turn = self.steps < self.gap and self.steps == power + 7 * power * self.offset // self.gap
-        return self.early and its_turn and not (self._heard is not None and self._heard.is_true())
+        if not (self.early and its_turn):
+            return False
+        if self._heard is None:
+            return True
+        return not (self._heard.is_true() if self.summed is None else self._heard.wait())
 
     def update(self, gradient: Gradient, basis: Tensor) -> Tensor:
         """Write the basis that is due into `basis` [r, n] from `gradient` [m, n], and return it.
@@ -113,6 +128,8 @@ class BasisTracker:
 
     @torch.no_grad()
     def _update(self, gradient: Gradient, basis: Tensor) -> Tensor:
+        if self.summed is not None:
+            gradient = SharedGradient(gradient, self.summed)  # type: ignore[arg-type]
         # Autocast, where a backward runs under it, would make products of 16-bit numbers of these.
         with no_autocast(basis.device.type):
             usable, lost = self._refresh(gradient, basis) if self.has_basis else self._find(gradient, basis)

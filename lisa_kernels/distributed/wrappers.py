@@ -8,7 +8,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lisa_kernels.errors import InputError
 
-WORKS = "attach and call the bare model, in one process on one GPU."
+WORKS = "attach and call the bare model on every rank: the optimizer that attach returns averages gradients itself."
 
 REPLACED = (
     "FullyShardedDataParallel, DeepSpeed and their like put tensors of their own in the place of parameters, and "
@@ -22,8 +22,7 @@ def check_not_wrapped(model: nn.Module) -> None:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             raise InputError(
                 f"{_named(path)} is wrapped in {type(module).__name__}, which fixes the set of gradients once and "
-                f"fails after the first switch; {WORKS} (Gradients that are all-reduced by hand keep ranks equal under "
-                "full-rank methods only: bases are found from each rank's own.)"
+                f"fails after the first switch; {WORKS}"
             )
     if type(model).__module__.partition(".")[0] == "deepspeed" or any(hasattr(p, "ds_id") for p in model.parameters()):
         raise InputError(
@@ -32,8 +31,18 @@ def check_not_wrapped(model: nn.Module) -> None:
         )
 
 
+def leave_gradients_alone() -> None:
+    """Tell the DDP that is calling a model, if one is, that its gradients are none of its business.
+
+    As under its `no_sync`, for good: trainers wrap models in DDP whatever else reduces gradients.
+    """
+    caller = DistributedDataParallel._get_active_ddp_module()
+    if caller is not None:
+        caller.require_backward_grad_sync = False
+
+
 def check_not_shared_out(model: nn.Module) -> None:
-    """Raise InputError for a model of which each process holds a part, or that is called by DDP.
+    """Raise InputError for a model of which each process holds a part, or whose gradients the DDP around it reduces.
 
     Asked at every training forward too, for wrappers come after attaching as well.
     """
@@ -43,7 +52,7 @@ def check_not_shared_out(model: nn.Module) -> None:
     from torch.distributed.tensor import DTensor
 
     caller = DistributedDataParallel._get_active_ddp_module()
-    if caller is not None:
+    if caller is not None and caller.require_backward_grad_sync:
         raise InputError(
             "the attached model is called by DistributedDataParallel, which reduces the gradients that there were when "
             f"it was made, and no others after a switch: ranks would drift apart; {WORKS}"

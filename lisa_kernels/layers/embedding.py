@@ -58,6 +58,8 @@ class EmbeddingTap:
         if not layer.active or not torch.is_grad_enabled():
             return y
         ids = _ids(args, kwargs)
+        if layer.capturing and layer.shares_basis:
+            return capture_embedding(y, ids, layer.slot, layer.refresh_from_rows, self.factor, self.padding, None)
         if layer.capturing:
             return capture_embedding(y, ids, layer.slot, layer.refresh_basis, self.factor, self.padding, layer.rank)
         return lowrank_embedding(y, ids, layer.slot, layer.basis, self.factor, self.padding)

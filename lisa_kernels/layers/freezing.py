@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisa_kernels.distributed import REPLACED, check_not_shared_out, process_count
+from lisa_kernels.distributed import REPLACED, Sharing, check_not_shared_out, process_count
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.uncompiled import uncompiled
@@ -64,10 +64,12 @@ class FreezeGuard:
     Hugging Face's gradient checkpointing puts on the embeddings (with it every frozen layer stays in the graph).
     Parameters that come, go or change after the model was attached would train wrongly or not at all: it refuses them.
     It refuses as well what shares the model's hooks and is not the model: a replica.
+
+    sharing: who sees to it that several processes do the same.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, model: nn.Module, sharing: Sharing = Sharing.BY_CALLER) -> None:
+        self._model, self._sharing = weakref.ref(model), sharing
         self.before = {name: param.requires_grad for name, param in model.named_parameters()}
         slots = {module.slot for module in model.modules() if isinstance(module, SlotModule)}
         self._known = {
@@ -86,6 +88,7 @@ class FreezeGuard:
         check_checkpointing(model)
         drop_input_gradients(model)
         if model.training and torch.is_grad_enabled():
+            self._sharing.check()
             check_not_shared_out(model)
             self.check_unchanged(model)
         self.enforce(model)

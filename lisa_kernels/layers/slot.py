@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.basis import BasisTracker, Gradient
+from lisa_kernels.basis import BasisTracker, Gradient, ScatteredGradient
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.fold import fold_
 
@@ -133,6 +133,15 @@ class SlotModule(nn.Module):
         """Make the basis that is due, from the weight's gradient [m, n], and return the one in use."""
         assert self.tracker is not None
         return self.tracker.update(gradient, self.basis)
+
+    @property
+    def shares_basis(self) -> bool:
+        """Whether several ranks find the basis together."""
+        return self.tracker is not None and self.tracker.summed is not None
+
+    def refresh_from_rows(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Do what `refresh_basis` does for a table's gradient, of which other ranks have rows of other ids."""
+        return self.refresh_basis(ScatteredGradient(rows, ids, self.out_features))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Save the layer's function as a plain weight; an adapter's is made here, one layer at a time, in host memory.

@@ -7,11 +7,14 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lisa_kernels.distributed import check_one_process
+from lisa_kernels.distributed import GradientReduction, Ranks, Sharing, check_wire_dtype, ranks_of
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import check_attachable, without_compiler
+from lisa_kernels.layers import TappedEmbedding, check_attachable, without_compiler
+from lisa_kernels.layers.lowrank import Swap
+from lisa_kernels.methods.agreement import agree, together
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
@@ -26,7 +29,7 @@ def attach(
     weight_decay: float = 1e-2, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
     scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
-    paging: str | None = None, ranks: Any = "auto",
+    paging: str | None = None, ranks: Any = "auto", wire_dtype: str | None = None,
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
@@ -40,41 +43,73 @@ def attach(
     are given on the CPU; of labels on a GPU all take part, for to leave some out the host would wait. The model's own
     parameters stay what they are; linears that get a low-rank slot are swapped until `detach()`. What was frozen before
     stays frozen, which is said once; a layer that is frozen whole keeps its number and is never drawn. Of a compiled
-    model the one inside is attached. Several processes of torch.distributed are refused, unless ranks=None says that
-    the caller reduces gradients.
+    model the one inside is attached.
+
+    ranks: "auto" is the default process group of torch.distributed, where it has several processes; another group; or
+    None for a caller who reduces gradients. Each process (rank) has the whole model and attaches it with the same
+    settings; layer scores are those of rank 0. Gradients of what trains are averaged at the end of each backward, and
+    so are the sketches that bases are made of within it, so that all ranks do the same step; what trained is compared
+    at every switch. Ranks that differ all raise InputError. wire_dtype="bf16" rounds gradients on their way.
     Raises InputError, the model untouched, for anything that cannot work.
     """
-    if not isinstance(method, Method):
-        raise InputError(f"method is {method!r}; an instance such as OwLore(active_layers=5) is wanted.")
-    model = without_compiler(model)
-    check_attachable(model)
-    _check_ranks(ranks)
+    sharing = ranks_of(ranks)
+    general: dict[str, Any] = {
+        "block_size": block_size, "rounding": rounding, "max_grad_norm": max_grad_norm, "paging": paging
+    }  # fmt: skip
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    check_hyper(settings)
-    check_settings(block_size, rounding, max_grad_norm, paging)
-    survey = survey_model(model, method, blocks)
-    sampler = _make_sampler(survey, seed, _scores(survey, calibration, scores))
-    layout = make_layout(survey, seed)
-    kind: type[SampledAdamW] = method.optimizer or SampledAdamW
     try:
-        optimizer = kind(
-            model, method, layout, sampler, block_size=block_size, rounding=rounding, seed=seed,
-            max_grad_norm=max_grad_norm, paging=paging, keep_logits=keep_logits, **settings
-        )  # fmt: skip
+        with together(sharing):
+            model = without_compiler(model)
+            wire = _check(model, method, settings, general, wire_dtype)
+            survey = survey_model(model, method, blocks)
+        if sharing is not None:
+            agree(sharing, model, method, {**settings, **general, "seed": seed, "wire_dtype": wire_dtype})
+        scores = _agreed_scores(sharing, survey, calibration, scores)
+        reduction = None if sharing is None else GradientReduction(sharing, wire)
+        kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
+        more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}
+        optimizer = _attached(sharing, survey, scores, seed, more)
     except BaseException:
-        for swap in layout.swaps:
-            swap.undo()
+        if sharing is not None:
+            sharing.close()
         raise
     _tell_what_differs(survey)
     return optimizer
 
 
-def _check_ranks(ranks: Any) -> None:
-    if ranks is None:
-        return
-    if ranks != "auto":
-        raise InputError(f'ranks is {ranks!r}; "auto" or None is wanted.')
-    check_one_process()
+def _attached(
+    sharing: Ranks | None, survey: Survey, scores: Sequence[float] | None, seed: int, settings: Mapping[str, Any]
+) -> SampledAdamW:  # fmt: skip
+    """Do to the model what was surveyed; on a failure of this rank or another it is as it was."""
+    optimizer: SampledAdamW | None = None
+    swaps: list[Swap | TappedEmbedding] = []
+    try:
+        with together(sharing):
+            sampler = _make_sampler(survey, seed, scores)
+            layout = make_layout(survey, seed)
+            swaps = layout.swaps
+            kind: type[SampledAdamW] = survey.method.optimizer or SampledAdamW
+            optimizer = kind(survey.model, survey.method, layout, sampler, seed=seed, **settings)
+    except BaseException:
+        if optimizer is not None:
+            optimizer.detach()
+        else:
+            for swap in swaps:
+                swap.undo()
+        raise
+    return optimizer
+
+
+def _check(
+    model: nn.Module, method: Method, settings: Mapping[str, Any], general: Mapping[str, Any], wire_dtype: str | None
+) -> torch.dtype | None:  # fmt: skip
+    """Raise InputError for what cannot work whatever the model holds; returns the dtype of gradients on their way."""
+    if not isinstance(method, Method):
+        raise InputError(f"method is {method!r}; an instance such as OwLore(active_layers=5) is wanted.")
+    check_attachable(model)
+    check_hyper(dict(settings))
+    check_settings(**general)
+    return check_wire_dtype(wire_dtype)
 
 
 def _tell_what_differs(survey: Survey) -> None:
@@ -104,6 +139,21 @@ def _tell_what_differs(survey: Survey) -> None:
             'task: if the checkpoint has no weights for it, it stays random. Use a method with embeddings="always".',
             stacklevel=3,
         )
+
+
+def _agreed_scores(
+    sharing: Ranks | None, survey: Survey, calibration: Iterable[Mapping[str, Tensor]] | None,
+    given: Sequence[float] | None,
+) -> Sequence[float] | None:  # fmt: skip
+    """Return the scores, of ranks those of rank 0: each has calibration batches of its own, and one draw is wanted."""
+    if sharing is None:
+        return _scores(survey, calibration, given)
+    scores = None
+    with sharing.together():
+        if sharing.rank == 0:
+            scores = _scores(survey, calibration, given)
+    agreed: Sequence[float] | None = sharing.tell(scores)[0]
+    return agreed
 
 
 def _scores(
@@ -139,6 +189,6 @@ def _positive(scores: list[float], kind: str) -> list[float]:
     """Raise scores of zero to the smallest positive one: a layer without outliers still trains, if seldom."""
     smallest = min((score for score in scores if score > 0), default=None)
     if smallest is None:
-        warnings.warn(f"every {kind} score of this model is 0; its layers are drawn uniformly.", stacklevel=4)
+        warnings.warn(f"every {kind} score of this model is 0; its layers are drawn uniformly.", stacklevel=5)
         return [1.0] * len(scores)
     return [max(score, smallest) for score in scores]

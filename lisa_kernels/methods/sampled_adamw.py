@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
+from lisa_kernels.distributed import GradientReduction, Sharing
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import (
     FreezeGuard,
@@ -20,12 +20,13 @@ from lisa_kernels.layers import (
     SlotModule,
     leave_out_logits,
 )
-from lisa_kernels.methods.adapter_access import AdapterAccess
 from lisa_kernels.methods.adapters import Adapters
 from lisa_kernels.methods.attachment import attachment_state, check_attachment
 from lisa_kernels.methods.definitions import AdapterMethod, Method
 from lisa_kernels.methods.foreign_steps import ForeignSteps
+from lisa_kernels.methods.gradient_norms import add_norm, mean_norms
 from lisa_kernels.methods.groups import parameter_groups
+from lisa_kernels.methods.rank_access import RankAccess
 from lisa_kernels.methods.shelf import Shelf
 from lisa_kernels.methods.slots import (
     fold_slots,
@@ -41,7 +42,7 @@ from lisa_kernels.paging import Store
 from lisa_kernels.samplers import AdaptiveSampler, Sampler
 
 
-class SampledAdamW(AdapterAccess):
+class SampledAdamW(RankAccess):
     """An ordinary torch optimizer over all layers of a model, a few of which train at a time.
 
     Every parameter that may ever train is in its groups from the start: full-rank matrices, low-rank slots, vectors
@@ -59,6 +60,8 @@ class SampledAdamW(AdapterAccess):
         lr: float,
         weight_decay: float,
         keep_logits: bool = False,
+        reduction: GradientReduction | None = None,
+        sharing: Sharing = Sharing.BY_CALLER,
         **settings: Any,
     ) -> None:
         self.model, self.method, self.layout, self.sampler = model, method, layout, sampler
@@ -68,6 +71,7 @@ class SampledAdamW(AdapterAccess):
         self._active: list[int] = []
         self._norms: dict[int, Tensor] = {}
         self._guard: FreezeGuard | None = None
+        self._join(reduction)
         self._adapters: Adapters | None = None
         if isinstance(method, AdapterMethod):
             beside = {path: layer for path, layer in layout.always.lowrank.items() if layer.tracker is None}
@@ -82,7 +86,7 @@ class SampledAdamW(AdapterAccess):
         }  # fmt: skip
         self._shelf = Shelf(self._open_store)
         super().__init__(self._parameter_groups(lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings)
-        self._guard = FreezeGuard(model)
+        self._guard = FreezeGuard(model, sharing)
         self._foreign_steps, self._read_weights = ForeignSteps(self), ReadWeights(model)
         self._plain_linears = PlainLinears(model)
         self._ordered_tables = OrderedTables(model, (param for unit in layout.units() for param in unit.full))
@@ -203,8 +207,10 @@ class SampledAdamW(AdapterAccess):
         stagger(self._active_slots())
         self._arm()
         self._norms = {}
+        trained = [param for unit in self._active_units() for param in unit.params()]
         if self._guard is not None:
-            self._guard.set_trainable(self.model, [param for unit in self._active_units() for param in unit.params()])
+            self._guard.set_trainable(self.model, trained)
+        self._average_gradients_of(trained)
 
     def _put_away(self, unit: Unit) -> None:
         """Write what a unit that rests needs at its return to the store."""
@@ -247,6 +253,7 @@ class SampledAdamW(AdapterAccess):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._share_gradients()
         self._read_weights.end_pass()
         self._guard.check_unchanged(self.model)
         self._guard.enforce(self.model)
@@ -274,29 +281,22 @@ class SampledAdamW(AdapterAccess):
         for index in self._active:
             grads = [param.grad for param in self.layout.drawn[index].params() if param.grad is not None]
             if grads:
-                norm = get_total_norm(grads).to(torch.float32)
-                norm = norm * self._unscaling(norm.device)
-                seen = torch.stack([norm, torch.ones_like(norm)]) * torch.isfinite(norm)
-                seen = torch.nan_to_num(seen, nan=0.0, posinf=0.0)
-                self._norms[index] = self._norms[index] + seen if index in self._norms else seen
+                self._norms[index] = add_norm(self._norms.get(index), grads, self._unscaling(grads[0].device))
 
     def _count(self) -> None:
         for index in self._active:
             self.visits[index] += 1
-        self.calls += 1
-        if self.sampler is None or self.period is None or self.calls % self.period:
-            return
-        self._tell_sampler(self.sampler)
-        self._begin_period()
+        self._set_calls(self.calls + 1)
+        sampler = self.sampler if self.period is not None and self.calls % self.period == 0 else None
+        self._compare_trained(self._active_units(), leaving=sampler is not None)
+        if sampler is not None:
+            self._tell_sampler(sampler)
+            self._begin_period()
 
     def _tell_sampler(self, sampler: Sampler) -> None:
         """Let the sampler know each layer's mean gradient norm in this period; the host waits for all of them once."""
-        if not self._norms:
-            return
-        device = next(iter(self._norms.values())).device
-        sums = torch.stack([seen.to(device) for seen in self._norms.values()]).tolist()
-        places = map(self.layout.drawable.index, self._norms)
-        sampler.observe({place: total / count for place, (total, count) in zip(places, sums) if count})
+        norms = mean_norms(self._norms)
+        sampler.observe({self.layout.drawable.index(index): norm for index, norm in norms.items()})
 
     # Checkpoints
 
@@ -335,7 +335,8 @@ class SampledAdamW(AdapterAccess):
         self._switch_to(list(saved["active_layers"]))
         with slots_in_shape(layers.values()):
             super().load_state_dict(state_dict)
-        self.calls, self.visits = saved["calls"], list(saved["visits"])
+        self._set_calls(saved["calls"])
+        self.visits = list(saved["visits"])
         self.history = [list(row) for row in saved["history"]]
         devices = {int(index): self.layout.drawn[int(index)].params()[0].device for index in saved["norms"]}
         self._norms = {int(index): seen.to(devices[int(index)], copy=True) for index, seen in saved["norms"].items()}
@@ -360,6 +361,7 @@ class SampledAdamW(AdapterAccess):
 
     def _remove_hooks(self) -> None:
         assert self._guard is not None
+        self._leave_ranks()
         self._guard.remove(self.model)
         self._foreign_steps.remove()
         self._read_weights.remove()

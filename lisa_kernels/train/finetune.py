@@ -122,7 +122,7 @@ def finetune(
 
     plan: tells the memory of a run before it starts; summary and page have it beside the measured one.
     """
-    check_one_process()
+    check_one_process("a run of finetune")
     check_one_launched("this run")
     with RunLock(options.output) as lock:
         device = take_device(options, console)

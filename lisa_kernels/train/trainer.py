@@ -113,7 +113,7 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, model: Any, **settings: Any) -> None:
         # Its files, its rows and its losses are those of one process.
-        check_one_process()
+        check_one_process("this Trainer")
         super().__init__(model=model, **settings)
         if any(param.dtype == torch.float16 for param in model.parameters()):
             # The weights are narrow already, so no autocast; gradients below 2⁻²⁴ would be zeros all the same.

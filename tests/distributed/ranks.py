@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 PRELOADED = [
     "torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "accelerate", "lisa_kernels.methods",
-    "transformers.models.llama.modeling_llama", "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 # Seconds until a process that waits for another gives up.
 PATIENCE = 60

@@ -33,7 +33,7 @@ def test_a_ddp_model_is_refused(tmp_path: Path) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        with pytest.raises(InputError, match=r"DistributedDataParallel.*one process"):
+        with pytest.raises(InputError, match=r"DistributedDataParallel.*bare model on every rank"):
             check_attachable(nn.parallel.DistributedDataParallel(llama()))
     finally:
         dist.destroy_process_group()

@@ -76,8 +76,8 @@ def lowrank_embedding(
 class _CaptureEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, ids: Tensor, slot: Tensor, on_gradient: Callable[[Tensor], Tensor], factor: float,
-        padding: int, least_rows: int,
+        ctx: Any, y: Tensor, ids: Tensor, slot: Tensor, on_gradient: Callable[..., Tensor], factor: float,
+        padding: int, least_rows: int | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(ids)
         ctx.on_gradient, ctx.least_rows, ctx.settings = on_gradient, least_rows, (slot.shape[1], factor, padding)
@@ -90,20 +90,24 @@ class _CaptureEmbedding(torch.autograd.Function):
         dslot = None
         if needs_slot:
             vocabulary, factor, padding = ctx.settings
-            basis = ctx.on_gradient(reference.compact_gradient(dy, ids, factor, padding, ctx.least_rows))
+            if ctx.least_rows is None:
+                basis = ctx.on_gradient(*reference.token_rows(dy, ids, factor, padding))
+            else:
+                basis = ctx.on_gradient(reference.compact_gradient(dy, ids, factor, padding, ctx.least_rows))
             dslot = reference.slot_gradient(dy, ids, basis, vocabulary, factor, padding)
         return (dy if needs_y else None), None, dslot, None, None, None, None
 
 
 @uncompiled
 def capture_embedding(
-    y: Tensor, ids: Tensor, slot: Tensor, on_gradient: Callable[[Tensor], Tensor], factor: float = 1.0,
-    padding: int = -1, least_rows: int = 0,
+    y: Tensor, ids: Tensor, slot: Tensor, on_gradient: Callable[..., Tensor], factor: float = 1.0,
+    padding: int = -1, least_rows: int | None = 0,
 ) -> Tensor:  # fmt: skip
     """Return y as `lowrank_embedding` does; the backward asks `on_gradient` for a basis P and gives dB = P Gᵀ.
 
-    `on_gradient` takes the rows of G that are not zero, float32 [max(tokens, least_rows), n], and returns [r, n]. Runs
-    uncompiled in a compiled model.
+    `on_gradient` takes the rows of G that are not zero, float32 [max(tokens, least_rows), n], and returns [r, n]. With
+    least_rows=None it takes each token's row, float32 [tokens, n], and the tokens' ids [tokens] instead, from which it
+    is known where in G they belong. Runs uncompiled in a compiled model.
     """
     result: Tensor = _CaptureEmbedding.apply(  # type: ignore[no-untyped-call]
         y, ids, slot, on_gradient, factor, padding, least_rows

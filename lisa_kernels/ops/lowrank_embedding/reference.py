@@ -68,6 +68,13 @@ def table_gradient(dy: Tensor, ids: Tensor, vocabulary: int, factor: float, padd
     return table
 
 
+def token_rows(dy: Tensor, ids: Tensor, factor: float, padding: int) -> tuple[Tensor, Tensor]:
+    """Return (float32 [tokens, n], ids [tokens]): what each token adds to the row of G of its id."""
+    rows, flat = _flat(dy, ids, padding)
+    rows = rows.to(torch.float32)
+    return (rows if factor == 1.0 else rows * factor), flat
+
+
 def compact_gradient(dy: Tensor, ids: Tensor, factor: float, padding: int, least_rows: int) -> Tensor:
     """Return the rows of G that are not zero, float32 [max(tokens, least_rows), n]; the rest of them is zero.
 

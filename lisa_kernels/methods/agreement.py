@@ -1,0 +1,64 @@
+"""What the ranks that train one model have to hold alike before they begin, asked of all of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lisa_kernels.distributed import Ranks
+from lisa_kernels.errors import InputError
+from lisa_kernels.methods.definitions import Method
+from lisa_kernels.optim.settings import as_number
+
+
+def together(ranks: Ranks | None) -> AbstractContextManager[None]:
+    """Return a block whose errors are those of all ranks; an ordinary one without ranks."""
+    return nullcontext() if ranks is None else ranks.together()
+
+
+def agree(ranks: Ranks, model: nn.Module, method: Method, settings: Mapping[str, Any]) -> None:
+    """Raise InputError on all ranks unless package, method, settings, parameters and their values are the same.
+
+    Waits for the device, and reads every weight once.
+    """
+    params = dict(model.named_parameters())
+    with ranks.together():
+        for device in {param.device for param in params.values()}:
+            ranks.check_carries(device)
+    facts: dict[str, Any] = {
+        "the version of lisa_kernels": importlib.metadata.version("lisa_kernels"),
+        "the version of torch": torch.__version__,
+        "the method": method.settings(),
+        **{name: _plain(value) for name, value in settings.items()},
+    }
+    for name, param in params.items():
+        frozen = "" if param.requires_grad else ", frozen"
+        facts[name] = f"{list(param.shape)} {param.dtype} on {param.device.type}{frozen}"
+    ranks.check_alike(facts)
+    _check_folders(ranks, settings["paging"])
+    ranks.check_equal(params, "before training")
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as it travels: a rate may be a tensor."""
+    if isinstance(value, (tuple, list)):
+        return [as_number(each) for each in value]
+    return value if value is None or isinstance(value, str) else as_number(value)
+
+
+def _check_folders(ranks: Ranks, paging: str | None) -> None:
+    """Raise InputError where ranks of one machine would keep their pages in one folder."""
+    if paging is None or not paging.startswith("file:"):
+        return
+    machines = ranks.tell(platform.node())
+    if len(set(machines)) < len(machines):
+        raise InputError(
+            f'paging is "{paging}" on several ranks of one machine, and a folder holds the pages of one; use paging='
+            '"host" there.'
+        )
