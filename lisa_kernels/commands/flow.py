@@ -40,9 +40,11 @@ def _add_train(actions: Any) -> None:
     add("--output", type=Path, required=True, help="folder for the flow, checkpoints, summary.json and report.html")
     add("--image-size", type=int, help="pixels of a side that images are brought to (default: as they are)")
     add("--groups", type=int, default=4, help="of layers, each the expert for an interval of time")
-    add("--layers", type=int, default=8, help="of all groups together")
-    add("--hidden", type=int, default=128, help="numbers of a token")
-    add("--heads", type=int, default=4, help="of attention")
+    add("--backbone", help="a language model, as --model of finetune, that stays as it is: it reads what to draw (a "
+        "handwritten seven), and copies of its layers are trained to draw it")  # fmt: skip
+    add("--layers", type=int, help="of all groups together (default: 8, or the backbone's)")
+    add("--hidden", type=int, help="numbers of a token (default: 128, or the backbone's)")
+    add("--heads", type=int, help="of attention (default: 4, or the backbone's)")
     add("--patch", type=int, default=2, help="pixels of a token's side")
     add("--residual-attention", default="before", help=_REUSE_HELP)
     add("--boundaries", default="quantile", help="between intervals: quantile (an equal share of the times that are "
@@ -81,6 +83,7 @@ def _add_sample(actions: Any) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="output folder of flow train, finished or not, or a checkpoint")
     add("--label", action="append", help="class by number or name; several times for several (default: every class)")
+    add("--text", action="append", help="what to draw, of a flow with a backbone, in place of --label")
     add("--count", type=int, default=10, help="images of each class")
     add("--steps", type=int, default=40, help="of the solver")
     add("--solver", default="euler", help="euler, or heun (two evaluations a step)")
@@ -106,6 +109,8 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     from lisa_kernels.flow.run import train_flow
 
     options = FlowOptions(**_told(arguments, FlowOptions.__dataclass_fields__))
+    if options.backbone is not None:
+        require("flow train --backbone", "transformers", "tokenizers")
     code, summary = train_flow(options, console)
     if arguments.json:
         print(json.dumps(summary))

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from lisa_kernels.devices import choose_device, survey_machine
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.flow.model_file import load_model
+from lisa_kernels.flow.model_file import Classes, load_model
 from lisa_kernels.flow.pictures import check_picture, make_images, write_grid
 from lisa_kernels.flow.progress import sampling_bar
 from lisa_kernels.flow.sample import SOLVERS
+from lisa_kernels.flow.transformer import GroupedFlow
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class SampleOptions:
     model: Path
     plot: Path
     label: Sequence[str] | None = None
+    text: Sequence[str] | None = None
     count: int = 10
     steps: int = 40
     solver: str = "euler"
@@ -42,16 +44,30 @@ class SampleOptions:
             raise unknown_name("--solver", self.solver, SOLVERS)
         if not 0 <= self.guidance < float("inf"):
             raise InputError(f"--guidance is {self.guidance}; a finite number of at least 0 is wanted.")
+        if self.label and self.text:
+            raise InputError("both --label and --text are given; give one of them.")
         check_picture(self.plot)
+
+
+def _rows(options: SampleOptions, model: GroupedFlow, classes: Classes) -> tuple[list[int], list[str]]:
+    """Return the label of each row of the picture, and its name."""
+    if options.text:
+        tell = getattr(model, "tell", None)
+        if tell is None:
+            raise InputError("--text was given to a flow that knows classes alone; give --label, or train --backbone.")
+        tell(options.text)
+        return list(range(len(options.text))), list(options.text)
+    every = [str(number) for number in range(len(classes.names))]
+    rows = [classes.number(label) for label in options.label or every]
+    return rows, [classes.names[row] for row in rows]
 
 
 def draw_samples(options: SampleOptions, console: Console) -> dict[str, Any]:
     """Write the picture; returns what it shows and what it took."""
     device = choose_device(options.device, survey_machine())
     model, classes = load_model(options.model.expanduser())
+    rows, names = _rows(options, model, classes)
     model.to(device)
-    every = [str(number) for number in range(len(classes.names))]
-    rows = [classes.number(label) for label in options.label or every]
     labels = torch.tensor(rows).repeat_interleave(options.count)
     begun = time.perf_counter()
     with sampling_bar(console, options.steps) as bar:
@@ -60,7 +76,7 @@ def draw_samples(options: SampleOptions, console: Console) -> dict[str, Any]:
             progress=lambda: bar.advance(bar.task_ids[0]),
         )  # fmt: skip
     seconds = time.perf_counter() - begun
-    write_grid(images, options.count, options.plot, [classes.names[row] for row in rows])
+    write_grid(images, options.count, options.plot, names)
     console.print(
         f"{len(labels)} images in {seconds:.1f} s, {options.steps} steps of {model.route.size} of {model.route.layers} "
         f"layers each; picture in {options.plot}",

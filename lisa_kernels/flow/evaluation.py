@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lisa_kernels.flow.data import Images
 from lisa_kernels.flow.path import flow_loss
-from lisa_kernels.flow.route import Route
+from lisa_kernels.flow.transformer import GroupedFlow
 
 _BATCH = 256
 
@@ -23,7 +22,7 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, route: Route, images: Images, seed: int) -> HeldOutLoss | None:
+def held_out_loss(model: GroupedFlow, images: Images, seed: int) -> HeldOutLoss | None:
     """Return the loss on common noise and times, the same for the same seed; None without images.
 
     Each image takes one time in each group's interval, spread evenly over what training draws there.
@@ -33,7 +32,8 @@ def held_out_loss(model: nn.Module, route: Route, images: Images, seed: int) -> 
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     noise = torch.randn(images.pixels.shape, generator=torch.Generator().manual_seed(seed))
-    intervals, losses, shares = route.intervals, list[float](), list[float]()
+    route, losses, shares = model.route, list[float](), list[float]()
+    intervals = route.intervals
     places = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)) + 0.5
     for group in range(route.groups):
         low, high = (intervals.times.cumulative(t) for t in intervals.interval(group))
@@ -45,7 +45,7 @@ def held_out_loss(model: nn.Module, route: Route, images: Images, seed: int) -> 
                     each[start : start + _BATCH].to(device) for each in (images.pixels, times, images.labels, noise)
                 )
                 pixels, at, labels, dark = parts
-                total += float(flow_loss(model, pixels, at, labels, dark)) * len(pixels)
+                total += float(flow_loss(model, pixels, at, model.condition(labels), dark)) * len(pixels)
         losses.append(total / len(images))
         shares.append(high - low)
     model.train(was_training)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.flow.build import described_reader, saved_model
 from lisa_kernels.flow.path import CONVENTION
-from lisa_kernels.flow.transformer import FlowTransformer
+from lisa_kernels.flow.transformer import GroupedFlow
 from lisa_kernels.train.checkpoint import find_checkpoints
 
 FORMAT = "lisa_kernels flow 1"
@@ -42,25 +43,28 @@ class Classes:
         raise InputError(f"--label {given!r} is no class of this model; it knows {shown}.")
 
 
-def save_model(model: FlowTransformer, classes: Classes, folder: Path) -> None:
-    """Write the model into `folder`, weights first, each file whole or not at all."""
+def save_model(model: GroupedFlow, classes: Classes, folder: Path, seed: int = 0) -> None:
+    """Write the model into `folder`, weights first, each file whole or not at all.
+
+    seed: of the run, for the random weights of a preset that reads texts.
+    """
     weights = folder / f".{WEIGHTS_FILE}.partial"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, weights)
     os.replace(weights, folder / WEIGHTS_FILE)
     settings = folder / f".{SETTINGS_FILE}.partial"
-    settings.write_text(json.dumps(described(model, classes), indent=2) + "\n")
+    settings.write_text(json.dumps(described(model, classes, seed), indent=2) + "\n")
     os.replace(settings, folder / SETTINGS_FILE)
 
 
-def described(model: FlowTransformer, classes: Classes) -> dict[str, Any]:
+def described(model: GroupedFlow, classes: Classes, seed: int) -> dict[str, Any]:
     """Return what is to be known of the weights."""
     return {
         "format": FORMAT, "times": CONVENTION, "routing": ROUTING, "model": model.settings(),
-        "classes": dataclasses.asdict(classes),
+        "classes": dataclasses.asdict(classes), "backbone": described_reader(model, seed),
     }  # fmt: skip
 
 
-def load_model(spec: Path) -> tuple[FlowTransformer, Classes]:
+def load_model(spec: Path) -> tuple[GroupedFlow, Classes]:
     """Return the model in a run's folder, or of its last checkpoint where the run has not ended; in evaluation.
 
     Raises InputError for a folder without one, and for a model whose times or routing are of another convention.
@@ -72,7 +76,7 @@ def load_model(spec: Path) -> tuple[FlowTransformer, Classes]:
         settings = json.loads((folder / SETTINGS_FILE).read_text())
         check_convention(settings, folder)
         weights = load_file(folder / WEIGHTS_FILE)
-        model = FlowTransformer.from_settings(settings["model"])
+        model = saved_model(settings["model"], settings["backbone"], folder)
         classes = Classes(tuple(settings["classes"]["names"]), settings["classes"]["kind"])
     except InputError:
         raise

@@ -28,10 +28,11 @@ class FlowOptions:
     data: str
     output: Path
     image_size: int | None = None
+    backbone: str | None = None
     groups: int = 4
-    layers: int = 8
-    hidden: int = 128
-    heads: int = 4
+    layers: int | None = None
+    hidden: int | None = None
+    heads: int | None = None
     patch: int = 2
     residual_attention: str = "before"
     boundaries: str = "quantile"
@@ -63,7 +64,7 @@ class FlowOptions:
     def __post_init__(self) -> None:
         """Check what can be checked without data and model."""
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is wanted."
                 )  # fmt: skip
@@ -80,6 +81,9 @@ class FlowOptions:
             raise unknown_name("--lr-schedule", self.lr_schedule, SCHEDULES)
         if self.resume and self.overwrite:
             raise InputError("both --resume and --overwrite are given; give one of them.")
+        given = [name for name in ("layers", "hidden", "heads") if getattr(self, name) is not None]
+        if self.backbone is not None and given:
+            raise InputError(f"--{given[0]} follows from the layers of --backbone, which are copied; leave it out.")
         check_reuse(self.residual_attention)
         self.placed()
 
@@ -96,7 +100,8 @@ class FlowOptions:
 
     def sources(self) -> list[tuple[str, str]]:
         """Return each (flag, value) that may name a file which the run reads."""
-        return [("--data", self.data.partition(":")[2] or self.data)]
+        folder = self.data.partition(":")[2] or self.data
+        return [("--data", folder), *([("--backbone", self.backbone)] if self.backbone else [])]
 
     def fixed(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the one it continues, as plain values."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.flow.sample import guided, sample
-from lisa_kernels.flow.transformer import FlowTransformer
+from lisa_kernels.flow.transformer import GroupedFlow
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -24,7 +24,7 @@ def check_picture(path: Path) -> None:
 
 
 def make_images(
-    model: FlowTransformer, labels: Tensor, *, steps: int = 40, solver: str = "euler", guidance: float = 1.0,
+    model: GroupedFlow, labels: Tensor, *, steps: int = 40, solver: str = "euler", guidance: float = 1.0,
     seed: int = 0, progress: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Return float32 [labels, channels, height, width] from −1 to 1 on the CPU; the noise depends on the seed alone."""
@@ -33,9 +33,10 @@ def make_images(
     noise = torch.randn(
         len(labels), shape.channels, shape.height, shape.width, generator=torch.Generator().manual_seed(seed)
     )
-    anything = torch.full((len(labels),), model.any_class, device=device)
+    anything = model.condition(torch.full((len(labels),), model.any_class, device=device))
+    condition = model.condition(labels.to(device))
     images = sample(
-        guided(model, guidance, anything), model.route, noise.to(device), labels.to(device), steps=steps, solver=solver,
+        guided(model, guidance, anything), model.route, noise.to(device), condition, steps=steps, solver=solver,
         progress=progress,
     )  # fmt: skip
     return images.float().clamp(-1, 1).cpu()
@@ -65,7 +66,7 @@ def write_grid(images: Tensor, columns: int, path: Path, names: Sequence[str] = 
 
 
 def write_samples(
-    model: FlowTransformer, path: Path, names: Sequence[str] = (), each: int = 10, seed: int = 0, most: int = 20
+    model: GroupedFlow, path: Path, names: Sequence[str] = (), each: int = 10, seed: int = 0, most: int = 20
 ) -> None:  # fmt: skip
     """Draw `each` images of the first `most` classes."""
     classes = min(model.any_class, most)

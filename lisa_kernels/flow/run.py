@@ -15,6 +15,7 @@ from rich.console import Console
 from lisa_kernels.files import written_whole
 from lisa_kernels.flow.average import AveragedGroups
 from lisa_kernels.flow.batches import Batches
+from lisa_kernels.flow.build import new_model
 from lisa_kernels.flow.data import Images, load_images
 from lisa_kernels.flow.evaluation import HeldOutLoss, held_out_loss
 from lisa_kernels.flow.experts import TimestepExperts
@@ -24,7 +25,7 @@ from lisa_kernels.flow.options import FlowOptions
 from lisa_kernels.flow.path import flow_loss
 from lisa_kernels.flow.pictures import write_samples
 from lisa_kernels.flow.progress import FlowProgress
-from lisa_kernels.flow.transformer import FlowShape, FlowTransformer
+from lisa_kernels.flow.transformer import GroupedFlow
 from lisa_kernels.methods import attach
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
 from lisa_kernels.train.checkpoint import (
@@ -36,7 +37,7 @@ from lisa_kernels.train.checkpoint import (
     save_tree,
 )
 from lisa_kernels.train.history_file import HistoryFile
-from lisa_kernels.train.identity import check_unchanged
+from lisa_kernels.train.identity import check_unchanged, checksum_of_folder
 from lisa_kernels.train.interrupt import Interrupt
 from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.placement import Memory, out_of_memory, take_device
@@ -67,6 +68,8 @@ def _train(
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     train, held_out = images.split(options.eval_fraction, options.seed)
     began = {"rows": train.digest(), "held_out": held_out.digest()}
+    if options.backbone is not None and (folder := Path(options.backbone).expanduser()).is_dir():
+        began["model"] = checksum_of_folder(folder)
     check_unchanged(facts.get("began", {}), began, options.output)
     run = FlowRun(options, train, held_out, device, console)
     if checkpoint is None:
@@ -104,13 +107,7 @@ class FlowRun:
         self.options, self.device, self.console = options, device, console
         self.held_out, self.classes = held_out, Classes(train.names, train.kind)
         method = _method(options)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            shape = FlowShape(
-                *train.shape, len(train.names), options.patch, options.hidden, options.layers, options.heads,
-                reuse=options.residual_attention,
-            )  # fmt: skip
-            self.model = FlowTransformer(shape, method.intervals()).to(device)
+        self.model = new_model(options, train, method.intervals()).to(device)
         self.average = AveragedGroups(
             self.model, self.model.route, options.average, paged=options.resting_weights == "page"
         )
@@ -163,7 +160,8 @@ class FlowRun:
         for part in range(options.accumulate):
             batch = self.batches[self.step * options.accumulate + part]
             pixels, labels, noise = (each.to(self.device) for each in (batch.pixels, batch.labels, batch.noise))
-            loss = flow_loss(self.model, pixels, optimizer.times(len(pixels)), labels, noise) / options.accumulate
+            times, condition = optimizer.times(len(pixels)), self.model.condition(labels)
+            loss = flow_loss(self.model, pixels, times, condition, noise) / options.accumulate
             loss.backward()
             total += loss.detach()
         optimizer.step()
@@ -191,16 +189,16 @@ class FlowRun:
 
     # Evaluation
 
-    def averaged(self) -> FlowTransformer:
+    def averaged(self) -> GroupedFlow:
         """Return a model with the averaged weights, in evaluation."""
-        model = FlowTransformer.from_settings(self.model.settings()).to(self.device)
+        model = self.model.like().to(self.device)
         self.average.copy_into(model)
         return model.eval()
 
     def held_out_loss(self, averaged: bool = True) -> HeldOutLoss | None:
         """Return the loss of what is held out, of the averaged weights or of those that train."""
         model = self.averaged() if averaged else self.model
-        return held_out_loss(model, model.route, self.held_out, self.options.seed)
+        return held_out_loss(model, self.held_out, self.options.seed)
 
     def _evaluate(self) -> None:
         found = self.held_out_loss()
@@ -224,7 +222,7 @@ class FlowRun:
         """Write a checkpoint of the step; what it holds can be sampled from as well."""
         folder = self.options.output / f"checkpoint-{self.step}"
         with written_whole(folder) as partial:
-            save_model(self.averaged(), self.classes, partial)
+            save_model(self.averaged(), self.classes, partial, self.options.seed)
             state = {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict(), "losses": self.losses, "seconds": self.seconds,
@@ -251,8 +249,8 @@ class FlowRun:
         """Save the averaged model, then what may fail without losing it; returns the summary."""
         output, console = self.options.output, self.console
         model = self.averaged()
-        save_model(model, self.classes, output)
-        after = held_out_loss(model, model.route, self.held_out, self.options.seed)
+        save_model(model, self.classes, output, self.options.seed)
+        after = held_out_loss(model, self.held_out, self.options.seed)
         summary = {
             "method": self.optimizer.method.name, "settings": self.optimizer.method.settings(), "steps": self.step,
             "lr": self.options.lr, "train_loss_first": self.losses[0], "train_loss_last": self.losses[-1],
@@ -272,7 +270,7 @@ class FlowRun:
         console.print(f"{self.speed:,.0f} images/s; flow and summary in {output}", highlight=False)
         return summary
 
-    def _draw(self, model: FlowTransformer) -> None:
+    def _draw(self, model: GroupedFlow) -> None:
         write_samples(model, self.options.output / SAMPLES_FILE, seed=self.options.seed)
         where = self.options.output / SAMPLES_FILE
         self.console.print(f"samples of every class in {where}", highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
-"""A transformer of flow matching, conditioned on a class, whose groups of layers are experts for a part of the time."""
+"""A transformer of flow matching whose groups of layers are experts for a part of the time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.flow.block import FlowBlock
+from lisa_kernels.flow.block import FlowBlock, Rotate
 from lisa_kernels.flow.embeddings import ClassEmbedding, Head, Patches, TimeEmbedding
 from lisa_kernels.flow.intervals import Intervals
-from lisa_kernels.flow.residual_attention import check_reuse
+from lisa_kernels.flow.residual_attention import ContextKeys, check_reuse
 from lisa_kernels.flow.route import Route
+
+# What image tokens see beside the image, and how queries and keys turn by their places.
+Seen = tuple[ContextKeys | None, Rotate | None]
 
 
 @dataclass(frozen=True)
@@ -47,57 +50,81 @@ class FlowShape:
         check_reuse(self.reuse)
 
 
-class FlowTransformer(nn.Module):
-    """The velocity of images at times t under labels; of its layers only one group's run.
+class GroupedFlow(nn.Module):
+    """The velocity of images at times t under a condition; of its layers only one group's run.
 
     While it trains that is the active group of `route`, which `attach` sets; in evaluation the group that t belongs to,
-    and a batch whose times belong to several is computed group by group. Patch embedding, embeddings of t and class,
-    and head are shared by all groups. `any_class` is the label of no class, for guidance.
+    and a batch whose times belong to several is computed group by group. Patch embedding, embedding of t and head are
+    shared by all groups. any_class: the label of no class in particular, for guidance.
     """
 
-    def __init__(self, shape: FlowShape, intervals: Intervals) -> None:
+    any_class: int
+
+    def __init__(self, shape: FlowShape, intervals: Intervals, blocks: Callable[[Route], list[FlowBlock]]) -> None:
         super().__init__()
         self.shape, self.route = shape, Route(shape.layers, intervals)
         image = shape.channels, shape.height, shape.width, shape.patch, shape.hidden
         self.patches = Patches(*image)
         self.times = TimeEmbedding(shape.hidden)
-        self.classes = ClassEmbedding(shape.classes, shape.hidden)
-        self.blocks = nn.ModuleList(
-            FlowBlock.fresh(
-                shape.hidden, shape.heads, shape.expansion, shape.reuse, first=number % self.route.size == 0
-            )
-            for number in range(shape.layers)
-        )
+        self.blocks = nn.ModuleList(blocks(self.route))
         self.head = Head(*image, shape.hidden)
 
-    @property
-    def any_class(self) -> int:
-        """The label that stands for no class in particular."""
-        return self.classes.any
-
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Any) -> Tensor:
         """Return the velocity [batch, channels, height, width].
 
-        x: the same shape; t: [batch] from 0, noise, to 1, data; condition: labels, int64 [batch].
+        x: the same shape; t: [batch] from 0, noise, to 1, data; condition: what `condition` returns for labels.
         """
         return by_group(self.route, self.training, self._velocity, x, t, condition)
 
-    def _velocity(self, group: int, x: Tensor, times: Tensor, condition: Tensor) -> Tensor:
-        embedding = self.times(times) + self.classes(condition)
+    def condition(self, labels: Tensor) -> Any:
+        """Return what forward takes for labels, int64 [batch]."""
+        raise NotImplementedError
+
+    def like(self) -> GroupedFlow:
+        """Return a model of the same form with weights of its own, on the CPU."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Return plain values from which the same model can be made, its weights aside."""
+        return {"shape": asdict(self.shape), "intervals": self.route.intervals.state()}
+
+    def _velocity(self, group: int, x: Tensor, times: Tensor, condition: Any) -> Tensor:
+        embedding, seen = self._conditioned(times, condition)
         tokens, previous = self.patches(x), None
         for number in self.route.blocks_of(group):
-            tokens, previous = self.blocks[number](tokens, embedding, previous)
+            tokens, previous = self.blocks[number](tokens, embedding, previous, *seen(number))
         velocity: Tensor = self.head(tokens, embedding)
         return velocity
 
-    def settings(self) -> dict[str, Any]:
-        """Return plain values from which `from_settings` makes the same model, its weights aside."""
-        return {"shape": asdict(self.shape), "intervals": self.route.intervals.state()}
+    def _conditioned(self, times: Tensor, condition: Any) -> tuple[Tensor, Callable[[int], Seen]]:
+        """Return the embedding [batch, hidden], and for a block's number what its tokens see beside the image."""
+        raise NotImplementedError
 
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> FlowTransformer:
-        """Return the model that `settings` described."""
-        return cls(FlowShape(**settings["shape"]), Intervals.from_state(settings["intervals"]))
+
+class FlowTransformer(GroupedFlow):
+    """A flow with layers of its own, told the class by an embedding that is added to that of t."""
+
+    def __init__(self, shape: FlowShape, intervals: Intervals) -> None:
+        super().__init__(
+            shape, intervals,
+            lambda route: [
+                FlowBlock.fresh(shape.hidden, shape.heads, shape.expansion, shape.reuse, first=number % route.size == 0)
+                for number in range(shape.layers)
+            ],
+        )  # fmt: skip
+        self.classes = ClassEmbedding(shape.classes, shape.hidden)
+        self.any_class = self.classes.any
+
+    def condition(self, labels: Tensor) -> Tensor:
+        """Return the labels."""
+        return labels
+
+    def like(self) -> FlowTransformer:
+        """Return a model of the same form with weights of its own, on the CPU."""
+        return FlowTransformer(self.shape, self.route.intervals)
+
+    def _conditioned(self, times: Tensor, condition: Tensor) -> tuple[Tensor, Callable[[int], Seen]]:
+        return self.times(times) + self.classes(condition), lambda _: (None, None)
 
 
 def by_group(

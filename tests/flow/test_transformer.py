@@ -99,9 +99,9 @@ def test_in_training_the_active_group_runs_and_alone_has_gradients() -> None:
         optimizer.zero_grad()
 
 
-def test_a_model_is_made_anew_from_its_settings() -> None:
+def test_a_model_of_the_same_form_takes_its_weights() -> None:
     model = flow(reuse="before")
-    again = FlowTransformer.from_settings(model.settings())
+    again = model.like()
     again.load_state_dict(model.state_dict())
     x, labels = inputs()
     assert torch.equal(again.eval()(x, torch.full((3,), 0.6), labels), model(x, torch.full((3,), 0.6), labels))
