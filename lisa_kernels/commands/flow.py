@@ -56,7 +56,7 @@ def _add_train(actions: Any) -> None:
     add("--resting-weights", default="keep", help="weights of groups that rest: keep (on the device) or page")
     add("--paging", help="where moments are between steps: resident, host, managed or file:DIR (default: on the "
         "device, those of groups that rest in host memory)")  # fmt: skip
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--lr-schedule", default="cosine", help="cosine, linear or constant")
     add("--warmup-steps", type=int, default=50, help="steps over which the rate rises")
     add("--weight-decay", type=float, default=0.01, help="decoupled, per unit of learning rate; vectors have none")

@@ -42,7 +42,7 @@ class FlowOptions:
     retired_state: str = "page"
     resting_weights: str = "keep"
     paging: str | None = None
-    lr: float = 1e-3
+    lr: float = 2e-3
     lr_schedule: str = "cosine"
     warmup_steps: int = 50
     weight_decay: float = 0.01
