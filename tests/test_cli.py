@@ -36,14 +36,15 @@ def test_finetune_takes_every_promised_flag_and_says_defaults(capsys: pytest.Cap
     assert not any(shown in text for shown in ("None", "default: True", "default: False", "SUPPRESS"))
 
 
-def test_plan_takes_the_flags_of_finetune_that_decide_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_takes_the_flags_of_finetune_that_decide_memory_and_time(capsys: pytest.CaptureFixture[str]) -> None:
     text = _help(capsys, "plan")
     flags = "model method active-layers rank embeddings batch-size accumulate seq-len dtype paging retired-state json "
-    flags += "plot fit gradient-checkpointing no-gradient-checkpointing keep-logits max-grad-norm"
+    flags += "plot fit gradient-checkpointing no-gradient-checkpointing keep-logits max-grad-norm data epochs steps "
+    flags += "card bandwidth tflops"
     for flag in flags.split():
         assert f"--{flag}" in text
     assert "(default: bf16)" in text
-    assert "--data" not in text
+    assert "--lr" not in text
     assert "half the rank, down to 32; embedding and head low-rank" in text
 
 

@@ -118,6 +118,14 @@ def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--max-data-bytes", type=int, help="read at most this many bytes of text (default: all)")
 
 
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """Declare what becomes of the data: rows to train on, and rows held out."""
+    add = parser.add_argument
+    add("--no-packing", dest="packing", action="store_false", help="one example per row")
+    add("--eval-fraction", type=float, default=0.05, help="share of the data held out")
+    add("--eval-data", action="append", help="data held out, as --data, in place of a share of it")
+
+
 def readers_of(data: str | Sequence[str] | None) -> list[str]:
     """Return the modules that read the data: of parquet files, and of data sets that are no file here."""
     needed: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lisa_kernels.commands.arguments import Formatter, OrAuto, add_data, add_method, add_model, readers_of
+from lisa_kernels.commands.arguments import Formatter, OrAuto, add_data, add_method, add_model, add_rows, readers_of
 from lisa_kernels.commands.run_file import RUN_FILE_HELP, SAVE_CONFIG_HELP, CommandParser, write_run_file
 from lisa_kernels.requirements import require
 
@@ -29,6 +29,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--save-config", metavar="FILE", type=Path, help=SAVE_CONFIG_HELP)
     add_model(parser)
     add_data(parser)
+    add_rows(parser)
     add_method(parser)
     add = parser.add_argument
     add(
@@ -47,9 +48,6 @@ def add_command(commands: Any) -> None:
     add("--lr-schedule", default="linear", help="linear, cosine or constant")
     add("--warmup-steps", type=OrAuto(int), help=_WARMUP_HELP)
     add("--weight-decay", type=float, default=0.01, help="decoupled, per unit of learning rate; vectors have none")
-    add("--no-packing", dest="packing", action="store_false", help="one example per row")
-    add("--eval-fraction", type=float, default=0.05, help="share of the data held out")
-    add("--eval-data", action="append", help="data held out, as --data, in place of a share of it")
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0 for before and after only")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for none")
     add("--max-checkpoints", type=int, default=2, help="checkpoints kept")

@@ -1,4 +1,4 @@
-"""`lisa-kernels plan`: tell a run's memory."""
+"""`lisa-kernels plan`: tell a run's memory and time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lisa_kernels.commands.arguments import Formatter, add_method, add_model
+from lisa_kernels.commands.arguments import Formatter, add_data, add_method, add_model, add_rows
 from lisa_kernels.commands.run_file import RUN_FILE_HELP
 from lisa_kernels.requirements import require
 
@@ -20,14 +20,20 @@ _FIT_HELP = (
     "active layers, down to 2; half the rank, down to 32; embedding and head low-rank; one active layer; embedding and "
     "head frozen"
 )
+_CARD_HELP = (
+    "tell the time of a step on this card, and where it goes: a100, h100, rtx-3060, rtx-3090, rtx-4060-ti, rtx-4090, "
+    "rtx-5090, l4, t4, or cpu for this machine's, which is measured; any other by --bandwidth and --tflops (default: a "
+    "line for each known card that holds the run)"
+)
 
 
 def add_command(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
-        "plan", formatter_class=Formatter, help="tell the peak memory of a fine-tuning run without running it",
+        "plan", formatter_class=Formatter, help="tell a fine-tuning run's peak memory and time without running it",
         description="Rehearse a fine-tuning run on tensors without storage and tell its peak memory, where it goes and "
-        "which cards hold it. Options are named as in finetune. No weights are read, no GPU is needed.",
+        "which cards hold it, and how long its steps take. Options are named as in finetune. No weights are read, no "
+        "GPU is needed; --data is read where --epochs asks how many steps there are.",
     )  # fmt: skip
     # What only finetune needs may be in the file.
     parser.alternatives = (frozenset({"steps", "epochs"}),)
@@ -36,6 +42,15 @@ def add_command(commands: Any) -> None:
     add_model(parser)
     add_method(parser)
     add = parser.add_argument
+    add("--card", metavar="NAME", help=_CARD_HELP)
+    add("--bandwidth", type=float, metavar="GB_S", help="of the card, in 1e9 bytes a second")
+    add(
+        "--tflops",
+        type=float,
+        help="of the card: dense 16-bit products, summed in float32, in 1e12 operations a second",
+    )
+    add_data(parser, required=False)
+    add_rows(parser)
     add("--fit", metavar="SIZE", help=_FIT_HELP)
     add("--plot", type=Path, help="draw the memory over the run into this file (.png, .svg, .pdf)")
     parser.set_defaults(run=_run, dtype="bf16")

@@ -13,19 +13,23 @@ from rich.console import Console
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.plan.allocator import replay
+from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.fit import Fit, fit
 from lisa_kernels.plan.gpu_memory import GpuMemory
+from lisa_kernels.plan.machines import card_by_name
 from lisa_kernels.plan.options import finetune_command, workload_of
 from lisa_kernels.plan.plot import plot_timeline, stacked
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.report import print_fit, print_plan
 from lisa_kernels.plan.result import Plan, allocated_bytes
+from lisa_kernels.plan.times import as_dict, durations, is_asked, print_times, with_steps_of_data
 from lisa_kernels.plan.trace import CATEGORIES, Trace
 from lisa_kernels.scores.report import new_figure
 from lisa_kernels.sizes import gb, parse_size
 from lisa_kernels.train.configs import load_config
 from lisa_kernels.train.memory import PlannedMemory
 from lisa_kernels.train.options import AUTO, FineTuneOptions
+from lisa_kernels.train.taken import run_steps
 
 # Moments of a rehearsal that a run's page shows.
 PAGE_POINTS = 240
@@ -42,11 +46,20 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     options = _options(arguments)
     if isinstance(options.gradient_checkpointing, str):
         device_bytes = _size_for_recomputation(options.gradient_checkpointing, device_bytes)
-    workload = workload_of(options)
+    if options.epochs is not None and options.data:
+        options = with_steps_of_data(options, empty_model(options.model, options.dtype))
+    workload, steps = workload_of(options), None if options.epochs is not None else run_steps(options, 0)
     free = options.gradient_checkpointing is None or isinstance(options.gradient_checkpointing, str)
     blocks = int(load_config(options.model).get_text_config().num_hidden_layers) if free else 0
-    found = _find(workload, device_bytes, console, blocks)
-    result: dict[str, Any] = {**found.plan.as_dict(), "seconds": time.perf_counter() - start}
+    if is_asked(arguments) and arguments.card != "cpu":
+        # A name that is unknown is told before anything takes time.
+        card_by_name(arguments.card, arguments.bandwidth, arguments.tflops)
+    found = _find(workload, device_bytes, console, blocks, steps)
+    with console.status("reckoning the time"):
+        times = durations(found.plan, arguments)
+    result: dict[str, Any] = {
+        **found.plan.as_dict(), **as_dict(times, found.plan, arguments), "seconds": time.perf_counter() - start,
+    }  # fmt: skip
     if device_bytes is not None:
         result["fit"] = {
             "bytes": device_bytes, "margin_bytes": found.plan.margin_bytes(device_bytes, found.expandable),
@@ -55,6 +68,7 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
         }  # fmt: skip
     if not arguments.json:
         print_plan(found.plan, Console())
+        print_times(times, found.plan, arguments, Console())
         if device_bytes is not None:
             print_fit(found, device_bytes, Console())
     if arguments.plot is not None:
@@ -89,10 +103,10 @@ def held_before_steps(trace: Trace) -> dict[str, int]:
 
 
 def _options(arguments: argparse.Namespace) -> FineTuneOptions:
-    """Return the options of the run that is planned; its data and its output decide nothing about memory."""
+    """Return the options of the run that is planned; its output decides nothing, its data how long it is."""
     known = {field.name for field in dataclasses.fields(FineTuneOptions)}
     values = {name: value for name, value in vars(arguments).items() if name in known}
-    return FineTuneOptions(**values, data="", output=Path())
+    return FineTuneOptions(**{**values, "data": arguments.data or ""}, output=Path())
 
 
 def _size_for_recomputation(given: str, device_bytes: int | None) -> int:
@@ -105,12 +119,14 @@ def _size_for_recomputation(given: str, device_bytes: int | None) -> int:
     return size
 
 
-def _find(workload: Workload, device_bytes: int | None, console: Console, blocks: int) -> Fit:
+def _find(
+    workload: Workload, device_bytes: int | None, console: Console, blocks: int, steps: int | None
+) -> Fit:  # fmt: skip
     """Return the plan of the workload, or of the first settings that fit."""
     with console.status("rehearsing") as status:
 
         def make_plan(asked: Workload) -> Plan:
-            plan = Plan(asked, rehearse(asked, gpu=GpuMemory.here()))
+            plan = Plan(asked, rehearse(asked, gpu=GpuMemory.here()), steps=steps)
             status.update(f"rehearsing (the last: {gb(plan.peak_bytes)})")
             return plan
 

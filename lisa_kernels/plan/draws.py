@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
+from lisa_kernels.methods import Method
 from lisa_kernels.methods.units import Layout, Unit
 from lisa_kernels.samplers import Sampler
+
+# Draws that a mean is taken of.
+MEAN_DRAWS = 400
 
 
 class GivenDraws(Sampler):
@@ -45,6 +50,26 @@ def draws_of(layout: Layout, active: int) -> list[list[int]]:
     most = [*lowest, *(index for index in largest if index not in lowest)][:active]
     between = [round((place + 1) * (len(drawn) + 1) / (active + 1)) - 1 for place in range(active)]
     return [most, most, between]
+
+
+def mean_draws(layout: Layout, method: Method) -> list[list[int]]:
+    """Return a draw as deep as one is on average, twice, and another just as deep: what steps take in the long run.
+
+    How far down a backward goes matters where nothing below the blocks trains. Scores are taken to be equal.
+    """
+    layers, active = len(layout.drawn), method.get("active_layers", 1)
+    lowest = 0
+    if not layout.always.params():
+        sampler = method.make_sampler(layers, 0, [1.0] * layers)
+        assert sampler is not None
+        lowest = round(statistics.mean(min(sampler.draw(k)) for k in range(MEAN_DRAWS)))
+    lowest = min(lowest, layers - active)
+    highest = layers - 1
+    first = [lowest + round(place * (highest - lowest) / max(1, active - 1)) for place in range(active)]
+    # The same lowest one, so that the switch is the only difference; of one layer its neighbour.
+    free = [layer for layer in range(lowest + 1, layers) if layer not in first]
+    second = [*first[:-1], free[-1]] if free and active > 1 else [min(highest, lowest + 1)] if active == 1 else first
+    return [first, first, second]
 
 
 def every_layer(layers: int, active: int) -> list[list[int]]:

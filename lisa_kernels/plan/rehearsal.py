@@ -19,13 +19,14 @@ from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import make_layout
 from lisa_kernels.paging import check_paging
 from lisa_kernels.paging.host import HostStore
-from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer
+from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer, mean_draws
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.length import RunLength
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
+from lisa_kernels.plan.work import WorkLog
 
 # Without a sampler: a step that finds bases and makes the state, and one that has both.
 STEPS = 2
@@ -70,25 +71,27 @@ class Workload:
 
 
 def rehearse(
-    workload: Workload, draws: Sequence[Sequence[int]] | None = None, gpu: GpuMemory | None = None
+    workload: Workload, draws: Sequence[Sequence[int]] | None = None, gpu: GpuMemory | None = None,
+    work: WorkLog | None = None,
 ) -> Trace:  # fmt: skip
     """Return the storages of a run's steps; no weights are made, and no operation computes anything.
 
     Two steps with the layers that cost most, one that finds bases and one that has them, and after a switch one with
     layers in the middle of what a draw may bring; or, with `draws`, one step with each of these lists of layers, as
     many as the method has active. Of several micro-batches two are taken. Bytes are those of a GPU's device memory,
-    and `gpu` says what it holds beside tensors; see `StorageTracker` for what no plan sees. Raises InputError for what
-    the run itself would refuse.
+    and `gpu` says what it holds beside tensors; see `StorageTracker` for what no plan sees. `work` is told each
+    operation, and layers are then drawn that cost what draws do on average. Raises InputError for what the run itself
+    would refuse.
     """
     # The last token of a row is no label, for nothing follows it; on a GPU nobody asks, and its row stays.
     operations = EmptyOperations(workload.batch_size * (workload.seq_len - (gpu is None)))
-    tracker = StorageTracker("meta", operations)
+    tracker = StorageTracker("meta", operations, watch=work)
     if gpu is not None:
-        tracker = StorageTracker("meta", operations, gpu.inside, gpu.definitions)
+        tracker = StorageTracker("meta", operations, gpu.inside, gpu.definitions, work)
     model = empty_model(workload.model, workload.dtype)
     try:
         with FusedAttention(), tracker:
-            optimizer = prepare(model, workload, draws)
+            optimizer = prepare(model, workload, draws, mean=work is not None)
             take_steps(model, optimizer, workload, tracker, lambda: empty_batch(workload, META), gpu)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -105,8 +108,10 @@ def empty_batch(workload: Workload, device: torch.device) -> dict[str, Tensor]:
     return {name: torch.zeros(shape, dtype=torch.int64, device=device) for name in ("input_ids", "labels")}
 
 
-def prepare(model: nn.Module, workload: Workload, draws: Sequence[Sequence[int]] | None = None) -> SampledAdamW:
-    """Attach the method as `attach` does, with draws of its own in the place of the sampler's."""
+def prepare(
+    model: nn.Module, workload: Workload, draws: Sequence[Sequence[int]] | None = None, mean: bool = False
+) -> SampledAdamW:  # fmt: skip
+    """Attach the method as `attach` does, with draws of its own in the place of the sampler's: costly ones, or mean."""
     if workload.gradient_checkpointing:
         # Recomputation runs in the backward, where a mode of ours is not at work unless it is entered again.
         checkpoint_blocks(model, workload.checkpointed_blocks, context_fn=lambda: (nullcontext(), FusedAttention()))
@@ -120,7 +125,7 @@ def prepare(model: nn.Module, workload: Workload, draws: Sequence[Sequence[int]]
         method = dataclasses.replace(method, period=1)  # type: ignore[call-arg]
         active = method.get("active_layers", 1)
         earlier = every_layer(len(layout.drawn), active) if keeps_all(workload) else []
-        draws = draws or draws_of(layout, active)
+        draws = draws or (mean_draws(layout, method) if mean else draws_of(layout, active))
         sampler = GivenDraws(len(layout.drawn), [*earlier, *draws], len(earlier))
     return SampledAdamW(
         model, method, layout, sampler, lr=1e-4, weight_decay=1e-2, block_size=workload.block_size, seed=workload.seed,

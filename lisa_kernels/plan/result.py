@@ -15,9 +15,12 @@ from lisa_kernels.plan.cards import CARDS_GB, CONTEXT_BYTES, card_bytes
 from lisa_kernels.plan.trace import Trace
 
 if TYPE_CHECKING:
+    from lisa_kernels.plan.duration import Duration, Machine
     from lisa_kernels.plan.flow import FlowWorkload
+    from lisa_kernels.plan.gpu_memory import GpuMemory
     from lisa_kernels.plan.length import RunLength
     from lisa_kernels.plan.rehearsal import Workload
+    from lisa_kernels.plan.work import WorkLog
 
 
 # A block keeps up to 1 MiB more than was asked for where it was cut from a larger one; which one is there depends on
@@ -50,12 +53,13 @@ class Plan:
     `peak_bytes` is what its tensors, and cuBLAS's workspaces, take on the device at once, `allocated_bytes` the same
     in the blocks that hold them. A card must hold more: `reserved()`, which is what torch's CUDA allocator asks the
     device for to serve them, with and without `expandable_segments`, and `context_bytes`, an allowance for what CUDA
-    itself takes.
+    itself takes. steps: of the run, where they are known.
     """
 
     workload: Any
     trace: Trace
     context_bytes: int = CONTEXT_BYTES
+    steps: int | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -125,6 +129,37 @@ class Plan:
             size = card_bytes(gb)
             found.append(Card(gb, size, self.margin_bytes(size), self.margin_bytes(size, expandable=True)))
         return found
+
+    def duration(self, machine: Machine) -> Duration:
+        """Return what a step takes on a machine by its operations, see `card_by_name` and `ThisCpu`: a prediction."""
+        from lisa_kernels.plan.duration import predict
+
+        work = self._cpu_work if machine.is_cpu else self._gpu_work
+        return predict(work, self.workload, machine, self._steps_between())
+
+    @cached_property
+    def _gpu_work(self) -> WorkLog:
+        from lisa_kernels.plan.gpu_memory import GpuMemory
+
+        return self._worked(GpuMemory.here())
+
+    @cached_property
+    def _cpu_work(self) -> WorkLog:
+        return self._worked(None)
+
+    def _worked(self, gpu: GpuMemory | None) -> WorkLog:
+        from lisa_kernels.plan.rehearsal import rehearse
+        from lisa_kernels.plan.work import WorkLog
+
+        work = WorkLog()
+        rehearse(self.workload, gpu=gpu, work=work)
+        return work
+
+    def _steps_between(self) -> int | None:
+        """Return the steps between switches; None where no layers are drawn: refreshes are in every step."""
+        method, length = self.workload.method, self.workload.length
+        period: int | None = (method if length is None else length.applied_to(method)).get("period", None)
+        return period
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the events as plain values, for JSON."""

@@ -79,7 +79,7 @@ class EmptyOperations:
             pure = self._pure[func] = _is_pure(func)
         if not pure:
             return func(*args, **kwargs)
-        key = func, _key(args), _key(kwargs) if kwargs else ()
+        key = func, shape_key(args), shape_key(kwargs) if kwargs else ()
         if key not in self._known:
             result = func(*args, **kwargs)
             self._known[key] = _shapes(result, [*tensors_in(args), *tensors_in(kwargs)])
@@ -111,14 +111,14 @@ def _is_pure(func: Any) -> bool:
     return not schema.is_mutable and not any(value.alias_info for value in (*schema.arguments, *schema.returns))
 
 
-def _key(value: Any) -> Any:
-    """Return what decides, of an argument, the shapes of the results."""
+def shape_key(value: Any) -> Any:
+    """Return what decides, of an operation's argument, the shapes of the results."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.is_meta
     if isinstance(value, (tuple, list)):
-        return tuple([_key(item) for item in value])
+        return tuple([shape_key(item) for item in value])
     if isinstance(value, dict):
-        return tuple([(name, _key(item)) for name, item in value.items()])
+        return tuple([(name, shape_key(item)) for name, item in value.items()])
     return type(value), value
 
 

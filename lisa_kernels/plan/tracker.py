@@ -39,6 +39,10 @@ class _Storage:
     in_forward: bool
 
 
+# Operation, arguments, keyword arguments, result, phase, part.
+Watch = Callable[[Any, tuple[Any, ...], Mapping[str, Any], Any, str, str], None]
+
+
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
@@ -58,14 +62,17 @@ class StorageTracker(TorchDispatchMode):
 
     call: runs an operation, given (operation, arguments, keyword arguments). inside: tells what an operation, given
     with its arguments, holds on the device while it runs and gives back. definitions: operations that are several.
+    watch: is told each operation with arguments, keyword arguments, result, phase, and whether it is a "forward"'s, the
+    "recomputation" of one, a "backward"'s or neither ("").
     """
 
     def __init__(
         self, device_type: str, call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = _call,
         inside: Callable[[Any, tuple[Any, ...]], Sequence[Tensor]] = _nothing,
-        definitions: Mapping[Any, Any] = MappingProxyType({}),
+        definitions: Mapping[Any, Any] = MappingProxyType({}), watch: Watch | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.watch = watch
         self.device_type, self.call, self.inside, self.definitions = device_type, call, inside, definitions
         self.recording = False
         self._phase, self._work, self._in_loss = "", "", False
@@ -94,7 +101,15 @@ class StorageTracker(TorchDispatchMode):
                         self._read(tensor)
             for tensor in tensors_in(result):
                 self._note(tensor, func)
+            if self.watch is not None:
+                self.watch(func, args, kwargs or {}, result, self._phase, self._part())
         return result
+
+    def _part(self) -> str:
+        """Return what kind of work is being done, as `watch` is told it."""
+        if self._work == "backward" and self._modules:
+            return "recomputation"
+        return self._work
 
     def _read(self, tensor: Tensor) -> None:
         storage = self._alive.get(tensor.untyped_storage()._cdata)

@@ -1,0 +1,122 @@
+"""How long a step takes, by the operations of its rehearsal and what a machine does with each: a prediction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lisa_kernels.plan.machines import LIMITS, Seconds
+from lisa_kernels.plan.work import PARTS, Operation, WorkLog
+
+if TYPE_CHECKING:
+    from lisa_kernels.plan.rehearsal import Workload
+
+NOTHING = Seconds(0.0, 0.0)
+# Of a rehearsal a step that has everything, and one after a switch, which finds bases.
+STEADY, SWITCHED = "step 2:", "step 3:"
+
+
+class Machine(Protocol):
+    """What a prediction asks of a card, or of the CPU it runs on."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is the CPU that the plan is made on."""
+
+    def seconds(self, operation: Operation) -> tuple[Seconds, str]:
+        """Return what an operation takes, and what bounds it."""
+
+    def host_seconds(self, launches: int) -> Seconds:
+        """Return what starting so many operations takes, beside which the device works."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """What a step takes on one machine, on average over the steps of a period; every figure a prediction.
+
+    parts: seconds of forward, recomputation, backward, optimizer and switch. bounds: shares of the step that matrix
+    products, bandwidth and launches take, by what bounds each operation. launches: operations of a step that does not
+    switch.
+    """
+
+    machine: str
+    tokens: int
+    launches: int
+    parts: Mapping[str, Seconds] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> Seconds:
+        """Seconds of one optimizer step."""
+        return Seconds(sum(part.low for part in self.parts.values()), sum(part.high for part in self.parts.values()))
+
+    @property
+    def bound_by(self) -> str:
+        """What takes most of the step."""
+        return max(self.bounds, key=lambda name: self.bounds[name])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        step = self.step
+        return {
+            "machine": self.machine, "step_seconds_low": step.low, "step_seconds_high": step.high,
+            "tokens_per_second_low": self.tokens / step.high, "tokens_per_second_high": self.tokens / step.low,
+            "bound_by": self.bound_by, "bounds": dict(self.bounds), "launches": self.launches,
+            "parts": {name: list(seconds) for name, seconds in self.parts.items()},
+        }  # fmt: skip
+
+
+def predict(work: WorkLog, workload: Workload, machine: Machine, period: int | None) -> Duration:
+    """Return what a step of the rehearsed workload takes on a machine, what a switch adds spread over its period.
+
+    period: steps between switches; None: there are none.
+    """
+    micro_batches = workload.accumulate / min(workload.accumulate, 2)
+    steady, extra = _step(work, STEADY), Counter[tuple[str, Any]]()
+    if period is not None:
+        switched = _step(work, SWITCHED)
+        extra = Counter({key: switched[key] - steady[key] for key in {*switched, *steady}})
+    totals: Counter[tuple[str, Any]] = Counter()
+    for key in {*steady, *extra}:
+        repeated = micro_batches if key[0] in ("forward", "recomputation", "backward") else 1.0
+        totals[key] = (steady[key] + extra[key] / (period or 1)) * repeated  # type: ignore[assignment]
+    return _on(machine, work, totals, sum(steady.values()), workload)
+
+
+def _step(work: WorkLog, step: str) -> Counter[tuple[str, Any]]:
+    found: Counter[tuple[str, Any]] = Counter()
+    for part, counts in work.of_phases(lambda phase: phase.startswith(step)).items():
+        found.update({(part, key): count for key, count in counts.items()})
+    return found
+
+
+def _on(
+    machine: Machine, work: WorkLog, totals: Mapping[tuple[str, Any], float], launches: int, workload: Workload
+) -> Duration:  # fmt: skip
+    parts, shares = dict.fromkeys(PARTS, NOTHING), dict.fromkeys(LIMITS, 0.0)
+    started = dict.fromkeys(PARTS, 0.0)
+    for (part, key), count in totals.items():
+        operation = work.operations[key]
+        assert operation is not None
+        seconds, bound = machine.seconds(operation)
+        parts[part] += seconds.times(count)
+        shares[bound] += count * sum(seconds) / 2
+        started[part] += count
+    for part, count in started.items():
+        # The host goes ahead of the device and is waited for where it is slower.
+        host = machine.host_seconds(round(count))
+        behind = Seconds(max(0.0, host.low - parts[part].low), max(0.0, host.high - parts[part].high))
+        parts[part] += behind
+        shares["launches"] += sum(behind) / 2
+    whole = sum(shares.values()) or 1.0
+    tokens = workload.batch_size * workload.seq_len * workload.accumulate
+    return Duration(
+        machine.name, tokens, launches, {name: seconds for name, seconds in parts.items() if seconds.high > 0},
+        {name: share / whole for name, share in shares.items()},
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""The time of a planned run as text and JSON: on the machine that is asked for, or on every card that holds the run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lisa_kernels.plan.cards import card_bytes
+from lisa_kernels.plan.duration import Duration
+from lisa_kernels.plan.machines import CARDS, Seconds, card_by_name
+from lisa_kernels.plan.result import Plan
+from lisa_kernels.train.options import FineTuneOptions
+from lisa_kernels.train.prepare import read_data
+from lisa_kernels.train.taken import run_steps
+from lisa_kernels.train.tokenize import accepts_position_ids, packed
+
+UNCONFIRMED = "predicted from data sheets; no card has confirmed it"
+MINUTE, HOUR, DAY = 60, 3600, 86400
+
+
+def is_asked(arguments: argparse.Namespace) -> bool:
+    """Return whether one machine is asked for."""
+    return any(value is not None for value in (arguments.card, arguments.bandwidth, arguments.tflops))
+
+
+def durations(plan: Plan, arguments: argparse.Namespace) -> list[Duration]:
+    """Return what a step takes on the machine asked for, or else on each known card that holds the run."""
+    if is_asked(arguments):
+        if arguments.card is not None and arguments.card.lower() == "cpu":
+            from lisa_kernels.plan.this_cpu import ThisCpu
+
+            return [plan.duration(ThisCpu())]
+        return [plan.duration(card_by_name(arguments.card, arguments.bandwidth, arguments.tflops))]
+    return [plan.duration(card) for card in CARDS.values() if plan.fits(card_bytes(card.memory_gb), expandable=True)]
+
+
+def with_steps_of_data(options: FineTuneOptions, model: Any) -> FineTuneOptions:
+    """Return the options with the steps of their passes over the data, which are read for it.
+
+    A model without weights cannot be asked whether it keeps packed examples apart; one that takes position_ids is
+    taken to.
+    """
+    data = read_data(options, Console(file=io.StringIO()))
+    rows = data.train
+    if data.may_pack and accepts_position_ids(model):
+        rows = packed(rows, options.seq_len)
+    return dataclasses.replace(options, steps=run_steps(options, len(rows)), epochs=None)
+
+
+def as_dict(found: list[Duration], plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the prediction as plain values: of one machine that was asked for by name, of several as a list."""
+    steps, values = plan.steps, list[dict[str, Any]]()
+    for duration in found:
+        whole = None if steps is None else duration.step.times(steps)
+        values.append(
+            {
+                **duration.as_dict(),
+                "run_seconds_low": None if whole is None else whole.low,
+                "run_seconds_high": None if whole is None else whole.high,
+            }
+        )
+    return {"steps": steps, **(values[0] if is_asked(arguments) else {"times": values})}
+
+
+def print_times(found: list[Duration], plan: Plan, arguments: argparse.Namespace, console: Console) -> None:
+    """Print a sentence for one machine, or a table for several."""
+    if is_asked(arguments):
+        for line in sentences(found[0], plan.steps):
+            console.print(line, highlight=False, soft_wrap=True)
+        return
+    if not found:
+        return
+    whole = "the run" if plan.steps is None else f"{plan.steps:,} steps"
+    table = Table("card", "a step", "tokens/s", whole, "bound by", box=None)
+    for duration in found:
+        step = duration.step
+        table.add_row(
+            duration.machine, span(step), f"{duration.tokens / step.high:,.0f}-{duration.tokens / step.low:,.0f}",
+            "?" if plan.steps is None else span(step.times(plan.steps)), duration.bound_by,
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"Times are {UNCONFIRMED}; --card NAME says where they go.", highlight=False, soft_wrap=True)
+
+
+def sentences(duration: Duration, steps: int | None) -> list[str]:
+    """Return what one machine takes: a step and the run, where the time goes, and what bounds it."""
+    step, whole = duration.step, sum(duration.step)
+    run = "" if steps is None else f", {span(step.times(steps))} for {steps:,} steps"
+    parts = ", ".join(f"{name} {sum(seconds) / whole:.0%}" for name, seconds in duration.parts.items())
+    bounds = ", ".join(f"{name} {share:.0%}" for name, share in sorted(duration.bounds.items(), key=lambda b: -b[1]))
+    basis = "by its own speed, measured just now" if duration.machine == "this CPU" else UNCONFIRMED
+    return [
+        f"{span(step)} a step on {duration.machine}, {duration.tokens / step.high:,.0f} to "
+        f"{duration.tokens / step.low:,.0f} tokens/s{run} ({basis})",
+        f"{parts}; bound by: {bounds}; {duration.launches:,} launches a step",
+    ]  # fmt: skip
+
+
+def span(seconds: Seconds) -> str:
+    """Return a range of time in one unit: 0.31-0.39 s, 12-15 min, 5.3-6.7 h."""
+    for unit, size in (("days", 2 * DAY), ("h", 2 * HOUR), ("min", 2 * MINUTE), ("s", 1.0)):
+        if seconds.high >= size or unit == "s":
+            scale = {"days": DAY, "h": HOUR, "min": MINUTE, "s": 1}[unit]
+            low, high = seconds.low / scale, seconds.high / scale
+            digits = max(0, 2 - math.ceil(math.log10(high))) if high > 0 else 2
+            return f"{low:.{digits}f}-{high:.{digits}f} {unit}"
+    raise AssertionError("every time is at least in seconds")
