@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lisa_kernels.errors import InputError
 from lisa_kernels.plan.allocator import DeviceFullError, Reserve, replay
 from lisa_kernels.plan.cards import CARDS_GB, CONTEXT_BYTES, card_bytes
 from lisa_kernels.plan.trace import Trace
@@ -148,9 +149,11 @@ class Plan:
         return self._worked(None)
 
     def _worked(self, gpu: GpuMemory | None) -> WorkLog:
-        from lisa_kernels.plan.rehearsal import rehearse
+        from lisa_kernels.plan.rehearsal import Workload, rehearse
         from lisa_kernels.plan.work import WorkLog
 
+        if not isinstance(self.workload, Workload):
+            raise InputError("the time of a flow's steps is not predicted; take a few of them and look at their time.")
         work = WorkLog()
         rehearse(self.workload, gpu=gpu, work=work)
         return work
