@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ class FlowWorkload:
 def plan_flow(
     model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], workload: FlowWorkload, blocks: str | None = None
 ) -> Plan:  # fmt: skip
-    """Rehearse training a flow model with a turn of each group and the first one's again, and return what it takes.
+    """Rehearse training a flow model with two turns of each group, and return what it takes.
 
     model: on torch's meta device (`with torch.device("meta")`), in training mode. loss: given the model and times
     [batch] there, returns the loss of a micro-batch. Pages are counted where the device has them, and homes are not.
@@ -64,7 +64,8 @@ def rehearse_flow(
     tracker: StorageTracker, gpu: GpuMemory | None = None,
 ) -> Trace:  # fmt: skip
     """Take the steps and return their storages."""
-    method = workload.method
+    # A group's first turn makes its moments, its second has them come back; more steps of one turn take as much.
+    method = replace(workload.method, period=2 if workload.method.retired_state == "drop" else 1)
     with FusedAttention(), tracker:
         layout = make_layout(survey_model(model, method, blocks))
         optimizer = ExpertsAdamW(
@@ -80,7 +81,7 @@ def rehearse_flow(
             label_held(model, optimizer, tracker)
         workspaces = [] if gpu is None else [gpu.workspace(), gpu.workspace()]
         with tracker.following(model):
-            for number in range(1, method.groups * method.period + 2):
+            for number in range(1, 2 * method.groups * method.period + 1):
                 for _ in range(min(workload.accumulate, MICRO_BATCHES)):
                     _micro_batch(model, optimizer, loss, workload, tracker, f"step {number}")
                 with tracker.phase(f"step {number}: step"):
