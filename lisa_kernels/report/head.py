@@ -11,13 +11,13 @@ from lisa_kernels.report.charts import Series, key
 from lisa_kernels.report.compare import best, figures, same_rows
 from lisa_kernels.report.memory import counted
 from lisa_kernels.report.numbers import NONE, bytes_text, duration, loss, number, percent, speed
-from lisa_kernels.report.record import Run
+from lisa_kernels.report.record import NATS, Run
 
 # A change of a loss that is smaller than this share of it is none.
 _NOTHING = 0.001
 _OTHER_ROWS = "The runs differ in model, data or how rows are cut: their losses are not of the same tokens."
 _TABLE_NOTE = (
-    "Losses in nats per token; time and speed of training steps alone; memory measured is the growth of the process on "
+    "Losses in {units}; time and speed of training steps alone; memory measured is the growth of the process on "
     "a CPU, the allocator's peak on a GPU; planned is that of tensors."
 )
 
@@ -83,7 +83,8 @@ def _tiles(run: Run) -> str:
     name, before, after = _losses(values)
     found = []
     if before is not None and after is not None:
-        note = f"perplexity {_perplexity(before)} → {_perplexity(after)}"
+        nats = run.loss_unit == NATS
+        note = f"perplexity {_perplexity(before)} → {_perplexity(after)}" if nats else run.loss_unit
         found.append((name, f"{loss(before)} → {loss(after)}", f"{percent(after, before)} · {note}"))
     peak, planned = values["peak_bytes_measured"], values["peak_bytes_planned"]
     if peak is not None:
@@ -92,7 +93,7 @@ def _tiles(run: Run) -> str:
     if values["seconds"] is not None:
         found.append(("Training time", duration(values["seconds"]), f"{values['steps']:,} steps, evaluation left out"))
     if values["tokens_per_second"]:
-        found.append(("Speed", speed(values["tokens_per_second"]), _trained(run)))
+        found.append(("Speed", speed(values["tokens_per_second"], run.counted), _trained(run)))
     return '<dl class="tiles">' + "".join(
         f"<div><dt>{escape(title)}</dt><dd><b>{escape(value)}</b><span>{escape(note)}</span></dd></div>"
         for title, value, note in found
@@ -122,14 +123,15 @@ def _table(runs: Sequence[Run]) -> str:
             f"{loss(before)} → {loss(after)}", percent(after, before) if before and after is not None else NONE,
             f"{loss(values['train_loss_first'])} → {loss(values['train_loss_last'])}",
             bytes_text(values["peak_bytes_measured"]), bytes_text(values["peak_bytes_planned"]),
-            duration(values["seconds"]), speed(values["tokens_per_second"]),
+            duration(values["seconds"]), speed(values["tokens_per_second"], run.counted),
             f"{values['steps']:,}" + ("" if run.finished else " (not finished)"), str(values["method"] or NONE),
         ]  # fmt: skip
         row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         style = f"line {Series(run.name, [], index, index).style}"
         rows.append(f'<tr><th scope="row">{key(style)}{escape(run.name)}</th>{row}</tr>')
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    note = escape(_TABLE_NOTE.format(units=" or ".join(dict.fromkeys(run.loss_unit for run in runs))))
     return (
         f'<div class="scroll overview" tabindex="0"><table class="figures runs"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{_TABLE_NOTE}</p>'
+        f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{note}</p>'
     )

@@ -25,7 +25,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def loss(value: float | None) -> str:
-    """Return a loss in nats with three decimals."""
+    """Return a loss with three decimals."""
     return NONE if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
@@ -51,9 +51,9 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
-def speed(value: float | None) -> str:
-    """Return tokens per second."""
-    return NONE if value is None else f"{number(value)} tokens/s"
+def speed(value: float | None, counted: str = "tokens") -> str:
+    """Return tokens, or what else is counted, per second."""
+    return NONE if value is None else f"{number(value)} {counted}/s"
 
 
 def percent(after: float, before: float) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.report import answers, compare, layers, memory
+from lisa_kernels.report import answers, compare, layers, memory, pictures
 from lisa_kernels.report.charts import Chart, Series, draw
 from lisa_kernels.report.head import headline, tiles, unfinished
 from lisa_kernels.report.numbers import loss, number
@@ -37,17 +37,20 @@ def page(runs: Sequence[Run]) -> str:
     script = (files / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
+    drawn = _each(runs, lambda run, _: pictures.section(run))
     sections = [
         ("curves", "Over the run", _curves(runs)),
         ("layers", "Which layers trained when", _each(runs, _layers)),
         ("memory", "Memory", _each(runs, lambda run, _: memory.section(run))),
         ("answers", "What the model says", _answers(runs)),
+        ("pictures", "What the model draws", drawn),
         ("settings", compare.heading(runs), compare.settings_section(runs)),
     ]  # fmt: skip
     shown = [section for section in sections if section[2]]
     return Template((files / "page.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         script_hash=digest,
+        images=" img-src data:;" if drawn else "",
         style=(files / "page.css").read_text(encoding="utf-8"),
         script=script,
         headline=headline(runs),
@@ -71,18 +74,19 @@ def _curves(runs: Sequence[Run]) -> str:
             Series(run.name if several else names[key], run.curve(key), index, index) for index, run in enumerate(runs)
         ]
 
-    nats = "nats per token"
+    unit = " or ".join(dict.fromkeys(run.loss_unit for run in runs))
+    counted = " or ".join(dict.fromkeys(run.counted for run in runs))
     if several:
         held_out = [Series(run.name, run.held_out, index, index) for index, run in enumerate(runs)]
-        losses = draw(Chart("Held-out loss", nats, held_out, loss, big=True))
-        losses += draw(Chart("Training loss", nats, of_runs("loss"), loss, big=True))
+        losses = draw(Chart("Held-out loss", unit, held_out, loss, big=True))
+        losses += draw(Chart("Training loss", unit, of_runs("loss"), loss, big=True))
     else:
         both = [Series("training", runs[0].curve("loss"), 0), Series("held out", runs[0].held_out, 1, 1)]
-        losses = draw(Chart("Loss", nats, both, loss, big=True))
+        losses = draw(Chart("Loss", unit, both, loss, big=True))
     small = [
         Chart("Learning rate", "of each step", of_runs("learning_rate"), number, from_zero=True),
         Chart("Gradient norm", "before clipping", of_runs("grad_norm"), number, from_zero=True),
-        Chart("Speed", "tokens per second", of_runs("tokens_per_second"), number, from_zero=True),
+        Chart("Speed", f"{counted} per second", of_runs("tokens_per_second"), number, from_zero=True),
     ]
     drawn = "".join(draw(chart) for chart in small)
     return losses + (f'<div class="panels">{drawn}</div>' if drawn else "")

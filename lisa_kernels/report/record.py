@@ -12,6 +12,7 @@ from typing import Any
 
 from lisa_kernels.errors import InputError
 
+NATS = "nats per token"
 RUN_FILE, SUMMARY_FILE, HISTORY_FILE, PAGE_FILE = "run.json", "summary.json", "history.jsonl", "report.html"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -61,6 +62,16 @@ class Run:
     def logs(self) -> list[dict[str, Any]]:
         """The lines with losses, in order."""
         return self.of_kind("log")
+
+    @property
+    def loss_unit(self) -> str:
+        """What its losses are."""
+        return str(self.begin.get("loss_unit", NATS))
+
+    @property
+    def counted(self) -> str:
+        """What its speed counts: tokens or images."""
+        return str(self.begin.get("counted", "tokens"))
 
     @property
     def steps(self) -> int:
