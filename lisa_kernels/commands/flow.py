@@ -56,12 +56,13 @@ def _add_train(actions: Any) -> None:
     add("--resting-weights", default="keep", help="weights of groups that rest: keep (on the device) or page")
     add("--paging", help="where moments are between steps: resident, host, managed or file:DIR (default: on the "
         "device, those of groups that rest in host memory)")  # fmt: skip
-    add("--lr", type=float, default=2e-3, help="peak learning rate")
+    add("--lr", type=float, help="peak learning rate (default: 4e-3 for 128 numbers a token, in inverse proportion for "
+        "others)")  # fmt: skip
     add("--lr-schedule", default="cosine", help="cosine, linear or constant")
     add("--warmup-steps", type=int, default=50, help="steps over which the rate rises")
     add("--weight-decay", type=float, default=0.01, help="decoupled, per unit of learning rate; vectors have none")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")
-    add("--steps", type=int, default=2000, help="optimizer steps")
+    add("--steps", type=int, default=1000, help="optimizer steps")
     add("--batch-size", type=int, default=64, help="images per forward pass")
     add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
     add("--label-dropout", type=float, default=0.1, help="share of labels left out, which guidance needs")

@@ -42,12 +42,12 @@ class FlowOptions:
     retired_state: str = "page"
     resting_weights: str = "keep"
     paging: str | None = None
-    lr: float = 2e-3
+    lr: float | None = None
     lr_schedule: str = "cosine"
     warmup_steps: int = 50
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    steps: int = 2000
+    steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1
     label_dropout: float = 0.1
@@ -68,7 +68,7 @@ class FlowOptions:
                 raise InputError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is wanted."
                 )  # fmt: skip
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise InputError(f"--lr is {self.lr}; a number above 0 is wanted.")
         for name, most in (("eval_fraction", 0.5), ("label_dropout", 1.0), ("average", 1.0)):
             if not 0 <= getattr(self, name) <= most:

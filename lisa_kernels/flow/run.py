@@ -15,7 +15,7 @@ from rich.console import Console
 from lisa_kernels.files import written_whole
 from lisa_kernels.flow.average import AveragedGroups
 from lisa_kernels.flow.batches import Batches
-from lisa_kernels.flow.build import new_model
+from lisa_kernels.flow.build import HIDDEN, new_model
 from lisa_kernels.flow.data import Images, load_images
 from lisa_kernels.flow.evaluation import HeldOutLoss, held_out_loss
 from lisa_kernels.flow.experts import TimestepExperts
@@ -27,7 +27,7 @@ from lisa_kernels.flow.pictures import write_samples
 from lisa_kernels.flow.progress import FlowProgress
 from lisa_kernels.flow.transformer import GroupedFlow
 from lisa_kernels.methods import attach
-from lisa_kernels.report import PAGE_FILE, read_run, write_page
+from lisa_kernels.report import PAGE_FILE, PICTURE_FILE, read_run, write_page
 from lisa_kernels.train.checkpoint import (
     checkpoint_step,
     find_checkpoints,
@@ -45,8 +45,9 @@ from lisa_kernels.train.run_folder import SUMMARY_FILE, open_run, start_run, wri
 from lisa_kernels.train.run_lock import RunLock
 
 INTERRUPTED = 130
+# Flows of digits with HIDDEN numbers a token learnt faster at 5e-3 than at 2e-3; a little below the first.
+LR = 4e-3
 TRAINING_STATE = "training_state"
-SAMPLES_FILE = "samples.png"
 
 
 def train_flow(options: FlowOptions, console: Console) -> tuple[int, dict[str, Any]]:
@@ -108,11 +109,12 @@ class FlowRun:
         self.held_out, self.classes = held_out, Classes(train.names, train.kind)
         method = _method(options)
         self.model = new_model(options, train, method.intervals()).to(device)
+        self.lr = options.lr or LR * HIDDEN / self.model.shape.hidden
         self.average = AveragedGroups(
             self.model, self.model.route, options.average, paged=options.resting_weights == "page"
         )
         optimizer = attach(
-            self.model, method, lr=options.lr, weight_decay=options.weight_decay, seed=options.seed, blocks="blocks",
+            self.model, method, lr=self.lr, weight_decay=options.weight_decay, seed=options.seed, blocks="blocks",
             max_grad_norm=options.max_grad_norm or None, paging=options.paging,
         )  # fmt: skip
         assert isinstance(optimizer, ExpertsAdamW)
@@ -180,7 +182,7 @@ class FlowRun:
         self._loss, self._logged_at = torch.zeros_like(self._loss), self.step
         norm = self.optimizer.last_grad_norm
         self.losses.append(loss)
-        rate = self.options.lr * share_of_rate(self.options, self.step - 1)
+        rate = self.lr * share_of_rate(self.options, self.step - 1)
         progress.log(self.step, loss, rate)
         self.history.add(
             "log", self.step, loss=loss, learning_rate=rate, grad_norm=None if norm is None else float(norm),
@@ -210,7 +212,8 @@ class FlowRun:
         """Return what the history of the run begins with."""
         fields = dataclasses.fields(FlowOptions)
         return {
-            "max_steps": self.options.steps, "device": self.device.type, "kind": "flow",
+            "max_steps": self.options.steps, "device": self.device.type, "counted": "images",
+            "loss_unit": "mean squared error of the velocity",
             "parameters": sum(param.numel() for param in self.model.parameters()),
             "method": self.optimizer.method.settings(), "layers": self.optimizer.layer_names,
             "defaults": {field.name: field.default for field in fields if field.default is not dataclasses.MISSING},
@@ -253,7 +256,7 @@ class FlowRun:
         after = held_out_loss(model, self.held_out, self.options.seed)
         summary = {
             "method": self.optimizer.method.name, "settings": self.optimizer.method.settings(), "steps": self.step,
-            "lr": self.options.lr, "train_loss_first": self.losses[0], "train_loss_last": self.losses[-1],
+            "lr": self.lr, "train_loss_first": self.losses[0], "train_loss_last": self.losses[-1],
             "eval_loss_before": loss_before, "eval_loss_after": None if after is None else after.mean,
             "eval_loss_of_groups": None if after is None else after.of_groups,
             "boundaries": list(model.route.intervals.bounds), "group_steps": self.optimizer.group_steps,
@@ -271,8 +274,8 @@ class FlowRun:
         return summary
 
     def _draw(self, model: GroupedFlow) -> None:
-        write_samples(model, self.options.output / SAMPLES_FILE, seed=self.options.seed)
-        where = self.options.output / SAMPLES_FILE
+        write_samples(model, self.options.output / PICTURE_FILE, self.classes.names, seed=self.options.seed)
+        where = self.options.output / PICTURE_FILE
         self.console.print(f"samples of every class in {where}", highlight=False, soft_wrap=True)
 
 

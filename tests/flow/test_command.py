@@ -69,7 +69,7 @@ def test_a_mistake_is_one_sentence(
 
 
 def test_help_has_defaults_and_units(capsys: pytest.CaptureFixture[str]) -> None:
-    for action, words in (("train", ("(default: 2000)", "images per forward pass")), ("sample", ("(default: 40)",))):
+    for action, words in (("train", ("(default: 1000)", "images per forward pass")), ("sample", ("(default: 40)",))):
         with pytest.raises(SystemExit):
             main(["flow", action, "--help"])
         text = " ".join(capsys.readouterr().out.split())
