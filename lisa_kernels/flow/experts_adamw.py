@@ -102,14 +102,14 @@ class ExpertsAdamW(SampledAdamW):
     def times(self, batch_size: int) -> Tensor:
         """Return float32 [batch_size], times of the active group's interval, on the model's device.
 
-        They depend on the seed, the step and how often they were asked for in it; the model is told
-        `method.clock.of(times)` where its clock is another.
+        They depend on the seed, the step, how often they were asked for in it, and on the rank where several train; the
+        model is told `method.clock.of(times)` where its clock is another.
         """
         if self._guard is None:
             raise InputError("this optimizer was detached; attach the model again to train on.")
-        drawn = self.route.intervals.draw(
-            self.active_group, batch_size, seed=self.seed, step=self.calls, call=self._times_drawn
-        )
+        ranks = None if self._reduction is None else self._reduction.ranks
+        call = self._times_drawn if ranks is None else self._times_drawn * ranks.count + ranks.rank
+        drawn = self.route.intervals.draw(self.active_group, batch_size, seed=self.seed, step=self.calls, call=call)
         self._times_drawn += 1
         return to_device(drawn, self.layout.drawn[self._active[0]].full[0].device)
 
