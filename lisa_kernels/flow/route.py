@@ -68,17 +68,18 @@ class Route:
         finally:
             self._held = before
 
-    def choose(self, t: float | Tensor, training: bool) -> int:
+    def choose(self, t: float | Tensor, training: bool, coarseness: float = 0.0) -> int:
         """Return the group to run for these times: one for the whole batch, or one each.
 
-        Raises InputError where they belong to several groups, and in training where they are not the active group's
-        (looked at on the CPU only: of times on another device nothing is read while a group is active).
+        coarseness: how far they may be from what was drawn, for models whose time has whole steps. Raises InputError
+        where they belong to several groups, and in training where they are not the active group's (looked at on the CPU
+        only: of times on another device nothing is read while a group is active).
         """
         if self._held is not None:
             return self._held
         if not training or self.active is None:
             return self.intervals.group_of(t)
-        self._check_active(self.active, t)
+        self._check_active(self.active, t, coarseness)
         return self.active
 
     def split(self, t: Tensor) -> list[tuple[int, Tensor]]:
@@ -86,13 +87,13 @@ class Route:
         groups = self.intervals.groups_of(t)
         return [(int(group), torch.nonzero(groups == group).flatten()) for group in groups.unique().tolist()]
 
-    def _check_active(self, group: int, t: float | Tensor) -> None:
+    def _check_active(self, group: int, t: float | Tensor, coarseness: float) -> None:
         if isinstance(t, Tensor) and (t.device.type != "cpu" or not t.numel()):
             return
         low, high = self.intervals.training_interval(group)
         least, most = (float(t.min()), float(t.max())) if isinstance(t, Tensor) else (float(t), float(t))
         narrow = isinstance(t, Tensor) and t.is_floating_point()
-        margin = max(ROUNDING, torch.finfo(t.dtype).eps if narrow else 0.0)  # type: ignore[union-attr]
+        margin = max(coarseness + ROUNDING, torch.finfo(t.dtype).eps if narrow else 0.0)  # type: ignore[union-attr]
         if not (low - margin <= least and most <= high + margin):
             raise InputError(
                 f"the times of this batch are from {least:g} to {most:g}, and group {group}, which trains now, is for "

@@ -55,6 +55,13 @@ class Clock:
         told = told.to(torch.float64) if isinstance(told, Tensor) else float(told)
         return (told - self.noise) / (self.data - self.noise)
 
+    def coarseness(self, told: float | Tensor) -> float:
+        """Return how far t may be from what it was before it was told: a step where those are whole, else a rounding."""
+        if self.plain or not isinstance(told, Tensor):
+            return 0.0
+        rounding = torch.finfo(told.dtype).eps * max(abs(self.noise), abs(self.data)) if told.is_floating_point() else 1
+        return rounding / abs(self.data - self.noise)
+
 
 class RoutedBlocks(nn.ModuleList):
     """A list of blocks of which a forward under way sees one group only; its first is then number 0.
@@ -120,7 +127,8 @@ class Router:
         """Choose the group by the time that the model is given."""
         if self.blocks is None and self.before_run is None:
             return
-        group = self.route.choose(self.clock.read(self._time(args, kwargs)), model.training)
+        told = self._time(args, kwargs)
+        group = self.route.choose(self.clock.read(told), model.training, self.clock.coarseness(told))
         if self.before_run is not None:
             self.before_run(group)
         if self.blocks is not None:

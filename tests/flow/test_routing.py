@@ -91,6 +91,21 @@ def test_a_clock_that_runs_backwards_is_read_and_written() -> None:
     assert [ran(model, float(step)) for step in (1000, 500, 10)] == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_whole_steps_of_a_clock_may_train() -> None:
+    """Rounded to a step, a time may lie beyond its interval by one; by two it is another group's."""
+    model = small_flow(layers=8)
+    router = route_model(model, Intervals.make(4), clock=Clock("t", 10, 0))
+    router.route.active = 1
+    assert ran(model, torch.tensor([7, 6, 5, 8])) == [2, 3]
+    noise, _, label = examples(0)
+    with pytest.raises(InputError, match="group 1, which trains now"):
+        model(noise, torch.tensor([7, 6, 5, 9]), label)
+    with pytest.raises(InputError, match="group 1, which trains now"):
+        model(noise, torch.tensor([7.0, 6.0, 5.0, 8.0]), label)
+    # 7.53 is no bfloat16.
+    model(noise, torch.tensor([7.53, 6.0, 5.0, 5.0], dtype=torch.bfloat16), label)
+
+
 @pytest.mark.parametrize(("noise", "data"), [(1.0, 1.0), ("1", 0.0)])
 def test_a_clock_that_stands_still_is_refused(noise: Any, data: Any) -> None:
     """There would be nothing to tell the time by."""
