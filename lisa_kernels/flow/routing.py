@@ -56,7 +56,7 @@ class Clock:
         return (told - self.noise) / (self.data - self.noise)
 
     def coarseness(self, told: float | Tensor) -> float:
-        """Return how far t may be from what it was before it was told: a step where those are whole, else a rounding."""
+        """Return how far t may be from what was drawn: a step where those are whole, else a rounding."""
         if self.plain or not isinstance(told, Tensor):
             return 0.0
         rounding = torch.finfo(told.dtype).eps * max(abs(self.noise), abs(self.data)) if told.is_floating_point() else 1
