@@ -68,6 +68,11 @@ class Workload:
                 raise InputError(f"{name} is {value!r}; a whole number of at least {least} is wanted.")
         if not isinstance(self.method, Method):
             raise InputError(f"method is {self.method!r}; an instance such as OwLore(active_layers=5) is wanted.")
+        if self.method.around != "language":
+            raise InputError(
+                f"method {self.method.name!r} trains models that are told a time, and not language models; plan it "
+                "with plan_flow of lisa_kernels.plan.flow."
+            )
 
 
 def rehearse(

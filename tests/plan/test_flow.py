@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels import InputError, TimestepExperts
+from lisa_kernels import InputError, TimestepExperts, plan
 from lisa_kernels.flow.path import flow_loss
 from lisa_kernels.flow.transformer import FlowShape, FlowTransformer
 from lisa_kernels.plan.flow import FlowWorkload, plan_flow, rehearse_flow
@@ -52,7 +52,7 @@ def test_groups_take_a_quarter_of_what_trains_and_pages_of_the_weights_too() -> 
     dense, experts, paged = planned(1), planned(4), planned(4, resting_weights="page")
     for category, share in (("gradients", 0.3), ("saved activations", 0.3)):
         assert max_of(experts, category) <= share * max_of(dense, category)
-    moments = [max_of(plan, "pages") + max_of(plan, "optimizer state") for plan in (dense, experts)]
+    moments = [max_of(made, "pages") + max_of(made, "optimizer state") for made in (dense, experts)]
     assert moments[1] <= 0.3 * moments[0]
     assert max_of(experts, "weights") == max_of(dense, "weights")
     # The group that runs, the one that comes, and what is shared.
@@ -60,10 +60,10 @@ def test_groups_take_a_quarter_of_what_trains_and_pages_of_the_weights_too() -> 
     assert paged.peak_bytes < experts.peak_bytes < dense.peak_bytes
 
 
-def max_of(plan: Any, category: str) -> int:
+def max_of(made: Any, category: str) -> int:
     """Return the most bytes of a category alive at once."""
     most = alive = 0
-    for event in plan.trace.events:
+    for event in made.trace.events:
         if event.category == category:
             alive += event.bytes
             most = max(most, alive)
@@ -76,3 +76,9 @@ def test_a_model_with_values_is_not_planned() -> None:
         plan_flow(model_of(2), loss, FlowWorkload("small", TimestepExperts(groups=2)))
     with pytest.raises(InputError, match="batch_size is 0"):
         FlowWorkload("small", TimestepExperts(), batch_size=0)
+
+
+def test_groups_of_a_language_model_are_not_planned() -> None:
+    """Its forward is told no time: the sentence names the function that plans flows."""
+    with pytest.raises(InputError, match="plan it with plan_flow"):
+        plan("preset:tiny", TimestepExperts())
