@@ -39,8 +39,11 @@ def new_model(options: FlowOptions, images: Images, intervals: Intervals) -> Gro
 
 def load_reader(spec: str, texts: Sequence[str], seed: int = 0) -> Reader:
     """Return the decoder that `spec` names, as `finetune --model` does, with its tokenizer; in float32 on the CPU."""
+    from transformers.utils import logging
+
     from lisa_kernels.flow.text_flow import NO_TEXT, Reader
 
+    logging.disable_progress_bar()
     decoder = load_model(spec, torch.float32, seed)
     return Reader(decoder, load_tokenizer(spec, [*texts, NO_TEXT], decoder.config.vocab_size), spec)
 

@@ -97,6 +97,20 @@ def check_convention(settings: Any, folder: Path) -> None:
             )
 
 
+def check_checkpoint(folder: Path, model: GroupedFlow) -> None:
+    """Raise InputError unless the checkpoint has the conventions of this version and the groups of this model."""
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a whole checkpoint ({error}); resume from another.") from error
+    check_convention(settings, folder)
+    if settings.get("model") != model.settings():
+        raise InputError(
+            f"{folder} was written of another model or of other intervals than this run's; give the options that it "
+            "was begun with, or begin another run."
+        )
+
+
 def _fill(model: nn.Module, weights: dict[str, Any], folder: Path) -> None:
     try:
         model.load_state_dict(weights)

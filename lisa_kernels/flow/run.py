@@ -20,7 +20,7 @@ from lisa_kernels.flow.data import Images, load_images
 from lisa_kernels.flow.evaluation import HeldOutLoss, held_out_loss
 from lisa_kernels.flow.experts import TimestepExperts
 from lisa_kernels.flow.experts_adamw import ExpertsAdamW
-from lisa_kernels.flow.model_file import Classes, save_model
+from lisa_kernels.flow.model_file import Classes, check_checkpoint, save_model
 from lisa_kernels.flow.options import FlowOptions
 from lisa_kernels.flow.path import flow_loss
 from lisa_kernels.flow.pictures import write_samples
@@ -238,7 +238,8 @@ class FlowRun:
         return folder
 
     def load(self, checkpoint: Path) -> None:
-        """Go on where the checkpoint was written."""
+        """Go on where the checkpoint was written. Raises InputError for one of another convention, or not whole."""
+        check_checkpoint(checkpoint, self.model)
         state = load_tree(checkpoint, TRAINING_STATE)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

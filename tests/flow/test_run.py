@@ -110,6 +110,28 @@ def test_ctrl_c_leaves_a_checkpoint_that_can_be_sampled(
     assert grid.stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("times", "x_t = (1 - t) data + t noise", "says times"),
+        ("routing", "interleaved", "says routing"),
+        ("model", {}, "of another model"),
+    ],
+)
+def test_a_checkpoint_of_another_convention_is_not_resumed(
+    name: str, value: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one of an earlier version may be; its folder stays as it is."""
+    output = tmp_path / "run"
+    assert main(arguments(output, "--steps", "1", "--save-every", "1")) == 0
+    file = output / "checkpoint-1" / "flow.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    capsys.readouterr()
+    assert main(arguments(output, "--steps", "1", "--save-every", "1", "--resume")) == 2
+    assert said in capsys.readouterr().err
+    assert (output / "flow.safetensors").exists()
+
+
 def test_a_resumed_run_must_be_the_same_run(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, said in (
         ((), "add --resume"),
