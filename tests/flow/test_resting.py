@@ -81,6 +81,28 @@ def test_a_copy_of_the_model_is_refused_while_weights_rest() -> None:
     assert_same(dict(copy.deepcopy(model).state_dict()), dict(model.state_dict()))
 
 
+def test_a_page_that_cannot_be_written_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step was taken, its weights can be saved, and the next forward stops too: stand-ins never run."""
+    model, optimizer = start(PAGED)
+    kept, other = start(TimestepExperts(groups=3))
+    train(model, optimizer, 0, 1)
+    train(kept, other, 0, 2)
+
+    def full(*_: Any) -> None:
+        raise InputError("no room")
+
+    monkeypatch.setattr(optimizer._weights._shelf, "put", full)  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="no room"):
+        train(model, optimizer, 1, 2)
+    assert_same(dict(model.state_dict()), dict(kept.state_dict()))
+    with pytest.raises(InputError, match="no room"):
+        train(model, optimizer, 2, 3)
+    monkeypatch.undo()
+    train(model, optimizer, 2, 3)
+    train(kept, other, 2, 3)
+    assert_same(dict(model.state_dict()), dict(kept.state_dict()))
+
+
 def test_weights_cannot_rest_where_everything_stays() -> None:
     """The model is as it was."""
     model = small_flow()
