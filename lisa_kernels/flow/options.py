@@ -12,7 +12,7 @@ from lisa_kernels.flow.residual_attention import check_reuse
 
 SCHEDULES = ("constant", "linear", "cosine")
 # What may differ between a run and its resumption.
-_FREE = ("save_every", "eval_every", "max_checkpoints", "paging", "resting_weights")
+_FREE = ("save_every", "eval_every", "max_checkpoints", "paging")
 # What does not belong to the run but to one start of it.
 _OF_ONE_START = ("output", "resume", "overwrite", "device")
 _LEAST = {

@@ -136,6 +136,7 @@ def test_a_resumed_run_must_be_the_same_run(whole: Path, capsys: pytest.CaptureF
     for more, said in (
         ((), "add --resume"),
         (("--resume", "--groups", "4"), "was run with --groups 2"),
+        (("--resume", "--resting-weights", "page"), "was run with --resting-weights keep"),
         (("--resume", "--eval-fraction", "0.1"), "--eval-fraction 0.05"),
     ):
         assert main(arguments(whole, *more)) == 2
@@ -197,3 +198,19 @@ def test_kills_change_no_bit(tmp_path: Path) -> None:
     ends = [load_file(tmp_path / name / "flow.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert summary(output)["train_loss_last"] == summary(tmp_path / "whole")["train_loss_last"]
+
+
+def test_pictures_of_ones_own_are_learnt_with_nothing_held_out(tmp_path: Path) -> None:
+    """Coloured ones in two classes, with the last weights in place of the average."""
+    from PIL import Image
+
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "pictures" / name / "one.png")
+    more = ["--data", str(tmp_path / "pictures"), "--eval-fraction", "0", "--average", "0", "--steps", "2"]
+    assert main(arguments(tmp_path / "run", *more)) == 0
+    values = summary(tmp_path / "run")
+    assert (values["eval_loss_before"], values["eval_loss_after"]) == (None, None)
+    said = json.loads((tmp_path / "run" / "flow.json").read_text())
+    assert said["classes"]["names"] == ["blue", "red"]
+    assert said["model"]["shape"]["channels"] == 3
