@@ -108,6 +108,8 @@ def products_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
         return _attention(args[0], args[1], bool(args[4]) if len(args) > 4 else bool(kwargs.get("is_causal")))
     if func is ATTENTION_BACKWARD:
         return int(BACKWARD_PRODUCTS * _attention(args[1], args[2], bool(args[7])))
+    if func.overloadpacket is torch.ops.aten.addmm_:
+        return 2 * int(args[1].numel()) * int(args[2].shape[1])
     if func.overloadpacket in WHOLE_PRODUCTS:
         left, right = args[0], args[1]
         columns = right.shape[0] if func.overloadpacket is torch.ops.aten.linear else right.shape[-1]
@@ -126,8 +128,10 @@ def _lowrank_backward(
     needs_dx: bool, x: Tensor | None = None,
 ) -> int:  # fmt: skip
     tokens, (m, n), rank = dy.shape[:-1].numel(), weight.shape, projected.shape[-1]
-    pair = rank * (m + n) if slot is not None else 0
-    return tokens * (rank * m + (m * n + pair if needs_dx else 0) + (pair if x is not None else 0))
+    # dY Bᵀ is made once for both gradients that need it.
+    through = rank * m if slot is not None and (needs_dx or x is not None) else 0
+    into_x = m * n + (rank * n if slot is not None else 0) if needs_dx else 0
+    return tokens * (rank * m + through + into_x + (rank * n if x is not None else 0))
 
 
 def _linear_backward(dy: Tensor, weight: Tensor, x: Tensor | None, needs_dx: bool) -> int:

@@ -49,10 +49,11 @@ def _backward_definition(
     x: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(dy.device.type):
-        dx = reference.input_gradient(dy, weight, slot, basis, scale) if needs_dx else dy.new_empty((0,))
+        through = None if slot is None or not (needs_dx or x is not None) else reference.through(dy, slot)
         dp = dy.new_empty((0,))
-        if x is not None and slot is not None:
-            dp = reference.basis_gradient(dy, x, slot, scale)
+        if x is not None and through is not None:
+            dp = reference.basis_gradient(through, x, scale)
+        dx = reference.input_gradient(dy, weight, through, basis, scale) if needs_dx else dy.new_empty((0,))
         return dx, reference.slot_gradient(dy, projected, scale), dp
 
 

@@ -81,6 +81,19 @@ def _multiply(left: Tensor, right: Tensor, result: Tensor) -> None:
         result.copy_(total)
 
 
+def add_product_(result: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Add scale · left @ right to `result`: [..., m], [..., k] and [k, m] of any float dtype, few k.
+
+    In one product without a temporary of the result's size; `right` is rounded to its dtype, as under autocast.
+    """
+    if is_slow(result):
+        # The scale goes where there are k numbers a row, not m.
+        result += ((left.to(torch.float32) * scale) @ right.to(torch.float32)).to(result.dtype)
+        return
+    rows = left.reshape(-1, left.shape[-1])
+    result.view(-1, result.shape[-1]).addmm_(rows, right.to(result.dtype), alpha=scale)
+
+
 def _multiplies_into_float32(tensor: Tensor) -> bool:
     """Return whether torch has a product of 16-bit matrices with a float32 result where this tensor is."""
     if tensor.device.type not in ("cuda", "meta") or tensor.dtype not in HALVES:

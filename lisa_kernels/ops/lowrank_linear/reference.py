@@ -13,7 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lisa_kernels.ops.lowrank_linear.products import is_slow, matmul, sum_of_outer_products, weight_gradient_in
+from lisa_kernels.ops.lowrank_linear.products import (
+    add_product_,
+    is_slow,
+    matmul,
+    sum_of_outer_products,
+    weight_gradient_in,
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,21 +37,23 @@ def forward(
     projected = matmul(x, basis.t().to(x.dtype))
     y = linear(x, weight, bias)
     if not slot_is_zero:
-        # The scale goes where there are r numbers a token, not m.
-        y += (_scaled(projected.to(slot.dtype), scale) @ slot).to(y.dtype)
+        add_product_(y, projected, slot, scale)
     return y, projected
 
 
-def _scaled(values: Tensor, scale: float) -> Tensor:
-    return values if scale == 1.0 else values * scale
-
-
-def input_gradient(dy: Tensor, weight: Tensor, slot: Tensor | None, basis: Tensor | None, scale: float) -> Tensor:
-    """Return dX [..., n]; `slot` and `basis` are None where the slot is zero."""
+def input_gradient(
+    dy: Tensor, weight: Tensor, through_slot: Tensor | None, basis: Tensor | None, scale: float
+) -> Tensor:  # fmt: skip
+    """Return dX [..., n]; through_slot is dY Bᵀ [..., r], and it and `basis` are None where the slot is zero."""
     dx = matmul(dy, weight)
-    if slot is not None and basis is not None:
-        dx += matmul(_scaled(matmul(dy, slot.t().to(dy.dtype)), scale), basis.to(dy.dtype))
+    if through_slot is not None and basis is not None:
+        add_product_(dx, through_slot, basis, scale)
     return dx
+
+
+def through(dy: Tensor, slot: Tensor) -> Tensor:
+    """Return dY Bᵀ [..., r]."""
+    return matmul(dy, slot.t().to(dy.dtype))
 
 
 def slot_gradient(dy: Tensor, projected: Tensor, scale: float) -> Tensor:
@@ -54,9 +62,9 @@ def slot_gradient(dy: Tensor, projected: Tensor, scale: float) -> Tensor:
     return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
-def basis_gradient(dy: Tensor, x: Tensor, slot: Tensor, scale: float) -> Tensor:
-    """Return dP float32 [r, n], summed over all tokens in float32."""
-    gradient = sum_of_outer_products(matmul(dy, slot.t().to(dy.dtype)), x)
+def basis_gradient(through_slot: Tensor, x: Tensor, scale: float) -> Tensor:
+    """Return dP float32 [r, n] for dY Bᵀ [..., r], summed over all tokens in float32."""
+    gradient = sum_of_outer_products(through_slot, x)
     return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
