@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, debug = f"lisa-kernels {''.join(words[:1])}", "--debug" in words
     try:
         arguments = _parser().parse_args(words)
-        if arguments.command != "info":
+        if arguments.command not in ("info", "finetune"):
             check_one_launched("this command")
         code: int = arguments.run(arguments, Console(stderr=True))
     except InputError as error:

@@ -85,6 +85,7 @@ def _run(parser: CommandParser, arguments: argparse.Namespace, console: Console)
     from lisa_kernels.train.finetune import finetune
 
     code, summary = finetune(options, console, plan_run)
-    if arguments.json:
+    # Of several processes one has it.
+    if arguments.json and summary:
         print(json.dumps(summary))
     return code

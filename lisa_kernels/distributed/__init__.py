@@ -1,14 +1,15 @@
 """What several processes agree on, what travels between them, and which wrappers cannot be followed."""
 
-from lisa_kernels.distributed.launcher import check_one_launched
+from lisa_kernels.distributed.launcher import Launch, check_one_launched, read_launch
 from lisa_kernels.distributed.processes import Sharing, check_one_process, process_count
-from lisa_kernels.distributed.ranks import Ranks, ranks_of
+from lisa_kernels.distributed.ranks import Ranks, join, on_first, part, ranks_of, together
 from lisa_kernels.distributed.reduction import GradientReduction, check_wire_dtype
 from lisa_kernels.distributed.wrappers import REPLACED, check_not_shared_out, check_not_wrapped
 
 __all__ = [
     "REPLACED",
     "GradientReduction",
+    "Launch",
     "Ranks",
     "Sharing",
     "check_not_shared_out",
@@ -16,6 +17,11 @@ __all__ = [
     "check_one_launched",
     "check_one_process",
     "check_wire_dtype",
+    "join",
+    "on_first",
+    "part",
     "process_count",
     "ranks_of",
+    "read_launch",
+    "together",
 ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lisa_kernels.distributed.digests import digests
+from lisa_kernels.distributed.launcher import Launch
 from lisa_kernels.errors import InputError
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -121,6 +124,38 @@ class Ranks:
                 f"{list(tensors)[first]}, between rank 0 and rank {rank}; load the same weights on every rank, on "
                 "devices of one kind, and change none by hand."
             )
+
+
+def join(launch: Launch) -> Ranks:
+    """Make the group of the processes that a launcher has started; for a model on a CPU or on GPUs."""
+    if not dist.is_initialized():
+        dist.init_process_group(rank=launch.rank, world_size=launch.count)
+    group = dist.group.WORLD
+    assert group is not None
+    return Ranks(group)
+
+
+def part() -> None:
+    """Give up the group of all processes, at the end of what they did together."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def together(ranks: Ranks | None) -> AbstractContextManager[None]:
+    """Return a block whose errors are those of all ranks; an ordinary one without ranks."""
+    return nullcontext() if ranks is None else ranks.together()
+
+
+def on_first(ranks: Ranks | None, work: Callable[[], T]) -> T:
+    """Return what `work` returns on rank 0, where alone it is done; plain values. Its error is raised on all ranks."""
+    if ranks is None:
+        return work()
+    result = None
+    with ranks.together():
+        if ranks.rank == 0:
+            result = work()
+    told: T = ranks.tell(result)[0]
+    return told
 
 
 def ranks_of(group: Any) -> Ranks | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lisa_kernels.distributed import check_one_launched, check_one_process
 from lisa_kernels.files import written_whole
 from lisa_kernels.flow.average import AveragedGroups
 from lisa_kernels.flow.batches import Batches
@@ -52,6 +53,8 @@ TRAINING_STATE = "training_state"
 
 def train_flow(options: FlowOptions, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `options`; returns (exit code, summary): 0 when done, 130 when stopped by ctrl-C with a checkpoint."""
+    check_one_process("a run of a flow")
+    check_one_launched("this run")
     with RunLock(options.output) as lock:
         device = take_device(options, console)
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +14,6 @@ from lisa_kernels.distributed import Ranks
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.optim.settings import as_number
-
-
-def together(ranks: Ranks | None) -> AbstractContextManager[None]:
-    """Return a block whose errors are those of all ranks; an ordinary one without ranks."""
-    return nullcontext() if ranks is None else ranks.together()
 
 
 def agree(ranks: Ranks, model: nn.Module, method: Method, settings: Mapping[str, Any]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.distributed import GradientReduction, Ranks, Sharing, check_wire_dtype, ranks_of
+from lisa_kernels.distributed import GradientReduction, Ranks, Sharing, check_wire_dtype, on_first, ranks_of, together
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import TappedEmbedding, check_attachable, without_compiler
 from lisa_kernels.layers.lowrank import Swap
-from lisa_kernels.methods.agreement import agree, together
+from lisa_kernels.methods.agreement import agree
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
@@ -146,14 +146,7 @@ def _agreed_scores(
     given: Sequence[float] | None,
 ) -> Sequence[float] | None:  # fmt: skip
     """Return the scores, of ranks those of rank 0: each has calibration batches of its own, and one draw is wanted."""
-    if sharing is None:
-        return _scores(survey, calibration, given)
-    scores = None
-    with sharing.together():
-        if sharing.rank == 0:
-            scores = _scores(survey, calibration, given)
-    agreed: Sequence[float] | None = sharing.tell(scores)[0]
-    return agreed
+    return on_first(sharing, lambda: _scores(survey, calibration, given))
 
 
 def _scores(
@@ -189,6 +182,6 @@ def _positive(scores: list[float], kind: str) -> list[float]:
     """Raise scores of zero to the smallest positive one: a layer without outliers still trains, if seldom."""
     smallest = min((score for score in scores if score > 0), default=None)
     if smallest is None:
-        warnings.warn(f"every {kind} score of this model is 0; its layers are drawn uniformly.", stacklevel=5)
+        warnings.warn(f"every {kind} score of this model is 0; its layers are drawn uniformly.", stacklevel=7)
         return [1.0] * len(scores)
     return [max(score, smallest) for score in scores]

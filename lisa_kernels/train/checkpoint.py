@@ -89,7 +89,6 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-@torch.no_grad()
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of Python's, numpy's and torch's global generators, those of all GPUs with it.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from lisa_kernels.distributed import check_one_launched, check_one_process
+from lisa_kernels.distributed import Ranks, join, on_first, part, ranks_of, read_launch, together
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import checkpoint_blocks, find_blocks, find_linears, linear_shape, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
@@ -24,16 +24,19 @@ from lisa_kernels.train.answers import Question, answers, held_out_questions, pr
 from lisa_kernels.train.checkpoint import checkpoint_step, find_checkpoints
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
-from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, describe_held, planned_memory
+from lisa_kernels.train.memory import PlannedMemory, describe_held
 from lisa_kernels.train.options import AUTO, AUTOMATIC, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
-from lisa_kernels.train.placement import Memory, check_room, out_of_memory, settled_dtype, take_device
-from lisa_kernels.train.prepare import load_model_for, read_data
-from lisa_kernels.train.recomputation import checkpointed_blocks, settle_recomputation
-from lisa_kernels.train.reporters import check_reporters, reporters
-from lisa_kernels.train.run_folder import open_run, start_run
+from lisa_kernels.train.placement import (
+    Memory,
+    out_of_memory,
+    take_device,
+)
+from lisa_kernels.train.preparation import prepare_run
+from lisa_kernels.train.recomputation import checkpointed_blocks
+from lisa_kernels.train.reporters import reporters
+from lisa_kernels.train.run_folder import start_run
 from lisa_kernels.train.run_lock import RunLock
-from lisa_kernels.train.save_rehearsal import rehearse_saving
 from lisa_kernels.train.taken import Grounds, Taken, recorded_in
 from lisa_kernels.train.tokenize import TokenizedData, collate, pad_token_id
 
@@ -120,25 +123,36 @@ def finetune(
 ) -> tuple[int, dict[str, Any]]:
     """Run `options`; returns (exit code, summary): 0 when done, 130 when stopped by ctrl-C with a checkpoint.
 
-    plan: tells the memory of a run before it starts; summary and page have it beside the measured one.
+    plan: tells the memory of a run before it starts; summary and page have it beside the measured one. Processes that
+    torchrun has started share the rows of each step and train one model; rank 0 writes, the others return no summary.
     """
-    check_one_process("a run of finetune")
-    check_one_launched("this run")
-    with RunLock(options.output) as lock:
-        device = take_device(options, console)
+    launch = read_launch()
+    ranks = ranks_of("auto") if launch is None else join(launch)
+    if ranks is not None and ranks.rank:
+        console = Console(quiet=True)
+    lock = RunLock(options.output)
+    on_first(ranks, lock.take)
+    try:
+        with together(ranks):
+            device = take_device(options, console, launch=launch)
         if device.type == "cuda":
             # Whatever asks for "the GPU" means this one.
             torch.cuda.set_device(device)
         try:
-            return _run(options, device, console, plan, lock)
+            result = _run(options, device, console, plan, lock, ranks)
         except torch.OutOfMemoryError as error:
             resumable = bool(find_checkpoints(options.output))
             raise out_of_memory(Memory.of(device), device, resumable) from error
+    finally:
+        lock.release()
+    if launch is not None:
+        part()
+    return result
 
 
 def _run(
     options: FineTuneOptions, device: torch.device, console: Console,
-    plan: Callable[[FineTuneOptions], PlannedMemory] | None, lock: RunLock,
+    plan: Callable[[FineTuneOptions], PlannedMemory] | None, lock: RunLock, ranks: Ranks | None,
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     from transformers.utils import logging as transformers_logging
 
@@ -147,34 +161,25 @@ def _run(
     from lisa_kernels.train.trainer import SamplingState, StopOnInterrupt, held_out_loss
 
     transformers_logging.disable_progress_bar()
-    check_reporters(options)
-    facts, checkpoint = open_run(options)
-    # What a mistake may be in comes before what takes long.
-    dtype = settled_dtype(options, facts, device)
-    settled = dataclasses.replace(options, dtype=dtype)
-    data = read_data(options, console)
-    tokenizer = data.tokenizer
-    settled = settle_recomputation(settled, plan, device, console)
-    plan_of_run = None if plan is None else planned_memory(settled, plan, console)
-    planned = None if plan_of_run is None else plan_of_run.peak_bytes
-    if device.type == "cuda" and planned is not None:
-        check_room(planned, Memory.of(device), device)
-    meter = MemoryMeter.start(device)
-    model, train, held_out = load_model_for(settled, data, device, console)
-    rehearse_saving(options, model, tokenizer, console)
+    run = prepare_run(options, device, console, plan, ranks)
+    facts, model, train, held_out, meter = run.facts, run.model, run.train, run.held_out, run.meter
     began = _checksums(options, train, held_out)
+    if ranks is not None:
+        ranks.check_alike({f"the checksum of {name}": value for name, value in began.items()})
     check_unchanged(facts.get("began", {}), began, options.output)
     method, taken, max_steps = _settle(options, model, len(train), facts, console)
-    pad = pad_token_id(tokenizer)
-    arguments = _training_arguments(options, taken, max_steps, len(held_out) > 0, device)
+    pad = pad_token_id(run.tokenizer)
+    arguments = _training_arguments(run.settled, taken, max_steps, len(held_out) > 0, device)
     model.config.use_cache = False
-    recomputed = checkpointed_blocks(settled, model)
+    recomputed = checkpointed_blocks(run.settled, model)
     if recomputed != 0:
         checkpoint_blocks(model, recomputed)
         if options.offload_activations:
             offload_checkpoints(model)
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.
-    scores = facts["scores"] if "scores" in facts else _scores(model, method, train, options, pad)
+    scores = (
+        facts["scores"] if "scores" in facts else on_first(ranks, lambda: _scores(model, method, train, options, pad))
+    )
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
@@ -182,47 +187,54 @@ def _run(
     tokens_per_step = options.batch_size * options.accumulate * train.tokens / len(train)
     progress = LiveProgress(console, optimizer, tokens_per_step)
     history = RunHistory(options.output, optimizer, meter, tokens_per_step, console)
-    interrupt = StopOnInterrupt()
-    callbacks = [SamplingState(optimizer), interrupt, progress, history]
-    trainer = _trainer(model, arguments, train, held_out, tokenizer, optimizer, callbacks)
+    interrupt = StopOnInterrupt(ranks)
+    writes = ranks is None or ranks.rank == 0
+    callbacks = [SamplingState(optimizer), interrupt, *([progress, history] if writes else [])]
+    trainer = _trainer(model, arguments, train, held_out, run.tokenizer, optimizer, callbacks, ranks)
     trainer.say = lambda note: console.print(f"note: {note}", highlight=False)
     _describe(method, optimizer, arguments, console)
     loader = trainer.get_eval_dataloader() if len(held_out) else []
-    for reporter in reporters(options, trainer):
+    for reporter in reporters(options, trainer) if writes else []:
         trainer.add_callback(reporter)
     if "eval_loss_before" not in facts:
-        facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer)), "scores": scores}
-        _check_within_float16(dtype, facts["eval_loss_before"], len(held_out))
-        facts |= {"began": began, "dtype": dtype, "taken": dataclasses.asdict(taken)}
-        lock.take()
-        start_run(options, facts)
-        lock.take()
-    history.begin(_begin_facts(options, optimizer, arguments, plan_of_run), checkpoint_step(checkpoint))
+        facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer, ranks)), "scores": scores}
+        _check_within_float16(run.dtype, facts["eval_loss_before"], len(held_out))
+        facts |= {"began": began, "dtype": run.dtype, "taken": dataclasses.asdict(taken)}
+        on_first(ranks, lambda: _begin(options, facts, lock))
     questions = held_out_questions(held_out, samples_for(model, options.samples))
-    if not history.has("answers"):
-        _ask(model, tokenizer, questions, history, 0, console)
+    if writes:
+        history.begin(_begin_facts(options, optimizer, arguments, run.plan), checkpoint_step(run.checkpoint))
+        if not history.has("answers"):
+            _ask(model, run.tokenizer, questions, history, 0, console)
     if len(held_out):
         console.print(f"held-out loss before: {facts['eval_loss_before']:.4f}", highlight=False)
     with interrupt:
-        trainer.train_on(checkpoint)
+        trainer.train_on(run.checkpoint)
     steps = trainer.state.global_step
     if interrupt.interrupted and steps < arguments.max_steps:
         where = options.output / f"checkpoint-{steps}"
         console.print(
             f"stopped at step {steps}; continue with the same command and --resume ({where})", highlight=False
         )
+        if not writes:
+            return INTERRUPTED, {}
         ornament("the page of the run", lambda: _write_page(options.output, console), console)
         return INTERRUPTED, {"checkpoint": str(where), "steps": steps}
-    peak, memory, excess = meter.peak_bytes(), meter.describe(planned), meter.warning(planned)
+    if not writes:
+        # What is left is the work of rank 0, but for this rank's part of the held-out rows.
+        on_first(ranks, lambda: None)
+        ornament("the held-out loss", lambda: held_out_loss(model, loader, optimizer, ranks), console)
+        return 0, {}
+    peak, memory, excess = meter.peak_bytes(), meter.describe(run.planned_bytes), meter.warning(run.planned_bytes)
     # What was trained is safe before anything that may fail is tried.
-    save_weights(trainer, options.output, console)
+    on_first(ranks, lambda: save_weights(trainer, options.output, console))
     loss_after = ornament(
-        "the held-out loss after training", lambda: _finite(held_out_loss(model, loader, optimizer)), console
+        "the held-out loss after training", lambda: _finite(held_out_loss(model, loader, optimizer, ranks)), console
     )
     losses = facts["eval_loss_before"], loss_after
     summary = {
         **_summary(options, taken, trainer, optimizer, losses, progress.tokens_per_second),
-        "peak_bytes_measured": peak, "peak_bytes_planned": planned,
+        "peak_bytes_measured": peak, "peak_bytes_planned": run.planned_bytes,
     }  # fmt: skip
     if summary["skipped_steps"]:
         console.print(
@@ -231,9 +243,16 @@ def _run(
         )
     ornament("the memory that was taken", lambda: _tell_memory(memory, excess, console), console)
     finish_run(options, optimizer, summary, console)
-    _ask(model, tokenizer, questions, history, steps, console)
+    _ask(model, run.tokenizer, questions, history, steps, console)
     ornament("the page of the run", lambda: _write_page(options.output, console), console)
     return 0, summary
+
+
+def _begin(options: FineTuneOptions, facts: dict[str, Any], lock: RunLock) -> None:
+    """Begin the run in its folder, which this process holds from before until after."""
+    lock.take()
+    start_run(options, facts)
+    lock.take()
 
 
 def _check_within_float16(dtype: str, loss: float | None, held_out_rows: int) -> None:
@@ -285,7 +304,7 @@ def _begin_facts(
 
 def _trainer(
     model: Any, arguments: Any, train: TokenizedData, held_out: TokenizedData, tokenizer: Any, optimizer: SampledAdamW,
-    callbacks: list[Any],
+    callbacks: list[Any], ranks: Ranks | None,
 ) -> Any:  # fmt: skip
     from transformers import PrinterCallback, ProgressCallback
 
@@ -294,7 +313,7 @@ def _trainer(
     trainer = FineTuneTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=held_out if len(held_out) else None,
         data_collator=functools.partial(collate, pad_token_id=pad_token_id(tokenizer)), processing_class=tokenizer,
-        optimizers=(optimizer, None), callbacks=callbacks,
+        optimizers=(optimizer, None), callbacks=callbacks, ranks=ranks,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from lisa_kernels.devices import Machine, choose_device, survey_machine, unused_gpu
+from lisa_kernels.distributed import Launch
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.capability import check_dtype
 from lisa_kernels.train.models import DTYPES, parse_dtype
@@ -55,15 +56,40 @@ class HasDevice(Protocol):
         """cpu, cuda, cuda:N or auto."""
 
 
-def take_device(options: HasDevice, console: Console, machine: Machine | None = None) -> torch.device:
-    """Return the device of the run, and say which it is. Raises InputError where it is not there."""
+def take_device(
+    options: HasDevice, console: Console, machine: Machine | None = None, launch: Launch | None = None
+) -> torch.device:  # fmt: skip
+    """Return the device of the run, and say which it is. Raises InputError where it is not there.
+
+    launch: this process's place among several, which take a GPU each.
+    """
     machine = survey_machine() if machine is None else machine
-    device = choose_device(options.device, machine)
+    device = choose_device(device_of_rank(options.device, launch, machine), machine)
     unused = unused_gpu(machine) if options.device == "auto" else None
     if unused is not None:
         console.print(f"note: {unused}", highlight=False, markup=False, style="yellow")
     console.print(f"device {described(device, machine)}", highlight=False, markup=False)
     return device
+
+
+def device_of_rank(asked: str, launch: Launch | None, machine: Machine) -> str:
+    """Return what --device means to one of several processes: each on this machine takes a GPU of its own.
+
+    Raises InputError where there are fewer GPUs than processes, or where one is named for all of them.
+    """
+    if launch is None or asked == "cpu" or launch.local_count == 1 or not machine.cards:
+        return asked
+    if asked not in ("auto", "cuda"):
+        raise InputError(
+            f"--device {asked} is one device, and {launch.local_count} processes were started on this machine; leave "
+            "it out, so that each takes a GPU of its own, or give --device cpu."
+        )
+    if launch.local_count > len(machine.cards):
+        raise InputError(
+            f"{launch.local_count} processes were started on a machine with {len(machine.cards)} GPUs; start as many "
+            "as there are, or give --device cpu."
+        )
+    return f"cuda:{launch.local_rank}"
 
 
 def described(device: torch.device, machine: Machine) -> str:

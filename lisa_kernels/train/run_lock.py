@@ -26,7 +26,7 @@ class RunLock:
 
     def __exit__(self, *exc_info: object) -> None:
         """Give it back."""
-        self._release()
+        self.release()
 
     def take(self) -> None:
         """Hold the run.json that is there now, instead of an earlier one; raises InputError if another process does."""
@@ -34,20 +34,21 @@ class RunLock:
             import fcntl
         except ImportError:
             return
-        self._release()
+        self.release()
         try:
             self._descriptor = os.open(self._folder / RUN_FILE, os.O_RDWR)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._release()
+            self.release()
             raise InputError(
                 f"another process is running in --output {self._folder}; wait for its end, or give another folder."
             ) from None
         except OSError:
             # No run yet, or no locks here; what cannot be written is found by rehearsing to write it.
-            self._release()
+            self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give it back."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

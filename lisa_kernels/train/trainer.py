@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lisa_kernels.distributed import check_one_process
+from lisa_kernels.distributed import Ranks, check_one_process, on_first
 from lisa_kernels.errors import InputError
 from lisa_kernels.files import written_whole
 from lisa_kernels.methods import SampledAdamW
@@ -27,8 +29,11 @@ from lisa_kernels.train.checkpoint import (
     set_random_state,
 )
 from lisa_kernels.train.interrupt import Interrupt
+from lisa_kernels.train.rank_rows import RankBatches, RankLoader
 
 TRAINING_STATE = "training_state"
+# Seconds after a ctrl-C in which launchers send it on to processes that have had it already.
+PASSED_ON_WITHIN = 5.0
 
 
 @dataclass
@@ -90,13 +95,37 @@ class SamplingState(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 class StopOnInterrupt(Interrupt, TrainerCallback):  # type: ignore[misc]
-    """Turns the first ctrl-C into: finish this step, save a checkpoint, stop. The second stops at once."""
+    """Turns the first ctrl-C into: finish this step, save a checkpoint, stop. The second stops at once.
+
+    That of one rank is that of all.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        super().__init__(seconds=0.0 if ranks is None else PASSED_ON_WITHIN)
+        self._ranks = ranks
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of training after an interrupt."""
+        if self._ranks is not None:
+            self.interrupted = self._ranks.any_has([self.interrupted])[0]
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+
+class OneOfRanks(nn.Module):
+    """An attached model as the training loop calls it on one of several ranks.
+
+    The loop takes all micro-batches of a step but the last under `no_sync`, and their gradients stay at home.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: SampledAdamW) -> None:
+        super().__init__()
+        self.module, self.no_sync = model, optimizer.no_sync
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns."""
+        return self.module(*args, **kwargs)
 
 
 class FineTuneTrainer(Trainer):  # type: ignore[misc]
@@ -107,13 +136,17 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
 
     The loss of a model with float16 weights is scaled by a `GradScaler`. The optimizer undoes that in its step, which
     a gradient beyond float16 skips and counts; the scale is halved then.
+
+    ranks: with others, each rank takes a part of each step's rows, losses are those of all, and rank 0 writes.
     """
 
     _last_loss: Tensor | None = None
 
-    def __init__(self, model: Any, **settings: Any) -> None:
-        # Its files, its rows and its losses are those of one process.
-        check_one_process("this Trainer")
+    def __init__(self, model: Any, ranks: Ranks | None = None, **settings: Any) -> None:
+        if ranks is None:
+            # Its files, its rows and its losses are those of one process.
+            check_one_process("this Trainer without ranks=")
+        self._ranks = ranks
         super().__init__(model=model, **settings)
         if any(param.dtype == torch.float16 for param in model.parameters()):
             # The weights are narrow already, so no autocast; gradients below 2⁻²⁴ would be zeros all the same.
@@ -124,7 +157,32 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
         assert isinstance(inner, SampledAdamW)
         return inner
 
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """Return what the training loop calls; with ranks no DDP, whose gradients and buffers would be idle copies."""
+        if self._ranks is None:
+            return super()._wrap_model(model, training, dataloader)
+        return OneOfRanks(self.model, self._base_optimizer()) if training else model
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of the rows, of this rank's where there are others."""
+        if self._ranks is None:
+            return super().get_train_dataloader()
+        size, seed = self.args.per_device_train_batch_size, self.args.data_seed
+        batches = RankBatches(len(self.train_dataset), size, seed, self._ranks.rank, self._ranks.count)
+        return RankLoader(self.train_dataset, batches, self.data_collator, self.args.dataloader_pin_memory)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the loader of the held-out rows, all of them on each rank: `held_out_loss` takes this rank's."""
+        if self._ranks is None:
+            return super().get_eval_dataloader(eval_dataset)
+        size = self.args.per_device_eval_batch_size
+        return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        randoms = None if self._ranks is None else self._ranks.tell(random_state(self.args.device))
+        on_first(self._ranks, lambda: self._write_checkpoint(randoms))
+
+    def _write_checkpoint(self, randoms: list[Any] | None) -> None:
         run = Path(self.args.output_dir)
         with written_whole(run / f"checkpoint-{self.state.global_step}") as folder:
             self.model.save_pretrained(folder)
@@ -137,6 +195,8 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
                     "scheduler": self.lr_scheduler.state_dict(),
                     "scaler": None if scaler is None else scaler.state_dict(),
                     "random": random_state(self.args.device),
+                    # Of each rank.
+                    "randoms": randoms,
                 },
                 folder, TRAINING_STATE,
             )  # fmt: skip
@@ -194,7 +254,11 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            for note in set_random_state(load_tree(Path(checkpoint), TRAINING_STATE)["random"], self.args.device):
+            tree = load_tree(Path(checkpoint), TRAINING_STATE)
+            state, each = tree["random"], tree.get("randoms")
+            if self._ranks is not None and each is not None and len(each) == self._ranks.count:
+                state = each[self._ranks.rank]
+            for note in set_random_state(state, self.args.device):
                 self.say(note)
 
     def say(self, note: str) -> None:
@@ -203,7 +267,7 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Return the token-weighted mean loss over the held-out rows."""
-        loss = held_out_loss(self.model, self.get_eval_dataloader(), self._base_optimizer())
+        loss = held_out_loss(self.model, self.get_eval_dataloader(), self._base_optimizer(), self._ranks)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         handler, control = self.callback_handler, self.control
@@ -218,21 +282,30 @@ def _trainer_state(checkpoint: Path) -> TrainerState:
         raise InputError(f"{checkpoint} is not a whole checkpoint ({error}); resume from another.") from error
 
 
-def held_out_loss(model: Any, loader: Any, optimizer: SampledAdamW | None = None) -> float:
+@torch.no_grad()
+def held_out_loss(
+    model: Any, loader: Any, optimizer: SampledAdamW | None = None, ranks: Ranks | None = None
+) -> float:  # fmt: skip
     """Return the mean cross entropy in nats per supervised token over all batches; nan if there are none.
 
-    optimizer: of an attached model, whose loss then needs no logits here either.
+    optimizer: of an attached model, whose loss then needs no logits here either. ranks: share the batches, which each
+    of them has all.
     """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     with nullcontext() if optimizer is None else optimizer.evaluation_without_logits():
-        for batch in loader:
+        for number, batch in enumerate(loader):
+            if ranks is not None and number % ranks.count != ranks.rank:
+                continue
             inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
             count = int((inputs["labels"][..., 1:] != -100).sum())
             if count:
                 total += model(**inputs).loss.double().cpu() * count
                 tokens += count
     model.train(training)
+    if ranks is not None:
+        each = ranks.tell((float(total), tokens))
+        return sum(part for part, _ in each) / max(1, sum(n for _, n in each)) if any(n for _, n in each) else math.nan
     return float(total) / tokens if tokens else float("nan")

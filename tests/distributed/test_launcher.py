@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lisa_kernels import InputError, cli
-from lisa_kernels.distributed import check_one_launched
+from lisa_kernels.distributed import Launch, check_one_launched, read_launch
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -27,7 +27,27 @@ def test_a_command_says_so_before_it_begins(
 ) -> None:
     """Whatever was given: no file is read, none written, and the exit code is that of a mistake."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["finetune", "--model", "none", "--data", "none", "--output", "none"]) == cli.USAGE_ERROR
+    assert cli.main(["evaluate", "--model", "none", "--data", "none"]) == cli.USAGE_ERROR
     said = capsys.readouterr().err
-    assert said.startswith("lisa-kernels finetune: this command was started 2 times")
+    assert said.startswith("lisa-kernels evaluate: this command was started 2 times")
     assert said.count("\n") == 1
+
+
+TORCHRUN = {
+    "WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "9",
+}  # fmt: skip
+
+
+def test_a_process_knows_its_place() -> None:
+    """As torchrun tells it; a single process has none."""
+    assert read_launch(TORCHRUN) == Launch(rank=3, count=4, local_rank=1, local_count=2)
+    assert read_launch({}) is None
+    assert read_launch({**TORCHRUN, "WORLD_SIZE": "1"}) is None
+
+
+def test_processes_that_cannot_find_each_other_are_refused() -> None:
+    """A number alone, as some schedulers set it, and launchers that give no addresses."""
+    with pytest.raises(InputError, match="one of 4 processes, and MASTER_PORT is not set"):
+        read_launch({name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"})
+    with pytest.raises(InputError, match=r"mpirun has started 2 processes \(PMI_SIZE=2\).*torchrun"):
+        read_launch({"PMI_SIZE": "2"})

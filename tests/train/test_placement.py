@@ -14,12 +14,13 @@ from train.small_run import arguments, write_text
 
 from lisa_kernels.cli import main
 from lisa_kernels.devices import Card, Machine, Version
+from lisa_kernels.distributed import Launch
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops import capability
 from lisa_kernels.train import placement
 from lisa_kernels.train.memory import PlannedMemory
 from lisa_kernels.train.options import FineTuneOptions
-from lisa_kernels.train.placement import Memory, check_room, out_of_memory, settled_dtype, take_device
+from lisa_kernels.train.placement import Memory, check_room, device_of_rank, out_of_memory, settled_dtype, take_device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CARD = Card("RTX 3090", Version(8, 6), 25_300_000_000)
@@ -28,6 +29,24 @@ TWO = Machine("2.14.1+cu130", Version(13, 0), cards=(CARD, CARD), runs_cuda=Vers
 
 def options(**given: str) -> FineTuneOptions:
     return FineTuneOptions("preset:tiny", "stdlib", Path("run"), **given)
+
+
+TWO_HERE = Launch(rank=3, count=4, local_rank=1, local_count=2)
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_each_of_several_processes_takes_a_gpu_of_its_own(asked: str) -> None:
+    assert device_of_rank(asked, TWO_HERE, TWO) == "cuda:1"
+    assert device_of_rank(asked, None, TWO) == asked
+    assert device_of_rank("cpu", TWO_HERE, TWO) == "cpu"
+
+
+def test_processes_that_would_share_a_gpu_are_refused() -> None:
+    """More of them than cards, or one card for all."""
+    with pytest.raises(InputError, match="2 processes were started on a machine with 1 GPUs"):
+        device_of_rank("auto", TWO_HERE, dataclasses.replace(TWO, cards=(CARD,)))
+    with pytest.raises(InputError, match="--device cuda:0 is one device, and 2 processes"):
+        device_of_rank("cuda:0", TWO_HERE, TWO)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +138,7 @@ def test_a_card_that_is_full_ends_the_command_with_2(
     planning = importlib.import_module("lisa_kernels.plan.command")
     monkeypatch.setattr(planning, "plan_run", lambda options: PlannedMemory(2_000_000_000))
     if moment == "before":
-        monkeypatch.setattr(f"{finetune}.take_device", lambda options, console: GPU)
+        monkeypatch.setattr(f"{finetune}.take_device", lambda options, console, **more: GPU)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(capability, "capability", lambda device: (8, 6))
     else:
@@ -127,7 +146,7 @@ def test_a_card_that_is_full_ends_the_command_with_2(
         def load(*_: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        monkeypatch.setattr(f"{finetune}.load_model_for", load)
+        monkeypatch.setattr("lisa_kernels.train.preparation.load_model_for", load)
     assert main(arguments(write_text(tmp_path), tmp_path / "run")) == 2
     said = capsys.readouterr().err
     assert {"before": "the run takes", "within": "no more memory on"}[moment] in said

@@ -58,7 +58,7 @@ def test_transformers_own_integrations_see_the_gradient_norm(tmp_path: Path, mon
     output = tmp_path / "run"
     monkeypatch.setattr(integrations, "WandbCallback", Wandb)
     monkeypatch.setattr("lisa_kernels.train.reporters.check_reporters", lambda options: None)
-    monkeypatch.setattr("lisa_kernels.train.finetune.check_reporters", lambda options: None)
+    monkeypatch.setattr("lisa_kernels.train.preparation.check_reporters", lambda options: None)
     assert main(arguments(write_text(tmp_path), output, "--report-to", "tensorboard,wandb", "--steps", "2")) == 0
     assert all({"loss", "grad_norm", "learning_rate"} <= logs.keys() for logs in seen[:2])
     events = EventAccumulator(str(output / "tensorboard")).Reload()

@@ -1,0 +1,75 @@
+"""A run before its optimizer: its folder, settings, rows, model and plan, on one process or several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lisa_kernels.distributed import Ranks, on_first, together
+from lisa_kernels.errors import InputError
+from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, planned_memory
+from lisa_kernels.train.options import FineTuneOptions
+from lisa_kernels.train.placement import Memory, check_room, settled_dtype
+from lisa_kernels.train.prepare import load_model_for, read_data
+from lisa_kernels.train.rank_rows import share_of_rank
+from lisa_kernels.train.recomputation import settle_recomputation
+from lisa_kernels.train.reporters import check_reporters
+from lisa_kernels.train.run_folder import open_run
+from lisa_kernels.train.save_rehearsal import rehearse_saving
+from lisa_kernels.train.tokenize import TokenizedData
+
+
+@dataclasses.dataclass
+class PreparedRun:
+    """A run before its optimizer: what was found in its folder, its settings, data, model and memory."""
+
+    facts: dict[str, Any]
+    checkpoint: Path | None
+    settled: FineTuneOptions
+    dtype: str
+    tokenizer: Any
+    model: Any
+    train: TokenizedData
+    held_out: TokenizedData
+    plan: PlannedMemory | None
+    meter: MemoryMeter
+
+    @property
+    def planned_bytes(self) -> int | None:
+        """The peak by plan."""
+        return None if self.plan is None else self.plan.peak_bytes
+
+
+def prepare_run(
+    options: FineTuneOptions, device: torch.device, console: Console,
+    plan: Callable[[FineTuneOptions], PlannedMemory] | None, ranks: Ranks | None,
+) -> PreparedRun:  # fmt: skip
+    """Read and load all that a run needs; a mistake in what was given shows before anything is changed."""
+    check_reporters(options)
+    facts, checkpoint = on_first(ranks, lambda: open_run(options))
+    with together(ranks):
+        if checkpoint is not None and not checkpoint.is_dir():
+            raise InputError(f"{checkpoint} is not there on every machine; give an --output on a disk that they share.")
+        # What a mistake may be in comes before what takes long.
+        dtype = settled_dtype(options, facts, device)
+        settled = dataclasses.replace(options, dtype=dtype)
+        if ranks is not None:
+            rows, times = share_of_rank(options.batch_size, options.accumulate, ranks.count)
+            settled = dataclasses.replace(settled, batch_size=rows, accumulate=times)
+        data = read_data(options, console)
+    with together(ranks):
+        settled = settle_recomputation(settled, plan, device, console)
+        plan_of_run = None if plan is None else planned_memory(settled, plan, console)
+        if device.type == "cuda" and plan_of_run is not None:
+            check_room(plan_of_run.peak_bytes, Memory.of(device), device)
+        meter = MemoryMeter.start(device)
+        model, train, held_out = load_model_for(settled, data, device, console)
+    on_first(ranks, lambda: rehearse_saving(options, model, data.tokenizer, console))
+    return PreparedRun(
+        facts, checkpoint, settled, dtype, data.tokenizer, model, train, held_out, plan_of_run, meter
+    )  # fmt: skip
