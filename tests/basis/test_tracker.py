@@ -380,3 +380,23 @@ def test_global_random_state_is_not_touched() -> None:
     torch.manual_seed(5)
     started()
     assert torch.equal(torch.rand(3), wanted)
+
+
+class HeardLate:
+    """A value that is true, and that the host does not know yet."""
+
+    def is_true(self) -> bool:
+        return False
+
+    def wait(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["alone", "with other ranks"])
+def test_ranks_that_hear_late_decide_as_those_that_heard(shares: bool) -> None:
+    """Alone an early attempt is made and thrown away; ranks wait, for one alone would find a basis with nobody."""
+    followed, _ = started(gap=10)
+    followed.summed = (lambda sketch: sketch) if shares else None
+    followed._heard = HeardLate()  # type: ignore[assignment]
+    followed.advance()
+    assert followed.due is not shares
