@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lisa_kernels.errors import InputError
 
@@ -141,3 +144,18 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(path)
     except OSError as error:
         raise InputError(f"the plot could not be written to {str(path)!r} ({error.strerror}).") from error
+
+
+def plot_digits(rows: Mapping[str, Tensor], path: Path) -> None:
+    """Draw images [n, height, width] from −1 to 1, a row for each name."""
+    from matplotlib.figure import Figure
+
+    most = max(len(images) for images in rows.values())
+    figure = Figure(figsize=(0.45 * most + 3.5, 0.55 * len(rows)), layout="constrained")
+    for axes, (name, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()):
+        padded = torch.nn.functional.pad(images, (0, 1), value=-1.0)
+        axes.imshow(torch.cat(list(padded), dim=1).numpy(), cmap="gray", vmin=-1, vmax=1)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.savefig(path, dpi=100, bbox_inches="tight")

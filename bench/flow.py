@@ -1,0 +1,185 @@
+"""Layers as experts for a part of the flow, beside dense models of as many layers, on 8 × 8 digits.
+
+Every arm is trained twice over: for as many steps as the dense model of all layers, and for as many layer passes; one
+run goes through the first budget to the second, at one learning rate, and the averages of its weights are judged at
+both. Three seeds; rows that exist are not run again.
+
+    python -m bench.flow            # runs what is missing, then prints the table and writes it into bench/README.md
+    python -m bench.flow --seeds 1  # the first seed only
+    python -m bench.flow --report   # only the tables
+    python -m bench.flow --plot bench/results/flow.png   # samples of seed 0 under equal layer passes, trained again
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.flow_arms import ARMS, Arm, Size
+from bench.flow_measures import (
+    TIMED_BATCHES,
+    Digits,
+    Judge,
+    layers_per_evaluation,
+    load_digits,
+    milliseconds_per_image,
+    quality,
+    real_quality,
+    samples,
+    training_bytes,
+)
+from bench.flow_table import REAL, report
+from bench.plots import check_picture, plot_digits
+from bench.rows import append_row, read_rows
+from lisa_kernels import attach
+from lisa_kernels.flow import ExpertsAdamW
+from lisa_kernels.flow.average import AveragedGroups
+from lisa_kernels.flow.path import flow_loss
+from lisa_kernels.flow.transformer import FlowTransformer
+
+SEEDS = (0, 1, 2)
+# Of which samples are drawn.
+SHOWN = ("A dense, 12 layers", "B dense, 4 layers", "C 3 groups", "F 3 groups, each on all t")
+
+
+def start(arm: Arm, size: Size, seed: int, retired_state: str = "keep") -> tuple[FlowTransformer, ExpertsAdamW]:
+    """Return an arm's model, its random weights by the seed, and its optimizer."""
+    torch.manual_seed(seed)
+    model = arm.model(size)
+    optimizer = attach(model, arm.method(retired_state), lr=size.lr, seed=seed)
+    assert isinstance(optimizer, ExpertsAdamW)
+    return model, optimizer
+
+
+def batches(train: Digits, size: Size, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (pixels, labels, noise), the same for all arms of a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        rows = torch.randint(len(train.pixels), (size.batch,), generator=generator)
+        noise = torch.randn(size.batch, *train.pixels.shape[1:], generator=generator)
+        yield train.pixels[rows], train.labels[rows], noise
+
+
+def trained(
+    arm: Arm, size: Size, seed: int, train: Digits
+) -> Iterator[tuple[FlowTransformer, int, list[str], float]]:  # fmt: skip
+    """Train an arm; yields (averaged model, steps, budgets that end here, CPU seconds of training) at each end."""
+    torch.manual_seed(seed)
+    judged = arm.model(size)
+    average = AveragedGroups(judged, judged.route, size.decay)
+    model, optimizer = start(arm, size, seed)
+    budgets, seconds = arm.budgets(size.dense_steps), 0.0
+    model.train()
+    for step, (pixels, labels, noise) in enumerate(batches(train, size, seed), 1):
+        begin = time.process_time()
+        group = optimizer.active_group
+        flow_loss(model, pixels, optimizer.times(size.batch), labels, noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.process_time() - begin
+        average.update(model, group)
+        ended = [name for name, steps in budgets.items() if steps == step]
+        if ended:
+            average.copy_into(judged)
+            yield judged, step, ended, seconds
+        if step == max(budgets.values()):
+            return
+
+
+def run(arm: Arm, size: Size, seed: int, train: Digits, held_out: Digits, judge: Judge) -> Iterator[dict[str, Any]]:
+    """Train an arm and yield a row at the end of each budget."""
+    for model, steps, budgets, seconds in trained(arm, size, seed, train):
+        yield {
+            "arm": arm.name, "seed": seed, "budgets": budgets, "steps": steps, "layer_passes": steps * arm.layers_run,
+            "training_cpu_seconds": round(seconds, 2), **quality(model, train, held_out, judge),
+        }  # fmt: skip
+
+
+def cost(arm: Arm, size: Size, train: Digits) -> dict[str, Any]:
+    """Return what an arm's training holds on the device and what sampling takes; weights are random."""
+    model, optimizer = start(arm, size, 0, retired_state="page")
+    pixels, labels, noise = next(batches(train, size, 0))
+    model.train()
+
+    def loss() -> Tensor:
+        return flow_loss(model, pixels, optimizer.times(size.batch), labels, noise)
+
+    for _ in range(arm.groups):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held = training_bytes(model, optimizer, loss)
+    optimizer.detach()
+    times = {f"ms_per_image_batch_{batch}": milliseconds_per_image(model, batch) for batch in TIMED_BATCHES}
+    return {
+        "arm": arm.name, "cost": True, "layers_per_evaluation": layers_per_evaluation(model, labels), **held, **times,
+        "parameters": sum(param.numel() for param in model.parameters()),
+    }  # fmt: skip
+
+
+def measure(size: Size, seeds: tuple[int, ...]) -> None:
+    """Run what is missing, a seed of all arms after the other."""
+    train, held_out = load_digits()
+    judge = Judge(train)
+
+    def missing(**wanted: Any) -> bool:
+        wanted = {**size.key(), **wanted}
+        return not any(all(row.get(name) == value for name, value in wanted.items()) for row in read_rows("flow"))
+
+    def add(row: dict[str, Any]) -> None:
+        append_row("flow", {**size.key(), **row})
+        print({name: row.get(name) for name in ("arm", "seed", "budgets", "loss", "accuracy", "frechet")}, flush=True)
+
+    if missing(arm=REAL):
+        add({"arm": REAL, **real_quality(train, held_out, judge)})
+    for arm in ARMS:
+        if missing(arm=arm.name, cost=True):
+            add(cost(arm, size, train))
+    for seed in seeds:
+        for arm in ARMS:
+            # What a kill left half done is run from its start; its first row stands.
+            if missing(arm=arm.name, seed=seed, layer_passes=arm.budgets(size.dense_steps)["passes"] * arm.layers_run):
+                for row in run(arm, size, seed, train, held_out, judge):
+                    if missing(arm=arm.name, seed=seed, steps=row["steps"]):
+                        add(row)
+
+
+def plot(size: Size, path: Path) -> None:
+    """Draw a row of samples for each of some arms, two of each class, and of real digits."""
+    train, _ = load_digits()
+    rows = {}
+    for arm in ARMS:
+        if arm.name in SHOWN:
+            *_, (model, _, _, _) = trained(arm, size, SEEDS[0], train)
+            images, labels = samples(model.eval())
+            rows[arm.name] = images[torch.argsort(labels, stable=True)].unflatten(0, (10, -1))[:, :2].flatten(0, 1)
+    rows[REAL] = torch.cat([train.pixels[train.labels == label][:2] for label in range(10)])
+    plot_digits({name: images[:, 0] for name, images in rows.items()}, path)
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="only print the table from the rows that exist")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds")
+    parser.add_argument("--steps", type=int, default=Size.dense_steps, help="steps of the dense model of all layers")
+    parser.add_argument("--plot", type=Path, help="draw samples of some arms, and do nothing else")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.plot is not None:
+        check_picture(arguments.plot)
+        plot(Size(dense_steps=arguments.steps), arguments.plot)
+        return
+    if not arguments.report:
+        measure(Size(dense_steps=arguments.steps), SEEDS[: arguments.seeds])
+    report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The arms of the experiment on layers as experts for a part of the flow: models, and how each is trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lisa_kernels import TimestepExperts
+from lisa_kernels.flow.transformer import FlowShape, FlowTransformer
+
+LAYERS = 12
+GROUPS = (3, 4)
+
+
+@dataclass(frozen=True)
+class Size:
+    """dense_steps: of the dense model of all layers; the others take as many, and then as many layer passes."""
+
+    dense_steps: int = 300
+    batch: int = 64
+    hidden: int = 48
+    heads: int = 4
+    lr: float = 6e-3
+    decay: float = 0.99
+
+    def key(self) -> dict[str, Any]:
+        """Return the values that rows of one experiment share."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table; groups: 1 is a dense model of `layers` layers."""
+
+    name: str
+    layers: int = LAYERS
+    groups: int = 1
+    reuse: str = "none"
+    boundaries: str = "uniform"
+    times: str = "uniform"
+    overlap: float = 0.0
+
+    @property
+    def layers_run(self) -> int:
+        """Layers that a step, or an evaluation, goes through."""
+        return self.layers // self.groups
+
+    def method(self, retired_state: str = "keep") -> TimestepExperts:
+        """Return how the arm is trained."""
+        return TimestepExperts(
+            groups=self.groups, boundaries=self.boundaries, times=self.times, overlap=self.overlap,
+            retired_state=retired_state,
+        )  # fmt: skip
+
+    def model(self, size: Size) -> FlowTransformer:
+        """Return a model for images of 8 × 8 pixels in ten classes, with random weights."""
+        shape = FlowShape(
+            1, 8, 8, 10, patch=2, hidden=size.hidden, layers=self.layers, heads=size.heads, reuse=self.reuse
+        )  # fmt: skip
+        return FlowTransformer(shape, self.method().intervals())
+
+    def budgets(self, steps: int) -> dict[str, int]:
+        """Return the steps of each budget: as many as the dense model of all layers takes, or as many layer passes."""
+        return {"steps": steps, "passes": steps * LAYERS // self.layers_run}
+
+
+def _arms(groups: int) -> list[Arm]:
+    run = LAYERS // groups
+    return [
+        Arm(f"B dense, {run} layers", layers=run),
+        Arm(f"C {groups} groups", groups=groups),
+        Arm(f"D {groups} groups, residual attention", groups=groups, reuse="before"),
+        Arm(
+            f"E {groups} groups, logit-normal t, quantiles, overlap", groups=groups, boundaries="quantile",
+            times="logit-normal", overlap=0.05,
+        ),
+        # An overlap of as many intervals as there are is all of time.
+        Arm(f"F {groups} groups, each on all t", groups=groups, overlap=float(groups)),
+    ]  # fmt: skip
+
+
+ARMS = [
+    Arm(f"A dense, {LAYERS} layers"),
+    *_arms(3),
+    *_arms(4),
+    Arm(f"A dense, {LAYERS} layers, logit-normal t", times="logit-normal"),
+]
