@@ -1,4 +1,4 @@
-"""transformers' Trainer on two ranks: what it trains is what the plain loop on two ranks trains."""
+"""transformers' Trainer on two ranks trains what the plain loop on two ranks trains; TRL's trainers stay equal."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed.ranks import on_ranks
 from families import llama, tokens
 
-from clients.runs import LR, Recorder, mean_over_tokens, plain_loop
+from clients.runs import LR, Recorder, mean_over_tokens, plain_loop, tokenizer
 from lisa_kernels import InputError, OwLore, attach
 from lisa_kernels.distributed.digests import digests
 
@@ -86,3 +87,42 @@ def test_the_trainer_may_not_reduce_in_the_ranks_place(found: list[dict[str, Any
     """It wraps the model in DDP, which does not follow a switch."""
     for each in found:
         assert "called by DistributedDataParallel, which reduces the gradients that there were" in each["own gradients"]
+
+
+def tuned(rank: int, folder: str) -> dict[str, Any]:
+    """Train by TRL, of which each trainer has a loss of its own."""
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    warnings.simplefilter("ignore")
+    words = tokenizer()
+    pairs = [{"prompt": "q", "completion": f" answer {n}"} for n in range(24)]
+    choices = [{"prompt": "q", "chosen": f" yes {n}", "rejected": " no"} for n in range(24)]
+    usual = {
+        "output_dir": folder, "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no",
+    }  # fmt: skip
+    found = {}
+    for made, config, rows in (
+        (SFTTrainer, SFTConfig(completion_only_loss=True, **usual), pairs),
+        (DPOTrainer, DPOConfig(**usual), choices),
+    ):
+        model = LlamaForCausalLM.from_pretrained(Path(folder) / "base", dtype=torch.float32)
+        before = weights(model)
+        optimizer = attach(model, METHOD, lr=LR)
+        made(
+            model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=words,
+            optimizers=(optimizer, None),
+        ).train()  # fmt: skip
+        found[made.__name__] = weights(model)
+        assert found[made.__name__] != before
+    return found
+
+
+def test_trainers_of_trl_keep_ranks_equal(tmp_path: Path) -> None:
+    """What SFT and DPO train is the same on both ranks, bit for bit."""
+    sizes = {"hidden_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 256}
+    llama(vocab_size=len(tokenizer()), **sizes).save_pretrained(tmp_path / "base")
+    first, second = on_ranks(tuned, str(tmp_path))
+    assert first == second
