@@ -108,11 +108,12 @@ def _told(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
 def _train(arguments: argparse.Namespace, console: Console) -> int:
     from lisa_kernels.flow.options import FlowOptions
     from lisa_kernels.flow.run import train_flow
+    from lisa_kernels.plan.flow_run import plan_flow_run
 
     options = FlowOptions(**_told(arguments, FlowOptions.__dataclass_fields__))
     if options.backbone is not None:
         require("flow train --backbone", "transformers", "tokenizers")
-    code, summary = train_flow(options, console)
+    code, summary = train_flow(options, console, plan_flow_run)
     if arguments.json:
         print(json.dumps(summary))
     return code

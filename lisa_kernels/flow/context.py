@@ -38,6 +38,11 @@ class Context:
         )
         return Context(keys, values, torch.cat([self.mask, other.mask]))
 
+    def to(self, device: torch.device) -> Context:
+        """Return the same on a device."""
+        keys, values = ([part.to(device) for part in parts] for parts in (self._keys, self._values))
+        return Context(keys, values, self.mask.to(device))
+
     @property
     def lengths(self) -> Tensor:
         """Tokens of each text, int64 [rows]."""

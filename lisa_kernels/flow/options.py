@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.flow.experts import TimestepExperts
 from lisa_kernels.flow.residual_attention import check_reuse
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -85,7 +86,14 @@ class FlowOptions:
         if self.backbone is not None and given:
             raise InputError(f"--{given[0]} follows from the layers of --backbone, which are copied; leave it out.")
         check_reuse(self.residual_attention)
-        self.placed()
+        self.build_method()
+
+    def build_method(self) -> TimestepExperts:
+        """Return the method with the settings given. Raises InputError."""
+        return TimestepExperts(
+            groups=self.groups, period=self.period, boundaries=self.placed(), times=self.times, overlap=self.overlap,
+            retired_state=self.retired_state, resting_weights=self.resting_weights,
+        )  # fmt: skip
 
     def placed(self) -> str | tuple[float, ...]:
         """Return the boundaries: a placement by name, or numbers."""

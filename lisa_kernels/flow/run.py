@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 
 from lisa_kernels.distributed import check_one_launched, check_one_process
+from lisa_kernels.errors import NotRehearsedError
 from lisa_kernels.files import written_whole
 from lisa_kernels.flow.average import AveragedGroups
 from lisa_kernels.flow.batches import Batches
 from lisa_kernels.flow.build import HIDDEN, new_model
 from lisa_kernels.flow.data import Images, load_images
 from lisa_kernels.flow.evaluation import HeldOutLoss, held_out_loss
-from lisa_kernels.flow.experts import TimestepExperts
 from lisa_kernels.flow.experts_adamw import ExpertsAdamW
 from lisa_kernels.flow.model_file import Classes, check_checkpoint, save_model
 from lisa_kernels.flow.options import FlowOptions
@@ -40,8 +40,9 @@ from lisa_kernels.train.checkpoint import (
 from lisa_kernels.train.history_file import HistoryFile
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder
 from lisa_kernels.train.interrupt import Interrupt
+from lisa_kernels.train.memory import MemoryMeter
 from lisa_kernels.train.ornaments import ornament
-from lisa_kernels.train.placement import Memory, out_of_memory, take_device
+from lisa_kernels.train.placement import Memory, check_room, out_of_memory, take_device
 from lisa_kernels.train.run_folder import SUMMARY_FILE, open_run, start_run, write_json
 from lisa_kernels.train.run_lock import RunLock
 
@@ -50,21 +51,28 @@ INTERRUPTED = 130
 LR = 4e-3
 TRAINING_STATE = "training_state"
 
+# Of a run on these images and this device.
+FlowPlan = Callable[[FlowOptions, Images, torch.device], int]
 
-def train_flow(options: FlowOptions, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `options`; returns (exit code, summary): 0 when done, 130 when stopped by ctrl-C with a checkpoint."""
+
+def train_flow(options: FlowOptions, console: Console, plan: FlowPlan | None = None) -> tuple[int, dict[str, Any]]:
+    """Run `options`; returns (exit code, summary): 0 when done, 130 when stopped by ctrl-C with a checkpoint.
+
+    plan: tells the peak of a run's memory in bytes before it starts.
+    """
     check_one_process("a run of a flow")
     check_one_launched("this run")
     with RunLock(options.output) as lock:
         device = take_device(options, console)
         try:
-            return _train(options, device, console, lock)
+            return _train(options, device, console, plan, lock)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(Memory.of(device), device, bool(find_checkpoints(options.output))) from error
 
 
 def _train(
-    options: FlowOptions, device: torch.device, console: Console, lock: RunLock
+    options: FlowOptions, device: torch.device, console: Console,
+    plan: FlowPlan | None, lock: RunLock,
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     facts, checkpoint = open_run(options)
     images = load_images(options.data, options.image_size)
@@ -75,6 +83,9 @@ def _train(
     if options.backbone is not None and (folder := Path(options.backbone).expanduser()).is_dir():
         began["model"] = checksum_of_folder(folder)
     check_unchanged(facts.get("began", {}), began, options.output)
+    planned = None if plan is None else _planned(options, train, device, plan, console)
+    if device.type == "cuda" and planned is not None:
+        check_room(planned, Memory.of(device), device)
     run = FlowRun(options, train, held_out, device, console)
     if checkpoint is None:
         before = run.held_out_loss(averaged=False)
@@ -94,7 +105,20 @@ def _train(
         )
         ornament("the page of the run", lambda: _write_page(options.output, console), console)
         return INTERRUPTED, {"checkpoint": str(where), "steps": run.step}
-    return 0, run.finish(facts["eval_loss_before"])
+    return 0, run.finish(facts["eval_loss_before"], planned)
+
+
+def _planned(
+    options: FlowOptions, images: Images, device: torch.device, plan: FlowPlan, console: Console
+) -> int | None:  # fmt: skip
+    """Return the planned peak in bytes; None, the reason printed, where the run cannot be rehearsed."""
+    try:
+        peak = plan(options, images, device)
+    except NotRehearsedError as error:
+        console.print(f"note: the memory of this run is not planned: {error}", highlight=False, soft_wrap=True)
+        return None
+    console.print(f"planned peak memory: {peak / 1e6:,.1f} MB", highlight=False)
+    return peak
 
 
 def _write_page(folder: Path, console: Console) -> None:
@@ -110,7 +134,7 @@ class FlowRun:
     ) -> None:  # fmt: skip
         self.options, self.device, self.console = options, device, console
         self.held_out, self.classes = held_out, Classes(train.names, train.kind)
-        method = _method(options)
+        method, self.meter = options.build_method(), MemoryMeter.start(device)
         self.model = new_model(options, train, method.intervals()).to(device)
         self.lr = options.lr or LR * HIDDEN / self.model.shape.hidden
         self.average = AveragedGroups(
@@ -189,7 +213,7 @@ class FlowRun:
         progress.log(self.step, loss, rate)
         self.history.add(
             "log", self.step, loss=loss, learning_rate=rate, grad_norm=None if norm is None else float(norm),
-            seconds=self.seconds, tokens_per_second=self.speed,
+            seconds=self.seconds, tokens_per_second=self.speed, peak_bytes=self.meter.peak_bytes(),
         )  # fmt: skip
 
     # Evaluation
@@ -252,9 +276,9 @@ class FlowRun:
         self._began_seconds = self.seconds
         self._loss, self._logged_at = state["loss"].to(self.device), state["logged_at"]
 
-    def finish(self, loss_before: float | None) -> dict[str, Any]:
+    def finish(self, loss_before: float | None, planned: int | None) -> dict[str, Any]:
         """Save the averaged model, then what may fail without losing it; returns the summary."""
-        output, console = self.options.output, self.console
+        output, console, peak = self.options.output, self.console, self.meter.peak_bytes()
         model = self.averaged()
         save_model(model, self.classes, output, self.options.seed)
         after = held_out_loss(model, self.held_out, self.options.seed)
@@ -265,7 +289,8 @@ class FlowRun:
             "eval_loss_of_groups": None if after is None else after.of_groups,
             "boundaries": list(model.route.intervals.bounds), "group_steps": self.optimizer.group_steps,
             "images_per_second": self.speed, "skipped_steps": self.optimizer.skipped_steps,
-            "parameters": sum(param.numel() for param in model.parameters()),
+            "parameters": sum(param.numel() for param in model.parameters()), "peak_bytes_measured": peak,
+            "peak_bytes_planned": planned,
         }  # fmt: skip
         self.optimizer.detach()
         ornament(f"the summary ({SUMMARY_FILE})", lambda: write_json(output / SUMMARY_FILE, summary), console)
@@ -281,13 +306,6 @@ class FlowRun:
         write_samples(model, self.options.output / PICTURE_FILE, self.classes.names, seed=self.options.seed)
         where = self.options.output / PICTURE_FILE
         self.console.print(f"samples of every class in {where}", highlight=False, soft_wrap=True)
-
-
-def _method(options: FlowOptions) -> TimestepExperts:
-    return TimestepExperts(
-        groups=options.groups, period=options.period, boundaries=options.placed(), times=options.times,
-        overlap=options.overlap, retired_state=options.retired_state, resting_weights=options.resting_weights,
-    )  # fmt: skip
 
 
 def share_of_rate(options: FlowOptions, step: int) -> float:

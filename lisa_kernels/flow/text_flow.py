@@ -80,7 +80,9 @@ class TextFlow(GroupedFlow):
         self._context = self.reader.read([*texts, NO_TEXT])
 
     def condition(self, labels: Tensor) -> Context:
-        """Return what is kept of the labels' texts."""
+        """Return what is kept of the labels' texts, where the model is; the decoder may stay elsewhere."""
+        if self._context.mask.device != self.patches.places.device:
+            self._context = self._context.to(self.patches.places.device)
         return self._context[labels]
 
     def like(self) -> TextFlow:

@@ -44,18 +44,22 @@ class FlowWorkload:
 
 
 def plan_flow(
-    model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], workload: FlowWorkload, blocks: str | None = None
+    model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], workload: FlowWorkload, blocks: str | None = None,
+    on_gpu: bool = True,
 ) -> Plan:  # fmt: skip
     """Rehearse training a flow model with two turns of each group, and return what it takes.
 
     model: on torch's meta device (`with torch.device("meta")`), in training mode. loss: given the model and times
     [batch] there, returns the loss of a micro-batch. Pages are counted where the device has them, and homes are not.
+    on_gpu: with what a GPU holds beside tensors, which a CPU does not.
     Raises InputError for a model with values, and for what `attach` refuses.
     """
     if not all(param.is_meta for param in model.parameters()):
         raise InputError('the model has values; a plan wants one without: make it in `with torch.device("meta"):`.')
-    gpu = GpuMemory.here()
-    tracker = StorageTracker("meta", EmptyOperations(0), gpu.inside, gpu.definitions)
+    gpu, tracker = None, StorageTracker("meta", EmptyOperations(0))
+    if on_gpu:
+        gpu = GpuMemory.here()
+        tracker = StorageTracker("meta", EmptyOperations(0), gpu.inside, gpu.definitions)
     return Plan(workload, rehearse_flow(model, loss, workload, blocks, tracker, gpu))
 
 

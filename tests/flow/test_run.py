@@ -25,7 +25,7 @@ from lisa_kernels.report import read_run
 
 from .small_run import arguments, summary
 
-TIMED = ("images_per_second",)
+TIMED = ("images_per_second", "peak_bytes_measured")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def test_a_run_leaves_a_flow_its_figures_a_picture_and_a_page(whole: Path) -> No
     assert values["steps"] == 8
     assert values["group_steps"] == [4, 4]
     assert values["eval_loss_after"] < values["eval_loss_before"]
+    assert 0 < values["peak_bytes_planned"] < 10e6
     assert values["boundaries"] == [0.0, 0.5, 1.0]
     assert {"flow.json", "flow.safetensors", "samples.png", "report.html", "history.jsonl"} <= set(os.listdir(whole))
     run = read_run(whole)

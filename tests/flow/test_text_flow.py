@@ -138,6 +138,15 @@ def test_a_text_reads_as_the_decoder_reads_it_alone() -> None:
         read_context(model, [[1], []])
 
 
+def test_texts_follow_the_model_to_its_device_and_the_decoder_does_not() -> None:
+    """So a card need not hold the decoder; on a device without values only places can be looked at."""
+    model = text_flow().to("meta")
+    condition = model.condition(torch.arange(3, device="meta"))
+    velocity = model._velocity(0, images().to("meta"), torch.zeros(3, device="meta"), condition)
+    assert velocity.device.type == condition.mask.device.type == "meta"
+    assert {param.device.type for param in model.reader.decoder.parameters()} == {"cpu"}
+
+
 def test_a_batch_of_several_groups_takes_each_image_s_own_text() -> None:
     model = text_flow()
     times, labels = torch.tensor([0.9, 0.1, 0.8]), torch.tensor([2, 0, 1])
