@@ -13,7 +13,7 @@ import torch.distributed as dist
 from families import llama
 from torch import Tensor, nn
 
-from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore, attach
+from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore, attach, checkpoint_blocks
 from lisa_kernels.distributed.digests import digests
 from lisa_kernels.methods import Method, SampledAdamW
 
@@ -73,10 +73,12 @@ class Run:
 
 def train(
     method: Method, tied: bool, rank: int | None, *, steps: int = STEPS, accumulate: int = 1, sync_all: bool = False,
-    dtype: torch.dtype = torch.float32, clip: bool = False, **settings: Any,
+    dtype: torch.dtype = torch.float32, clip: bool = False, recompute: bool = False, **settings: Any,
 ) -> Run:  # fmt: skip
     """Train on the rows of `rank`; of None, alone on all of them. clip: as loops clip, between backward and step."""
     model = model_of(tied, dtype)
+    if recompute:
+        checkpoint_blocks(model)
     calibration = [batch(500 + (rank or 0), 0)]
     settings = {"lr": 3e-3, "max_grad_norm": None if clip else 1.0, "calibration": calibration, **settings}
     with warnings.catch_warnings():

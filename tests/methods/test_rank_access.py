@@ -231,6 +231,8 @@ def everything(rank: int) -> dict[str, Any]:
         "wire": wire(rank),
         "bf16 wire": owlore(rank, wire_dtype="bf16").digests(),
         "bf16 weights": owlore(rank, dtype=torch.bfloat16).digests(),
+        "plain": owlore(rank).digests(),
+        "recomputed": owlore(rank, recompute=True).digests(),
         "clipped by hand": owlore(rank, clip=True).digests(),
         "no number": no_number(rank),
         "scaled": scaled(rank),
@@ -255,11 +257,17 @@ def test_two_ranks_do_as_one_does(name: str, found: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize(
-    "case", ["sent once", "sent twice", "bf16 wire", "bf16 weights", "clipped by hand", "scaled", "prepared"]
+    "case",
+    ["sent once", "sent twice", "bf16 wire", "bf16 weights", "recomputed", "clipped by hand", "scaled", "prepared"],
 )
 def test_ranks_stay_equal(case: str, found: list[dict[str, Any]]) -> None:
     """However gradients travel, and whoever reads them before the step: the same bits on all ranks."""
     assert found[0][case] == found[1][case]
+
+
+def test_recomputation_changes_no_bit(found: list[dict[str, Any]]) -> None:
+    """Bases are found in the backward, where blocks are computed once more."""
+    assert found[0]["recomputed"] == found[0]["plain"]
 
 
 def test_gradients_that_travel_twice_are_those_that_travel_once(found: list[dict[str, Any]]) -> None:
