@@ -138,6 +138,24 @@ def test_a_text_reads_as_the_decoder_reads_it_alone() -> None:
         read_context(model, [[1], []])
 
 
+def test_what_a_text_says_is_learnt() -> None:
+    """Bright images for one text, dark ones for another: after training each text draws its own."""
+    model = text_flow()
+    optimizer: Any = attach(model.train(), TimestepExperts(groups=2), lr=5e-3, blocks="blocks")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(160):
+        labels = torch.randint(2, (16,), generator=generator)
+        noise, grain = torch.randn(2, 16, 1, 8, 8, generator=generator)
+        data = 0.8 - 1.6 * labels[:, None, None, None] + 0.1 * grain
+        flow_loss(model, data, optimizer.times(16), model.condition(labels), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    labels = torch.arange(8) % 2
+    found = sample(model.eval(), model.route, images(8), model.condition(labels), steps=8).mean(dim=(1, 2, 3))
+    assert (found[::2] > 0.4).all()
+    assert (found[1::2] < -0.4).all()
+
+
 def test_texts_follow_the_model_to_its_device_and_the_decoder_does_not() -> None:
     """So a card need not hold the decoder; on a device without values only places can be looked at."""
     model = text_flow().to("meta")
