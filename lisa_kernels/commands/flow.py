@@ -72,6 +72,8 @@ def _add_train(actions: Any) -> None:
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0 for before and after only")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for none")
     add("--max-checkpoints", type=int, default=2, help="checkpoints kept")
+    add("--samples", type=int, help="images of each class that are drawn at the end, for OUTPUT/samples.png and the "
+        "page (default: 10, beside a backbone 1)")  # fmt: skip
     add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: the first GPU where there is one")
     add("--seed", type=int, default=0, help="of weights, order, noise and times")
     add("--resume", action="store_true", help="continue the run in --output from its last checkpoint")

@@ -13,12 +13,12 @@ from lisa_kernels.flow.residual_attention import check_reuse
 
 SCHEDULES = ("constant", "linear", "cosine")
 # What may differ between a run and its resumption.
-_FREE = ("save_every", "eval_every", "max_checkpoints", "paging")
+_FREE = ("save_every", "eval_every", "max_checkpoints", "paging", "samples")
 # What does not belong to the run but to one start of it.
 _OF_ONE_START = ("output", "resume", "overwrite", "device")
 _LEAST = {
     "groups": 1, "layers": 1, "hidden": 1, "heads": 1, "patch": 1, "period": 1, "steps": 1, "batch_size": 1,
-    "accumulate": 1, "max_checkpoints": 1, "save_every": 0, "eval_every": 0, "warmup_steps": 0,
+    "accumulate": 1, "max_checkpoints": 1, "save_every": 0, "eval_every": 0, "warmup_steps": 0, "samples": 0,
 }  # fmt: skip
 
 
@@ -57,6 +57,7 @@ class FlowOptions:
     eval_every: int = 0
     save_every: int = 0
     max_checkpoints: int = 2
+    samples: int | None = None
     device: str = "auto"
     seed: int = 0
     resume: bool = False

@@ -294,7 +294,9 @@ class FlowRun:
         }  # fmt: skip
         self.optimizer.detach()
         ornament(f"the summary ({SUMMARY_FILE})", lambda: write_json(output / SUMMARY_FILE, summary), console)
-        ornament("the picture of samples", lambda: self._draw(model), console)
+        each = self.options.samples if self.options.samples is not None else 10 if self.options.backbone is None else 1
+        if each:
+            ornament("the picture of samples", lambda: self._draw(model, each), console)
         ornament("the page of the run", lambda: _write_page(output, console), console)
         if after is not None and loss_before is not None:
             said = f"held-out loss: {loss_before:.4f} before, {after.mean:.4f} after {self.step} steps"
@@ -302,8 +304,8 @@ class FlowRun:
         console.print(f"{self.speed:,.0f} images/s; flow and summary in {output}", highlight=False)
         return summary
 
-    def _draw(self, model: GroupedFlow) -> None:
-        write_samples(model, self.options.output / PICTURE_FILE, self.classes.names, seed=self.options.seed)
+    def _draw(self, model: GroupedFlow, each: int) -> None:
+        write_samples(model, self.options.output / PICTURE_FILE, self.classes.names, each, seed=self.options.seed)
         where = self.options.output / PICTURE_FILE
         self.console.print(f"samples of every class in {where}", highlight=False, soft_wrap=True)
 

@@ -209,9 +209,11 @@ def test_pictures_of_ones_own_are_learnt_with_nothing_held_out(tmp_path: Path) -
         (tmp_path / "pictures" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), colour).save(tmp_path / "pictures" / name / "one.png")
     more = ["--data", str(tmp_path / "pictures"), "--eval-fraction", "0", "--average", "0", "--steps", "2"]
+    more += ["--samples", "0"]
     assert main(arguments(tmp_path / "run", *more)) == 0
     values = summary(tmp_path / "run")
     assert (values["eval_loss_before"], values["eval_loss_after"]) == (None, None)
+    assert not (tmp_path / "run" / "samples.png").exists()
     said = json.loads((tmp_path / "run" / "flow.json").read_text())
     assert said["classes"]["names"] == ["blue", "red"]
     assert said["model"]["shape"]["channels"] == 3
