@@ -90,7 +90,8 @@ def _add_sample(actions: Any) -> None:
     add("--count", type=int, default=10, help="images of each class")
     add("--steps", type=int, default=40, help="of the solver")
     add("--solver", default="euler", help="euler, or heun (two evaluations a step)")
-    add("--guidance", type=float, default=1.0, help="strength of classifier-free guidance; 1 for none")
+    add("--guidance", type=float, default=2.0, help="strength of classifier-free guidance, at twice the work; 1 for "
+        "none")  # fmt: skip
     add("--plot", type=Path, required=True, help="file for the grid of images, a row for each class (.png, .svg, .pdf)")
     add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: the first GPU where there is one")
     add("--seed", type=int, default=0, help="of the noise")

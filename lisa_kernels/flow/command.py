@@ -31,7 +31,7 @@ class SampleOptions:
     count: int = 10
     steps: int = 40
     solver: str = "euler"
-    guidance: float = 1.0
+    guidance: float = 2.0
     device: str = "auto"
     seed: int = 0
 
