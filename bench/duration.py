@@ -98,7 +98,7 @@ def main() -> None:
                 continue
             cpu, asked = cpu or ThisCpu(time.process_time), workload(geometry, method)
             step = Plan(asked, rehearse(asked)).duration(cpu).step
-            row = {
+            row: dict[str, Any] = {
                 "geometry": geometry, "method": method, "predicted_seconds": sum(step) / 2,
                 "measured_seconds": statistics.median(measured(asked)),
             }  # fmt: skip

@@ -19,6 +19,7 @@ from lisa_kernels.plan.rehearsal import Workload, empty_batch, micro_batch, prep
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
+from lisa_kernels.plan.work import WorkLog
 from lisa_kernels.train.configs import load_config
 from lisa_kernels.train.models import parse_dtype
 
@@ -115,9 +116,9 @@ def measured(workload: Workload, device: torch.device = CPU) -> Trace:
     return tracker.trace()
 
 
-def planned_peer(peer: Peer, workload: Workload) -> Trace:
-    """Return a peer's storages in training steps of a model without weights."""
-    tracker = StorageTracker("meta", EmptyOperations(workload.batch_size * (workload.seq_len - 1)))
+def planned_peer(peer: Peer, workload: Workload, work: WorkLog | None = None) -> Trace:
+    """Return a peer's storages in training steps of a model without weights; `work` is told each operation."""
+    tracker = StorageTracker("meta", EmptyOperations(workload.batch_size * (workload.seq_len - 1)), watch=work)
     model = empty_model(workload.model, workload.dtype)
     with FusedAttention(), tracker:
         _train(peer, model, workload, tracker, lambda: empty_batch(workload, META))
@@ -157,7 +158,7 @@ def _train(
     peer: Peer, model: Any, workload: Workload, tracker: StorageTracker, make_batch: Callable[[], dict[str, Tensor]]
 ) -> None:
     if workload.gradient_checkpointing:
-        checkpoint_blocks(model, context_fn=lambda: (nullcontext(), FusedAttention()))
+        checkpoint_blocks(model, workload.checkpointed_blocks, context_fn=lambda: (nullcontext(), FusedAttention()))
     trainee = peer.start(model, _case(workload, len(model.model.layers)))
     model, optimizer = trainee.model, trainee.optimizer
     tracker.recording = True

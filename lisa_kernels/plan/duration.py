@@ -41,13 +41,15 @@ class Duration:
     """What a step takes on one machine, on average over the steps of a period; every figure a prediction.
 
     parts: seconds of forward, recomputation, backward, optimizer and switch. bounds: shares of the step that matrix
-    products, bandwidth and launches take, by what bounds each operation. launches: operations of a step that does not
-    switch.
+    products, bandwidth and launches take, by what bounds each operation. launches, products (additions counted too) and
+    bytes (read and written): of a step that does not switch.
     """
 
     machine: str
     tokens: int
     launches: int
+    products: int
+    bytes: int
     parts: Mapping[str, Seconds] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
 
@@ -68,6 +70,7 @@ class Duration:
             "machine": self.machine, "step_seconds_low": step.low, "step_seconds_high": step.high,
             "tokens_per_second_low": self.tokens / step.high, "tokens_per_second_high": self.tokens / step.low,
             "bound_by": self.bound_by, "bounds": dict(self.bounds), "launches": self.launches,
+            "products": self.products, "bytes": self.bytes,
             "parts": {name: list(seconds) for name, seconds in self.parts.items()},
         }  # fmt: skip
 
@@ -82,11 +85,13 @@ def predict(work: WorkLog, workload: Workload, machine: Machine, period: int | N
     if period is not None:
         switched = _step(work, SWITCHED)
         extra = Counter({key: switched[key] - steady[key] for key in {*switched, *steady}})
-    totals: Counter[tuple[str, Any]] = Counter()
+    totals: dict[tuple[str, Any], float] = {}
+    always: dict[tuple[str, Any], float] = {}
     for key in {*steady, *extra}:
         repeated = micro_batches if key[0] in ("forward", "recomputation", "backward") else 1.0
-        totals[key] = (steady[key] + extra[key] / (period or 1)) * repeated  # type: ignore[assignment]
-    return _on(machine, work, totals, sum(steady.values()), workload)
+        always[key] = steady[key] * repeated
+        totals[key] = always[key] + extra[key] / (period or 1) * repeated
+    return _on(machine, work, totals, always, workload)
 
 
 def _step(work: WorkLog, step: str) -> Counter[tuple[str, Any]]:
@@ -97,7 +102,8 @@ def _step(work: WorkLog, step: str) -> Counter[tuple[str, Any]]:
 
 
 def _on(
-    machine: Machine, work: WorkLog, totals: Mapping[tuple[str, Any], float], launches: int, workload: Workload
+    machine: Machine, work: WorkLog, totals: Mapping[tuple[str, Any], float],
+    always: Mapping[tuple[str, Any], float], workload: Workload,
 ) -> Duration:  # fmt: skip
     parts, shares = dict.fromkeys(PARTS, NOTHING), dict.fromkeys(LIMITS, 0.0)
     started = dict.fromkeys(PARTS, 0.0)
@@ -116,7 +122,13 @@ def _on(
         shares["launches"] += sum(behind) / 2
     whole = sum(shares.values()) or 1.0
     tokens = workload.batch_size * workload.seq_len * workload.accumulate
+    counted = [(work.operations[key], count) for (_, key), count in always.items()]
+    launches, products, moved = (
+        round(sum(of(operation) * count for operation, count in counted if operation is not None))
+        for of in (lambda _: 1, lambda operation: operation.products, lambda operation: operation.bytes)
+    )
     return Duration(
-        machine.name, tokens, launches, {name: seconds for name, seconds in parts.items() if seconds.high > 0},
+        machine.name, tokens, launches, products, moved,
+        {name: seconds for name, seconds in parts.items() if seconds.high > 0},
         {name: share / whole for name, share in shares.items()},
     )  # fmt: skip

@@ -60,6 +60,10 @@ def test_micro_batches_repeat_forward_and_backward_and_nothing_else() -> None:
     for part in ("forward", "recomputation", "backward"):
         assert middle(six, part) == pytest.approx(3 * middle(two, part))
     assert middle(six, "optimizer") == pytest.approx(middle(two, "optimizer"))
+    assert six.launches == round(six.step.low)
+    # The optimizer multiplies no matrices here.
+    assert six.products == 3 * two.products
+    assert six.bytes < 3 * two.bytes
     assert six.tokens == 3 * two.tokens
 
 
