@@ -56,7 +56,7 @@ class Method:
             value = getattr(self, field, least)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{field} is {value!r}; a whole number of at least {least} is wanted.")
-        for field in ("scale", "alpha"):
+        for field in ("scale", "alpha", "rate_ratio"):
             value = getattr(self, field, 1.0)
             if not _is_number(value) or not 0 < value < math.inf:
                 raise InputError(f"{field} is {value!r}; a finite number above 0 is wanted.")
@@ -245,10 +245,13 @@ class LoRA(AdapterMethod):
 
     Source: arXiv 2106.09685. A layer's input is saved for the gradient of A. embeddings: "low-rank" trains embedding
     and head as well, in slots of the same rank that are folded into their weights (one where they are tied).
+    rate_ratio: how many times A's rate B's is, the learning rate lying in the middle (their geometric mean); 1 is LoRA
+    as it was published. Of a wide layer A moves too much where both share a rate (LoRA+, arXiv 2402.12354).
     """
 
     name: ClassVar[str] = "lora"
     embeddings: str = "frozen"
+    rate_ratio: float = 4.0
 
     def __post_init__(self) -> None:
         """Check the settings; embedding and head carry a slot or nothing."""

@@ -56,6 +56,7 @@ class FineTuneOptions:
     period: int | None = None
     rank: int | None = None
     alpha: float | None = None
+    rate_ratio: float | None = None
     targets: str | None = None
     embeddings: str | None = None
     master: str | None = None
@@ -165,8 +166,8 @@ class FineTuneOptions:
         targets = self.targets if self.targets in (None, "all-linear") else tuple(self.targets.split(","))
         settings = {
             "active_layers": self.active_layers, "period": self.period, "rank": self.rank, "alpha": self.alpha,
-            "targets": targets, "embeddings": self.embeddings, "master": self.master, "scores": self.scores,
-            "retired_state": self.retired_state, "design": self.design,
+            "rate_ratio": self.rate_ratio, "targets": targets, "embeddings": self.embeddings, "master": self.master,
+            "scores": self.scores, "retired_state": self.retired_state, "design": self.design,
         }  # fmt: skip
         method = method_by_name(self.method, **settings)
         rank, active = method.get("rank", None), method.get("active_layers", None)

@@ -224,6 +224,12 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
         # transformers would measure all gradients once more; the optimizer has the norm, see SamplingState.
         return None
 
+    def _get_learning_rate(self) -> float:
+        # Of its groups transformers logs the first one's rate, which may be a multiple of the one that was given.
+        rate: float = super()._get_learning_rate()
+        first = self.lr_scheduler.base_lrs[0] if self.lr_scheduler is not None else 0.0
+        return rate * (self.args.learning_rate / first) if first else rate
+
     def _load_callback_state(self) -> None:
         # The optimizer restores the sampler; the callback made for this run stays.
         pass

@@ -14,6 +14,7 @@ from tolerances import PRODUCT
 from lisa_kernels import InputError, LoRA, attach
 from lisa_kernels.layers import TrainedBasisLinear
 from lisa_kernels.methods import SampledAdamW
+from lisa_kernels.methods.groups import FOLDED_SHARE
 
 MODELS = {"llama": llama, "gpt2": gpt2}
 
@@ -53,6 +54,25 @@ def test_loss_and_gradients_are_those_of_peft(make: Callable[[], Any], tmp_path:
                 assert ours is not None
                 torch.testing.assert_close(ours, wanted, rtol=0, atol=20 * PRODUCT * float(wanted.norm()))
                 assert bool(wanted.any()) == (steps > 0 or its is peer.lora_B)
+
+
+def test_b_moves_faster_than_a_around_the_rate_that_is_given() -> None:
+    """By the ratio asked for; decay is that of the rate itself, and embeddings beside adapters have a share of it."""
+    model = llama()
+    optimizer = attach(model, LoRA(rank=4, rate_ratio=9.0, embeddings="low-rank"), lr=1e-2, weight_decay=0.1)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"slots": 3e-2, "bases": 1e-2 / 3, "folded": 1e-2 * FOLDED_SHARE})
+    decays = [group["lr"] * group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == pytest.approx([1e-3] * 3)
+    # Adam's first step of a B that was zero is as large as its rate; A's gradient is zero then, and the second as its.
+    layer = next(iter(layers_of(model).values()))
+    train(model, optimizer, tokens(seed=0))
+    assert float(layer.slot.detach().abs().median()) == pytest.approx(3e-2, rel=0.05)
+    basis = layer.basis.detach().clone()
+    train(model, optimizer, tokens(seed=1))
+    assert 0 < float((layer.basis.detach() - basis).abs().max()) < 1.6e-2
+    with pytest.raises(InputError, match="rate_ratio is 0"):
+        LoRA(rate_ratio=0)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
