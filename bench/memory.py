@@ -48,6 +48,10 @@ def _methods(rank: int) -> dict[str, tuple[str, Method]]:
         "owlore-frozen": ("OwLore, embeddings frozen", owlore("frozen")),
         "owlore-low-rank": ("OwLore, embeddings low-rank", owlore("low-rank")),
         "owlore-always": ("OwLore, embeddings always", owlore("always")),
+        "owlore-wide": (
+            "OwLore, two thirds of the layers, r = 32",
+            OwLore(21 if rank == RANK else 5, rank=32, scores="uniform"),
+        ),
         "lisa-frozen": ("LISA, embeddings frozen", LISA(embeddings="frozen")),
         "lisa": ("LISA, embeddings always", LISA()),
         "badam-ours": ("BAdam()", BAdam()),

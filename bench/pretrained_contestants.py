@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -64,26 +66,80 @@ def peft_lora(name: str, *rates: float, **settings: Any) -> Contestant:
     return Contestant(name, start, rates)
 
 
+def peft_lora_plus(name: str, ratio: float, *rates: float, **settings: Any) -> Contestant:
+    """Return peft's LoRA+ as a contestant: B at the rate named, A at a `ratio`-th of it."""
+
+    def start(model: nn.Module, lr: float, seed: int, calibration: Any) -> torch.optim.Optimizer:
+        from peft import LoraConfig, get_peft_model
+        from peft.optimizers import create_loraplus_optimizer
+
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **settings))
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+            wrapped, torch.optim.AdamW, lr=lr / ratio, loraplus_lr_ratio=ratio, weight_decay=WEIGHT_DECAY
+        )
+        return optimizer
+
+    return Contestant(name, start, rates)
+
+
+def _galore_torch(model: nn.Module, lr: float, seed: int, calibration: Any) -> torch.optim.Optimizer:
+    """galore-torch at its usual settings: the matrices of the blocks projected on 128 directions, scale 0.25."""
+    blocks: Any = model.model.layers
+    projected = [param for param in blocks.parameters() if param.dim() == 2]
+    taken = {id(param) for param in projected}
+    groups = [
+        {"params": [param for param in model.parameters() if id(param) not in taken]},
+        {"params": projected, "rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
+    ]
+    build = import_module("galore_torch").GaLoreAdamW
+    optimizer: torch.optim.Optimizer = build(groups, lr=lr, weight_decay=WEIGHT_DECAY, no_deprecation_warning=True)
+    return optimizer
+
+
+def _badam(model: nn.Module, lr: float, seed: int, calibration: Any) -> torch.optim.Optimizer:
+    """badam in random order, two steps a block, so that 60 steps train each of 30 blocks once."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that float32 weights cost more
+        optimizer: torch.optim.Optimizer = import_module("badam").BlockOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY), list(model.named_parameters()),
+            switch_block_every=2, switch_mode="random", verbose=0,
+        )  # fmt: skip
+    return optimizer
+
+
 CONTESTANTS = (
     Contestant("before training", _as_it_is, (0.0,)),
     Contestant("full fine-tuning, torch AdamW fp32", _torch_adamw, (5e-5, 1e-4, 2e-4)),
     peft_lora("peft LoRA r = 16", 5e-4, 1e-3, 2e-3, 4e-3, r=16, lora_alpha=32),
-    peft_lora("peft LoRA r = 64", 1e-3, 2e-3, r=64, lora_alpha=128),
-    peft_lora("peft rsLoRA r = 64", 5e-4, 1e-3, r=64, lora_alpha=32, use_rslora=True),
-    peft_lora("peft DoRA r = 16", 2e-3, r=16, lora_alpha=32, use_dora=True),
-    ours("LoRA(rank=16)", LoRA(rank=16), 1e-3),
-    ours('LoRA(rank=16, embeddings="low-rank")', LoRA(rank=16, embeddings="low-rank"), 5e-4, 1e-3),
+    peft_lora_plus("peft LoRA+ r = 16, ratio 4", 4.0, 2e-3, r=16, lora_alpha=32),
+    peft_lora("peft LoRA r = 64", 1e-3, r=64, lora_alpha=128),
+    peft_lora("peft rsLoRA r = 64", 5e-4, r=64, lora_alpha=32, use_rslora=True),
+    peft_lora("peft DoRA r = 16", 1e-3, r=16, lora_alpha=32, use_dora=True),
+    Contestant("galore-torch GaLoreAdamW, r = 128", _galore_torch, (2e-4,)),
+    Contestant("badam BlockOptimizer, 2 steps a block", _badam, (5e-4,)),
+    ours('LoRA(rank=16, embeddings="low-rank")', LoRA(rank=16, embeddings="low-rank"), 5e-4, 1e-3, 2e-3),
+    ours(
+        'LoRA(rank=16, embeddings="low-rank", rate_ratio=1)', LoRA(rank=16, embeddings="low-rank", rate_ratio=1.0),
+        5e-4, 1e-3,
+    ),
     ours(
         'GaLore(rank=32, embeddings="low-rank")', GaLore(rank=32, scale=1.0, embeddings="low-rank"), 2.5e-4, 5e-4
     ),
     ours('GaLore(rank=32, embeddings="frozen")', GaLore(rank=32, scale=1.0, embeddings="frozen"), 5e-4),
-    ours('GaLore(rank=8, embeddings="low-rank")', GaLore(rank=8, scale=1.0, embeddings="low-rank"), 7e-4),
+    ours('GaLore(rank=8, embeddings="low-rank")', GaLore(rank=8, scale=1.0, embeddings="low-rank"), 5e-4),
+    ours("OwLore(20, period=3, rank=32)", OwLore(20, 3, rank=32), 2.5e-4, 5e-4, 1e-3),
+    ours(
+        "OwLore(20, period=3, rank=32), uniform, state paged",
+        OwLore(20, 3, rank=32, scores="uniform", retired_state="page"), 5e-4,
+    ),
+    ours("OwLore(20, period=3, rank=32), uniform", OwLore(20, 3, rank=32, scores="uniform"), 1e-3),
     ours("OwLore(5, period=5, rank=128)", OwLore(5, 5, rank=128), 5e-4, 1e-3),
-    ours("OwLore(10, period=6, rank=32)", OwLore(10, 6, rank=32), 1e-3),
     ours("OwLore(5, period=50, rank=128), as published", OwLore(5, 50, rank=128, embeddings="always"), 1e-3),
-    ours("LISA(2, period=6)", LISA(2, 6), 5e-4),
-    ours("OWS(2, period=6)", OWS(2, 6), 5e-4),
-    ours("BAdam(period=2)", BAdam(2), 5e-4),
-    ours("LoRAFA(rank=32, alpha=64)", LoRAFA(rank=32, alpha=64.0), 4e-3),
-    ours("FullFineTune()", FullFineTune(), 2e-4),
+    ours("LISA(2, period=6)", LISA(2, 6), 2e-4),
+    ours("OWS(2, period=6)", OWS(2, 6), 2e-4),
+    ours("BAdam(period=2)", BAdam(2), 2e-4),
+    ours("LoRAFA(rank=32, alpha=64)", LoRAFA(rank=32, alpha=64.0), 2e-3),
+    ours("FullFineTune()", FullFineTune(), 5e-5),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from bench.pretrained_tasks import Size
 from bench.readme import markdown, put
 from bench.rows import read_rows
 
+GRID_SEED = 100
 FULL, BEFORE, PEER = "full fine-tuning, torch AdamW fp32", "before training", "peft LoRA r = 16"
 Row = dict[str, Any]
 
@@ -35,25 +37,31 @@ def paired(rows: Sequence[Row], others: Sequence[Row]) -> tuple[float, float] | 
     return statistics.mean(apart), statistics.stdev(apart) if len(apart) > 1 else float("nan")
 
 
-def time_to_quality(rows: Sequence[Row], peers: Sequence[Row]) -> float | None:
-    """Return the median over seeds of the seconds to a peer's last loss, in those that the peer took; None: never.
+def steps_to_quality(rows: Sequence[Row], peers: Sequence[Row]) -> float | None:
+    """Return the median over seeds of the steps to a peer's last loss, in those of its run; None: never in most.
 
-    Both losses are of the answers that are asked on the way; a curve is read at its points, from above.
+    Both losses are of the answers that are asked on the way; between its points a curve is taken to be straight.
     """
     by_seed = {row["seed"]: row["curve"] for row in peers if row["curve"]}
-    found = []
-    for row in rows:
-        if row["seed"] not in by_seed:
-            continue
-        _, whole, wanted = by_seed[row["seed"]][-1]
-        reached = [seconds for _, seconds, loss in row["curve"] if loss <= wanted]
-        found.append(reached[0] / whole if reached else float("inf"))
-    middle = statistics.median(found) if found else float("inf")
-    return None if middle == float("inf") else float(middle)
+    found = [_crossing(row["curve"], by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed and row["curve"]]
+    middle = statistics.median(found) if found else math.inf
+    return None if middle == math.inf else middle
 
 
-def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
-    """Return the Markdown table, best mean first."""
+def _crossing(curve: list[list[float]], peer: list[list[float]]) -> float:
+    whole, _, wanted = peer[-1]
+    before: list[float] | None = None
+    for at, _, loss in curve:
+        if loss <= wanted:
+            share = 0.0 if before is None else (loss - wanted) / (loss - before[1])
+            return (at - share * (at - (before[0] if before else at))) / whole
+        before = [at, loss]
+    return math.inf
+
+
+def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int], cost_rows: Sequence[Row] = ()) -> str:
+    """Return the Markdown table, best mean first; cost_rows: of `bench.pretrained_cost`."""
+    costs = {row["contestant"]: row for row in cost_rows}
     full, peers, lines = counted_rows(rows, FULL, seeds), counted_rows(rows, PEER, seeds), []
     for name in dict.fromkeys((BEFORE, *names)):
         mine = counted_rows(rows, name, seeds)
@@ -63,26 +71,43 @@ def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
         known = [row["known_loss"] for row in mine if row.get("known_loss") is not None]
         right = [row_accuracy(row) for row in mine if "accuracies" in row]
         lines.append((mean, [
-            name, f"{mean:.4f}", *([""] * 5 if name == BEFORE else _effort(mine, full, peers)),
+            name, f"{mean:.4f}", *([""] * 8 if name == BEFORE else _effort(mine, full, peers, costs)),
             f"{statistics.mean(known):.3f}" if known else "-", *([f"{statistics.mean(right):.1%}"] if right else []),
         ]))  # fmt: skip
     head = [
-        "method", "answer loss", "against full fine-tuning", "seeds", "rate", "CPU s a step",
-        "time to LoRA's loss",
+        "method", "answer loss", "against full fine-tuning", "seeds", "rate", "1e9 operations a step",
+        "CPU time, LoRA = 1", "peak over weights", "time / operations to LoRA's loss", "to full fine-tuning's",
         "loss of what it knew", *(["accuracy"] if rows and "accuracies" in rows[-1] else []),
     ]  # fmt: skip
     return markdown(head, [line for _, line in sorted(lines)])
 
 
-def _effort(mine: Sequence[Row], full: Sequence[Row], peers: Sequence[Row]) -> list[str]:
+def _effort(mine: Sequence[Row], full: Sequence[Row], peers: Sequence[Row], costs: dict[str, Row]) -> list[str]:
     """Return the cells of one trained contestant between its loss and what it knew."""
-    against = paired(mine, full) if mine[0]["contestant"] != FULL else None
-    seconds = statistics.median(row["cpu_seconds"] / row["steps"] for row in mine)
-    sooner = time_to_quality(mine, peers)
+    name = mine[0]["contestant"]
+    against = paired(mine, full) if name != FULL else None
+    cost, peer = costs.get(name), costs.get(PEER)
+    step = ["-", "-", "-"]
+    if cost is not None:
+        step = [
+            f"{cost['operations'] / 1e9:.0f}", f"{cost['cpu_time_over_peer']:.2f}×",
+            f"{cost['peak_bytes_over_weights'] / 1e6:.0f} MB",
+        ]  # fmt: skip
     return [
-        "" if against is None else f"{against[0]:+.1%} ± {against[1]:.1%}", f"{len(mine)}", f"{mine[0]['lr']:g}",
-        f"{seconds:.1f}", "-" if sooner is None else f"{sooner:.2f}×",
+        "" if against is None else f"{against[0]:+.1%} ± {against[1]:.1%}", f"{len(mine)}", f"{mine[0]['lr']:g}", *step,
+        _sooner(steps_to_quality(mine, peers), cost, peer),
+        _sooner(steps_to_quality(mine, full), cost, costs.get(FULL)),
     ]  # fmt: skip
+
+
+def _sooner(steps: float | None, cost: Row | None, peer: Row | None) -> str:
+    """Return time and operations to a peer's last loss as shares of what the peer took: steps times a step's cost."""
+    if steps is None:
+        return "never"
+    if cost is None or peer is None:
+        return "-"
+    time = steps * cost["cpu_time_over_peer"] / peer["cpu_time_over_peer"]
+    return f"{time:.2f}× / {steps * cost['operations'] / peer['operations']:.2f}×"
 
 
 def row_accuracy(row: Row) -> float:
@@ -90,10 +115,41 @@ def row_accuracy(row: Row) -> float:
     return float(statistics.mean(row["accuracies"].values()))
 
 
+def grid_table(rows: Sequence[Row], names: Sequence[str], grid_seed: int) -> str:
+    """Return the Markdown table of everyone's best on the seed that the rates are chosen on, beside who is ahead."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        name = row["contestant"]
+        if row["seed"] == grid_seed and name in names and name != BEFORE:
+            best[name] = min(best.get(name, row), row, key=lambda each: each["answer_loss"])
+    tried = {name: sum(row["contestant"] == name and row["seed"] == grid_seed for row in rows) for name in best}
+    lines = [
+        [
+            name, f"{row['answer_loss']:.4f}", *(_beside(row, best.get(peer)) for peer in (FULL, PEER)),
+            f"{row['lr']:g}", f"{tried[name]}",
+        ]
+        for name, row in sorted(best.items(), key=lambda item: item[1]["answer_loss"])
+    ]  # fmt: skip
+    head = ["method", "answer loss, grid's seed", "against full fine-tuning", "against LoRA", "rate", "rates tried"]
+    return markdown(head, lines)
+
+
+def _beside(row: Row, peer: Row | None) -> str:
+    return "" if peer is None or peer is row else f"{row['answer_loss'] / peer['answer_loss'] - 1:+.1%}"
+
+
 def task_table(task: str, names: Sequence[str], seeds: Sequence[int], size: Size) -> str:
     """Return the table of one task's recorded runs of one size."""
-    alike = [row for row in read_rows("pretrained") if row["task"] == task and size.key().items() <= row.items()]
-    return table(alike, names, seeds)
+    return table(_alike(task, size), names, seeds, read_rows("pretrained_cost"))
+
+
+def grid_of_task(task: str, names: Sequence[str], size: Size) -> str:
+    """Return the same of the seed that rates are chosen on."""
+    return grid_table(_alike(task, size), names, GRID_SEED)
+
+
+def _alike(task: str, size: Size) -> list[Row]:
+    return [row for row in read_rows("pretrained") if row["task"] == task and size.key().items() <= row.items()]
 
 
 def report(task: str, names: Sequence[str], seeds: Sequence[int], size: Size) -> None:
@@ -101,3 +157,4 @@ def report(task: str, names: Sequence[str], seeds: Sequence[int], size: Size) ->
     text = task_table(task, names, seeds, size)
     print(text)
     put(f"pretrained {task}", text)
+    put(f"pretrained {task} grid", grid_of_task(task, names, size))

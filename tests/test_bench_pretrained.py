@@ -9,14 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from bench import pretrained, rows
+from bench import pretrained, pretrained_cost, rows
 from bench.choice_table import README, choice_table
 from bench.pretrained_contestants import CONTESTANTS, Contestant
-from bench.pretrained_table import BEFORE, FULL, paired, table, task_table, time_to_quality
+from bench.pretrained_table import (
+    BEFORE,
+    FULL,
+    PEER,
+    grid_of_task,
+    grid_table,
+    paired,
+    steps_to_quality,
+    table,
+    task_table,
+)
 from bench.pretrained_tasks import Size, Task, spread
 from bench.readme import README as PAGE
 from bench.readme import put
 from lisa_kernels.evaluate.likelihood import Scored
+from lisa_kernels.train.models import load_model
 from lisa_kernels.train.tokenize import TokenizedData
 
 SIZE = Size(steps=12, step_tokens=8, test_rows=2, curve_rows=1, curve_every=4)
@@ -81,21 +92,60 @@ def test_the_table_compares_seed_by_seed() -> None:
     ]  # fmt: skip
     text = table(found, [FULL, "ours"], (0, 1, 2))
     first, second, last = text.splitlines()[2:]
-    assert first.startswith("| ours | 1.4000 | -7.5% ± 3.5% | 2 | 0.001 | 0.5 | - | 3.000 |")
+    assert first.startswith("| ours | 1.4000 | -7.5% ± 3.5% | 2 | 0.001 | - | - | - | never | never | 3.000 |")
     assert second.startswith(f"| {FULL} | 1.5000 |")
     assert last.startswith(f"| {BEFORE} | 4.0000 |")
     assert paired(found[2:4], found[:2]) == pytest.approx((-0.075, 0.0353553), rel=1e-4)
 
 
-def test_time_to_quality_is_read_from_the_curves() -> None:
+def test_steps_to_quality_are_read_from_the_curves() -> None:
     """Of each seed beside the peer of that seed; a method that never gets there has none."""
     peers = [row("peer", seed, 0.8, curve=[[4, 10.0, 1.0], [8, 20.0, 0.8]]) for seed in (0, 1)]
-    fast = row("fast", 0, 0.7, curve=[[4, 8.0, 0.9], [8, 15.0, 0.8], [12, 22.0, 0.7]])
+    fast = row("fast", 0, 0.7, curve=[[2, 8.0, 0.9], [6, 15.0, 0.7], [8, 22.0, 0.6]])
     slow = row("slow", 1, 0.9, curve=[[4, 8.0, 0.9], [8, 15.0, 0.85]])
-    assert time_to_quality([fast], peers) == 0.75
-    assert time_to_quality(peers, peers) == 1.0
-    assert time_to_quality([slow], peers) is None
-    assert time_to_quality([row("elsewhere", 7, 0.7, curve=fast["curve"])], peers) is None
+    assert steps_to_quality([fast], peers) == pytest.approx(4 / 8)
+    assert steps_to_quality(peers, peers) == 1.0
+    assert steps_to_quality([slow], peers) is None
+    assert steps_to_quality([row("elsewhere", 7, 0.7, curve=fast["curve"])], peers) is None
+
+
+def test_costs_make_steps_comparable() -> None:
+    """Time and operations to a peer's loss are the share of its steps by what a step costs beside the peer's."""
+    curve = [[6, 3.0, 0.9], [12, 6.0, 0.8]]
+    found = [row(FULL, 0, 1.0, curve=curve), row(PEER, 0, 0.8, curve=curve), row("ours", 0, 0.7, curve=[[6, 1.0, 0.8]])]
+    costs = [
+        {"contestant": name, "operations": 1e9 * many, "cpu_time_over_peer": time, "peak_bytes_over_weights": 3e6}
+        for name, many, time in ((FULL, 30, 2.0), (PEER, 20, 1.0), ("ours", 15, 0.8))
+    ]
+    cells = [line.split(" | ") for line in table(found, [FULL, PEER, "ours"], (0,), costs).splitlines()]
+    assert cells[2][0] == "| ours"
+    assert cells[2][5:10] == ["15", "0.80×", "3 MB", "0.40× / 0.38×", "0.20× / 0.25×"]
+
+
+def test_the_grids_table_has_everyones_best_on_that_seed() -> None:
+    found = [
+        row(FULL, 100, 1.0), row("ours", 100, 0.9, lr=2e-3), row("ours", 100, 0.8), row("ours", 0, 0.1),
+        row(PEER, 100, 1.6),
+    ]  # fmt: skip
+    lines = grid_table(found, [FULL, PEER, "ours"], 100).splitlines()[2:]
+    assert lines[0] == "| ours | 0.8000 | -20.0% | -50.0% | 0.001 | 2 |"
+    assert lines[1] == f"| {FULL} | 1.0000 |  | -37.5% | 0.001 | 1 |"
+    assert len(lines) == 3
+
+
+def test_what_a_step_costs_is_counted_in_real_steps() -> None:
+    """Of all weights six operations a weight of a product and token; LoRA holds no gradients and moments of them."""
+    names = (FULL, 'LoRA(rank=16, embeddings="low-rank")')
+    full, lora = (
+        pretrained_cost.counted(next(each for each in CONTESTANTS if each.name == name), task(), base="preset:tiny")
+        for name in names
+    )
+    model = load_model("preset:tiny", torch.float32, 0)
+    weights = sum(param.numel() for param in model.parameters() if param.dim() == 2)
+    weights -= model.get_input_embeddings().weight.numel()
+    tokens = 8
+    assert 0.9 < full["operations"] / (6 * weights * tokens) < 1.1
+    assert lora["peak_bytes_over_weights"] < full["peak_bytes_over_weights"] / 2
 
 
 def test_the_pages_show_the_recorded_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -104,6 +154,7 @@ def test_the_pages_show_the_recorded_rows(monkeypatch: pytest.MonkeyPatch, tmp_p
     names = [contestant.name for contestant in CONTESTANTS]
     tables = {
         "pretrained gsm8k": (task_table("gsm8k", names, pretrained.SEEDS, Size()), PAGE),
+        "pretrained gsm8k grid": (grid_of_task("gsm8k", names, Size()), PAGE),
         "choice": (choice_table(), README),
     }
     for name, (text, page) in tables.items():

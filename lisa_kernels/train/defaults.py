@@ -10,11 +10,14 @@ from __future__ import annotations
 MEASURED_WIDTH = 576
 # Peak rates there, of what a method's layers move by: answers of GSM8K, 60 steps of 288 tokens. Those of lora, galore
 # and owlore are the best of a grid of factors of two (rows in bench/results/pretrained.jsonl); of full fine-tuning 5e-5
-# is a little better there, and 1e-4 what is published for large models. The others were not tuned on it.
+# is a little better there, and 1e-4 what is published for large models. lora's is that between its two factors'. The
+# others were not tuned on it.
 RATES = {
     "full": 1e-4, "galore": 2.5e-4, "owlore": 1e-3, "lisa": 5e-4, "ows": 5e-4, "badam": 5e-4, "lora": 1e-3,
     "lora-fa": 2e-3,
 }  # fmt: skip
+# Of OwLore's rate, found with 5 of 30 layers. With 20 of them half of it is best, and with all a quarter (GaLore).
+MEASURED_SHARE = 1 / 6
 # How often each layer is to be drawn in a run, on average.
 VISITS = 2
 # One step in so many is warm-up.
@@ -31,21 +34,23 @@ _LENGTH = (
 )  # fmt: skip
 # For each automatic setting the options that it follows from: where one of them changes, what was taken holds no more.
 FOLLOWS = {
-    "lr": ("lr", "model", "method"),
+    "lr": ("lr", "model", "method", "active_layers"),
     "period": ("period", "model", "method", "active_layers", "embeddings", *_LENGTH),
     "warmup_steps": ("warmup_steps", *_LENGTH),
 }
 
 
-def rate(method: str, width: int, scale: float = 1.0) -> float:
+def rate(method: str, width: int, scale: float = 1.0, share: float = 0.0) -> float:
     """Return the peak learning rate for a model whose hidden size is `width`, to two digits.
 
     The best rate of hidden matrices under Adam goes with 1 / fan-in (Tensor Programs V, arXiv 2203.03466, table 3). It
     fits what is known: from width 576 to 4096 full fine-tuning's 1e-4 becomes 1.4e-5 (published 1e-5 to 2e-5), LoRA's
     1e-3 becomes 1.4e-4 (published 1e-4 to 3e-4). scale: what the method multiplies the rate of its low-rank layers by;
-    they move by `RATES` all the same.
+    they move by `RATES` all the same. share: of the layers that train at a time; OwLore's rate halves with each half of
+    them that is added.
     """
-    return float(f"{RATES[method] * MEASURED_WIDTH / width / scale:.1e}")
+    more = max(0.0, share - MEASURED_SHARE) if method == "owlore" else 0.0
+    return float(f"{RATES[method] * 0.25**more * MEASURED_WIDTH / width / scale:.1e}")
 
 
 def period(steps: int, layers: int, active_layers: int, published: int) -> int:

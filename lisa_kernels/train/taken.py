@@ -39,6 +39,11 @@ class Grounds:
     width: int
     layers: int
 
+    @property
+    def share(self) -> float:
+        """The share of the layers that train at a time; 0 where none are drawn."""
+        return _active(self.method) / self.layers if self.layers else 0.0
+
     @classmethod
     def of(cls, options: FineTuneOptions, method: Method, model: Any, rows: int) -> Grounds:
         """Return the grounds of a run on so many rows."""
@@ -55,7 +60,7 @@ class Grounds:
         published = method.get("period", None)
         follows = None if published is None else defaults.period(self.steps, self.layers, _active(method), published)
         return Taken(
-            settled("lr", defaults.rate(method.name, self.width, method.get("scale", 1.0))),
+            settled("lr", defaults.rate(method.name, self.width, method.get("scale", 1.0), self.share)),
             None if published is None else settled("period", follows),
             settled("warmup_steps", defaults.warmup_steps(self.steps)),
         )
@@ -64,7 +69,7 @@ class Grounds:
         """Return the sentence that names what was not given, and why it is what it is; None where all was given."""
         warmup = f"{taken.warmup_steps} step{'s' * (taken.warmup_steps != 1)} of warm-up"
         said = {"lr": f"learning rate {short(taken.lr)}", "period": f"period {taken.period}", "warmup_steps": warmup}
-        why = {"lr": f" for a width of {self.width}", "period": "", "warmup_steps": ""}
+        why = {"lr": f" for a width of {self.width}" + self._of_layers(), "period": "", "warmup_steps": ""}
         if taken.period is None:
             del said["period"]
         else:
@@ -75,6 +80,10 @@ class Grounds:
             if getattr(options, name) is None
         ]
         return f"took: {', '.join(parts)}" if parts else None
+
+    def _of_layers(self) -> str:
+        shared = self.method.name == "owlore" and self.share > defaults.MEASURED_SHARE
+        return f" and {_active(self.method)} of {self.layers} layers at a time" if shared else ""
 
 
 def run_steps(options: FineTuneOptions, rows: int) -> int:

@@ -27,6 +27,13 @@ def test_rates_fall_with_the_width_and_reach_what_was_published() -> None:
     assert 1e-4 <= rate("lora", 4096) <= 3e-4
 
 
+def test_owlores_rate_falls_with_the_layers_that_train_at_a_time() -> None:
+    """From what was found with 5 of 30 to half of that with 20, and near GaLore's with all; others' do not."""
+    found = [rate("owlore", 576, share=active / 30) for active in (1, 5, 20, 30)]
+    assert found == [1e-3, 1e-3, 5e-4, 3.1e-4]
+    assert rate("lisa", 576, share=1.0) == RATES["lisa"]
+
+
 def test_a_rate_has_two_digits_so_that_it_can_be_given_as_it_is_told() -> None:
     assert all(float(f"{rate(method, width):.1e}") == rate(method, width) for method in RATES for width in (64, 5120))
 
