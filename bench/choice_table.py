@@ -37,6 +37,7 @@ CHOICES = (
            'LoRA(rank=16, embeddings="low-rank")', "lora"),
     Choice("GaLore, r = 32, embeddings low-rank", 'GaLore(rank=32, embeddings="low-rank")',
            "GaLore(rank=32, gap=50)", "galore-32"),
+    Choice("OwLore, two thirds of the layers, r = 32", "OwLore(20, period=3, rank=32)", "", "owlore-wide"),
     Choice("OwLore, 5 layers, r = 128 (2 M: 4, r = 32)", "OwLore(5, period=5, rank=128)",
            'OwLore(4, 10, rank=32, embeddings="low-rank")', "owlore-low-rank", "owlore-low-rank"),
     Choice("LISA, 2 layers", "LISA(2, period=6)", "LISA(2, 10)", "lisa"),

@@ -94,7 +94,7 @@ def _effort(mine: Sequence[Row], full: Sequence[Row], peers: Sequence[Row], cost
             f"{cost['peak_bytes_over_weights'] / 1e6:.0f} MB",
         ]  # fmt: skip
     return [
-        "" if against is None else f"{against[0]:+.1%} ± {against[1]:.1%}", f"{len(mine)}", f"{mine[0]['lr']:g}", *step,
+        "" if against is None else f"{against[0]:+.1%}" + (f" ± {against[1]:.1%}" if len(mine) > 1 else ""), f"{len(mine)}", f"{mine[0]['lr']:g}", *step,
         _sooner(steps_to_quality(mine, peers), cost, peer),
         _sooner(steps_to_quality(mine, full), cost, costs.get(FULL)),
     ]  # fmt: skip

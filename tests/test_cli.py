@@ -45,7 +45,7 @@ def test_plan_takes_the_flags_of_finetune_that_decide_memory_and_time(capsys: py
         assert f"--{flag}" in text
     assert "(default: bf16)" in text
     assert "--lr" not in text
-    assert "half the rank, down to 32; embedding and head low-rank" in text
+    assert "half the rank, down to 32; fewer active layers, down to 2; embedding and head low-rank" in text
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     add("--period", type=OrAuto(int), help=_PERIOD_HELP)
     add("--rank", type=int, help="of low-rank layers (default: 128, lora and lora-fa 16; less on small models)")
     add("--alpha", type=float, help="scale of the adapters of lora and lora-fa, divided by the rank (default: 32)")
-    add("--rate-ratio", type=float, help="rate of lora's B over that of its A, around --lr (default: 4)")
+    add("--rate-ratio", type=float, help="rate of lora's B over that of its A (default: 4)")
     add(
         "--targets",
         help="layers with adapters of lora and lora-fa: all-linear, or names as q_proj,v_proj (default: all-linear)",

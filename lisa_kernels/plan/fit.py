@@ -118,15 +118,16 @@ def _described(workload: Workload) -> str:
 def lighter_methods(method: Method) -> Iterator[Method]:
     """Yield `method` and then others that train less and less, each in less memory than the one before.
 
-    Active layers one by one down to 2; the rank halved down to 32; embedding and head in low rank; a single active
-    layer; embedding and head frozen, which costs most quality. What a method does not have is passed over.
+    The rank halved down to 32, which costs little where as many layers train; active layers one by one down to 2;
+    embedding and head in low rank; a single active layer; embedding and head frozen, which costs most quality. What a
+    method does not have is passed over.
     """
     yield method
-    while method.get("active_layers", 0) > FEW_LAYERS:
-        method = _with(method, active_layers=method.get("active_layers", 0) - 1)
-        yield method
     while method.get("rank", 0) >= 2 * SMALL_RANK and _uses_rank(method):
         method = _with(method, rank=method.get("rank", 0) // 2)
+        yield method
+    while method.get("active_layers", 0) > FEW_LAYERS:
+        method = _with(method, active_layers=method.get("active_layers", 0) - 1)
         yield method
     if method.get("embeddings", None) in ("always", "sampled"):
         method = _with(method, embeddings="low-rank")

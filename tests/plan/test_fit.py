@@ -102,9 +102,10 @@ def test_paging_is_not_tried_where_only_active_layers_have_state() -> None:
     assert all(run.paging is None for run in tried)
 
 
-def test_then_active_layers_one_by_one() -> None:
-    wanted = Run(OwLore(active_layers=3), **FRUGAL)
-    assert found(Run(), need_mib(wanted)) == wanted
+def test_then_the_rank_is_halved_and_active_layers_go_one_by_one() -> None:
+    for method in (OwLore(rank=64), OwLore(active_layers=3, rank=32)):
+        wanted = Run(method, **FRUGAL)
+        assert found(Run(), need_mib(wanted)) == wanted
 
 
 def test_last_of_all_the_embeddings_freeze() -> None:
@@ -143,8 +144,8 @@ LADDERS: dict[str, tuple[Method, list[Method]]] = {
         OwLore(active_layers=3, embeddings="always"),
         [
             OwLore(active_layers=3, embeddings="always"),
-            OwLore(active_layers=2, embeddings="always"),
-            OwLore(active_layers=2, rank=64, embeddings="always"),
+            OwLore(active_layers=3, rank=64, embeddings="always"),
+            OwLore(active_layers=3, rank=32, embeddings="always"),
             OwLore(active_layers=2, rank=32, embeddings="always"),
             OwLore(active_layers=2, rank=32, embeddings="low-rank"),
             OwLore(active_layers=1, rank=32, embeddings="low-rank"),
