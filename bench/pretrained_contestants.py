@@ -85,8 +85,8 @@ def peft_lora_plus(name: str, ratio: float, *rates: float, **settings: Any) -> C
 
 def _galore_torch(model: nn.Module, lr: float, seed: int, calibration: Any) -> torch.optim.Optimizer:
     """galore-torch at its usual settings: the matrices of the blocks projected on 128 directions, scale 0.25."""
-    blocks: Any = model.model.layers
-    projected = [param for param in blocks.parameters() if param.dim() == 2]
+    decoder: Any = model.get_submodule("model.layers")
+    projected = [param for param in decoder.parameters() if param.dim() == 2]
     taken = {id(param) for param in projected}
     groups = [
         {"params": [param for param in model.parameters() if id(param) not in taken]},

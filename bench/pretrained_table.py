@@ -93,8 +93,9 @@ def _effort(mine: Sequence[Row], full: Sequence[Row], peers: Sequence[Row], cost
             f"{cost['operations'] / 1e9:.0f}", f"{cost['cpu_time_over_peer']:.2f}×",
             f"{cost['peak_bytes_over_weights'] / 1e6:.0f} MB",
         ]  # fmt: skip
+    spread = f" ± {against[1]:.1%}" if against is not None and len(mine) > 1 else ""
     return [
-        "" if against is None else f"{against[0]:+.1%}" + (f" ± {against[1]:.1%}" if len(mine) > 1 else ""), f"{len(mine)}", f"{mine[0]['lr']:g}", *step,
+        "" if against is None else f"{against[0]:+.1%}{spread}", f"{len(mine)}", f"{mine[0]['lr']:g}", *step,
         _sooner(steps_to_quality(mine, peers), cost, peer),
         _sooner(steps_to_quality(mine, full), cost, costs.get(FULL)),
     ]  # fmt: skip
