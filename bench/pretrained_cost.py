@@ -54,24 +54,29 @@ class Trainee:
 
 def counted(contestant: Contestant, task: Task, base: str = BASE) -> dict[str, int]:
     """Return operations and peak bytes over the base's weights of a step, means and most of some in a row."""
-    work = WorkLog()
-    tracker = StorageTracker("cpu", watch=work)
-    with tracker:
+    weights = sum(param.numel() * param.element_size() for param in load_model(base, torch.float32, 0).parameters())
+    held = StorageTracker("cpu")
+    with held:
         trainee = Trainee(contestant, task, base)
-        weights = sum(param.numel() * param.element_size() for param in load_model(base, torch.float32, 0).parameters())
-        tracker.recording = True
-        tracker.label(_held_by(trainee.model), "weights")
+        held.recording = True
+        held.label(_held_by(trainee.model), "weights")
         for _ in range(FIRST_STEPS):
             trainee.step()
-        with tracker.phase(COUNTED):
-            for _ in range(COUNTED_STEPS):
-                trainee.step()
+    # Apart from it, for a log of operations keeps tensors.
+    work = WorkLog()
+    tracker = StorageTracker("cpu", watch=work)
+    with tracker, tracker.phase(COUNTED):
+        tracker.recording = True
+        for _ in range(COUNTED_STEPS):
+            trainee.step()
     products = 0
     for counts in work.of_phases(lambda phase: phase == COUNTED).values():
         for key, count in counts.items():
             operation = work.operations[key]
             products += 0 if operation is None else operation.products * count
-    return {"operations": products // COUNTED_STEPS, "peak_bytes_over_weights": tracker.trace().peak_bytes - weights}
+    return {
+        "operations": products // COUNTED_STEPS, "peak_bytes_over_weights": held.trace().peak_bytes - weights,
+    }  # fmt: skip
 
 
 def _held_by(model: nn.Module) -> list[Tensor]:
