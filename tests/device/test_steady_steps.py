@@ -76,4 +76,4 @@ def test_a_switch_by_gradient_norms_waits_once() -> None:
         waited.append([note for note in noted if "lisa_kernels" in str(note)])
     assert waited[2] == []
     assert [note.what for note in waited[3] if "Synchronize" in note.what] == ["cudaStreamSynchronize"]
-    assert all("_tell_sampler" in note.places[0] for note in waited[3])
+    assert all("mean_norms" in note.places[0] for note in waited[3])
