@@ -94,12 +94,14 @@ class GradientReduction:
         for grad in grads:
             kinds.setdefault((self.wire_dtype or grad.dtype, grad.device), []).append(grad)
         for (dtype, _), members in kinds.items():
-            portion: list[Tensor] = []
+            portion, held = list[Tensor](), 0
             for grad in members:
-                if portion and (sum(map(Tensor.numel, portion)) + grad.numel()) * dtype.itemsize > PORTION_BYTES:
+                size = grad.numel() * dtype.itemsize
+                if portion and held + size > PORTION_BYTES:
                     yield portion
-                    portion = []
+                    portion, held = [], 0
                 portion.append(grad)
+                held += size
             yield portion
 
     def _average(self, grads: Sequence[Tensor]) -> None:

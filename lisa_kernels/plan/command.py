@@ -16,13 +16,12 @@ from lisa_kernels.plan.allocator import replay
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.fit import Fit, fit
 from lisa_kernels.plan.gpu_memory import GpuMemory
-from lisa_kernels.plan.machines import card_by_name
 from lisa_kernels.plan.options import finetune_command, workload_of
 from lisa_kernels.plan.plot import plot_timeline, stacked
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.report import print_fit, print_plan
 from lisa_kernels.plan.result import Plan, allocated_bytes
-from lisa_kernels.plan.times import as_dict, durations, is_asked, print_times, with_steps_of_data
+from lisa_kernels.plan.times import as_dict, check_asked, durations, is_asked, print_times, with_steps_of_data
 from lisa_kernels.plan.trace import CATEGORIES, Trace
 from lisa_kernels.scores.report import new_figure
 from lisa_kernels.sizes import gb, parse_size
@@ -51,9 +50,9 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     workload, steps = workload_of(options), None if options.epochs is not None else run_steps(options, 0)
     free = options.gradient_checkpointing is None or isinstance(options.gradient_checkpointing, str)
     blocks = int(load_config(options.model).get_text_config().num_hidden_layers) if free else 0
-    if is_asked(arguments) and arguments.card != "cpu":
+    if is_asked(arguments):
         # A name that is unknown is told before anything takes time.
-        card_by_name(arguments.card, arguments.bandwidth, arguments.tflops)
+        check_asked(arguments)
     found = _find(workload, device_bytes, console, blocks, steps)
     with console.status("reckoning the time"):
         times = durations(found.plan, arguments)

@@ -70,7 +70,7 @@ class Duration:
             "machine": self.machine, "step_seconds_low": step.low, "step_seconds_high": step.high,
             "tokens_per_second_low": self.tokens / step.high, "tokens_per_second_high": self.tokens / step.low,
             "bound_by": self.bound_by, "bounds": dict(self.bounds), "launches": self.launches,
-            "products": self.products, "bytes": self.bytes,
+            "step_products": self.products, "step_bytes": self.bytes,
             "parts": {name: list(seconds) for name, seconds in self.parts.items()},
         }  # fmt: skip
 

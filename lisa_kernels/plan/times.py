@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lisa_kernels.errors import InputError
 from lisa_kernels.plan.cards import card_bytes
 from lisa_kernels.plan.duration import Duration
 from lisa_kernels.plan.machines import CARDS, Seconds, card_by_name
@@ -29,10 +30,24 @@ def is_asked(arguments: argparse.Namespace) -> bool:
     return any(value is not None for value in (arguments.card, arguments.bandwidth, arguments.tflops))
 
 
+def _is_this_cpu(arguments: argparse.Namespace) -> bool:
+    return arguments.card is not None and arguments.card.lower() == "cpu"
+
+
+def check_asked(arguments: argparse.Namespace) -> None:
+    """Raise InputError where what is asked for is no machine."""
+    if not _is_this_cpu(arguments):
+        card_by_name(arguments.card, arguments.bandwidth, arguments.tflops)
+    elif arguments.bandwidth is not None or arguments.tflops is not None:
+        raise InputError(
+            "--card cpu is measured, and --bandwidth and --tflops describe a card: leave them out, or the cpu."
+        )
+
+
 def durations(plan: Plan, arguments: argparse.Namespace) -> list[Duration]:
     """Return what a step takes on the machine asked for, or else on each known card that holds the run."""
     if is_asked(arguments):
-        if arguments.card is not None and arguments.card.lower() == "cpu":
+        if _is_this_cpu(arguments):
             from lisa_kernels.plan.this_cpu import ThisCpu
 
             return [plan.duration(ThisCpu())]

@@ -31,8 +31,8 @@ BACKWARD_PRODUCTS = 2.5
 ALLOCATIONS = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 )
-# Tables of which only the rows that are named are read: the place of the table among the arguments.
-LOOKED_UP = frozenset({torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.lisa_kernels.lowrank_embedding})
+# Their first argument is a table of which only the rows that are named are read.
+LOOKED_UP = frozenset({torch.ops.aten.embedding, torch.ops.aten.index_select})
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,7 @@ def test_this_machine_is_measured(config: str, capsys: pytest.CaptureFixture[str
         (["--card", "rtx-4900"], ["rtx-4090", "--bandwidth"]),
         (["--bandwidth", "100"], ["--tflops"]),
         (["--tflops", "0", "--bandwidth", "3"], ["--tflops is 0.0"]),
+        (["--card", "CPU", "--tflops", "3"], ["--card cpu is measured"]),
     ],
 )
 def test_bad_input_is_one_sentence(
