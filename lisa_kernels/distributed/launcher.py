@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lisa_kernels.errors import InputError
 
@@ -66,6 +68,17 @@ def read_launch(told: Mapping[str, str] | None = None) -> Launch | None:
                 "have it start torchrun on each machine, or start a single process."
             )
     return None
+
+
+def read_launcher(told: Mapping[str, str] | None = None) -> str:
+    """Return a name of what started this process and would start it again, which nothing else ever has; "" of nothing.
+
+    One process that is left of several has it too.
+    """
+    told = os.environ if told is None else told
+    # torchrun makes this folder once for all its starts: folder/attempt_0/local rank/error.json.
+    folders = Path(told.get("TORCHELASTIC_ERROR_FILE", "")).parents
+    return f"{platform.node()}:{folders[2]}" if len(folders) > 2 else ""
 
 
 def _count(told: Mapping[str, str], name: str) -> int:

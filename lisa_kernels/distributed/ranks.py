@@ -11,11 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lisa_kernels.distributed.connections import ending_when_unheard
 from lisa_kernels.distributed.digests import digests
 from lisa_kernels.distributed.launcher import Launch
+from lisa_kernels.distributed.meeting import find_store
 from lisa_kernels.errors import InputError
 
 T = TypeVar("T")
+
+
+class LostRankError(InputError):
+    """Another process is gone, or cannot be reached."""
 
 
 class Ranks:
@@ -31,7 +37,8 @@ class Ranks:
         # Of our own: words for others never come between.
         members = dist.get_process_group_ranks(group)
         self._whole = len(members) == dist.get_world_size()
-        self._between_cpus = dist.new_group(members, backend="gloo", use_local_synchronization=not self._whole)
+        with ending_when_unheard(), _heard():
+            self._between_cpus = dist.new_group(members, backend="gloo", use_local_synchronization=not self._whole)
 
     def close(self) -> None:
         """Give up the group that words travel in."""
@@ -52,7 +59,8 @@ class Ranks:
     def tell(self, value: Any) -> list[Any]:
         """Return what each rank told, in their order; any plain value."""
         found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value, group=self._between_cpus)
+        with _heard():
+            dist.all_gather_object(found, value, group=self._between_cpus)
         return found
 
     def meet(self, occasion: str) -> None:
@@ -71,7 +79,8 @@ class Ranks:
     def _gathered(self, words: Tensor) -> Tensor:
         """Return [ranks, n] for int64 [n] of each rank, on the CPU."""
         found = [torch.empty_like(words) for _ in range(self.count)]
-        dist.all_gather(found, words, group=self._between_cpus)
+        with _heard():
+            dist.all_gather(found, words, group=self._between_cpus)
         return torch.stack(found)
 
     def any_has(self, flags: list[bool]) -> list[bool]:
@@ -80,7 +89,8 @@ class Ranks:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a contiguous tensor over the ranks, in place; all of them get the same bits."""
-        dist.all_reduce(tensor, group=self.group)
+        with _heard():
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     @contextmanager
@@ -89,6 +99,9 @@ class Ranks:
         error: BaseException | None = None
         try:
             yield
+        except LostRankError:
+            # Nobody is left to be told.
+            raise
         except Exception as caught:
             error = caught
         told = self.tell(None if error is None else f"{error}" or type(error).__name__)
@@ -126,10 +139,27 @@ class Ranks:
             )
 
 
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Raise LostRankError where a collective within fails, as it does on all that wait for a process that is gone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("] ")[2] if str(error).startswith("[") else str(error)
+        reason = (reason or str(error)).partition("\n")[0].partition(". ")[0]
+        raise LostRankError(
+            f"another rank is gone, or cannot be reached ({reason}); start all of them again from the last checkpoint, "
+            "which torchrun does by itself with --max-restarts."
+        ) from error
+
+
 def join(launch: Launch) -> Ranks:
     """Make the group of the processes that a launcher has started; for a model on a CPU or on GPUs."""
     if not dist.is_initialized():
-        dist.init_process_group(rank=launch.rank, world_size=launch.count)
+        with ending_when_unheard(), _heard():
+            dist.init_process_group(store=find_store(launch), rank=launch.rank, world_size=launch.count)
     group = dist.group.WORLD
     assert group is not None
     return Ranks(group)

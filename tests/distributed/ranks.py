@@ -23,8 +23,11 @@ PRELOADED = [
 PATIENCE = 60
 
 
-def on_ranks(work: Callable[..., Any], *given: Any, count: int = 2) -> list[Any]:
-    """Return what work(rank, *given) returned in each process; what one raised is raised here, with its traceback."""
+def on_ranks(work: Callable[..., Any], *given: Any, count: int = 2, lost: int | None = None) -> list[Any]:
+    """Return what work(rank, *given) returned in each process; what one raised is raised here, with its traceback.
+
+    lost: the rank that ends without an answer, whose result is None.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
@@ -33,15 +36,17 @@ def on_ranks(work: Callable[..., Any], *given: Any, count: int = 2) -> list[Any]
             context.Process(target=_run, args=(rank, count, Path(folder) / "store", ends[rank][1], work, given))
             for rank in range(count)
         ]
-        for process in processes:
+        for process, (_, theirs) in zip(processes, ends):
             process.start()
+            # So that what one does not send is seen to end.
+            theirs.close()
         try:
             answers = [_answer(ends[rank][0], processes[rank]) for rank in range(count)]
         finally:
             for process in processes:
                 process.join(PATIENCE)
                 process.kill()
-    failed = [text for text, _ in answers if text is not None]
+    failed = [text for rank, (text, _) in enumerate(answers) if text is not None and rank != lost]
     if failed:
         raise AssertionError("\n".join(failed))
     return [result for _, result in answers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lisa_kernels import InputError, cli
-from lisa_kernels.distributed import Launch, check_one_launched, read_launch
+from lisa_kernels.distributed import Launch, check_one_launched, read_launch, read_launcher
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -51,3 +51,14 @@ def test_processes_that_cannot_find_each_other_are_refused() -> None:
         read_launch({name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"})
     with pytest.raises(InputError, match=r"mpirun has started 2 processes \(PMI_SIZE=2\).*torchrun"):
         read_launch({"PMI_SIZE": "2"})
+
+
+def test_a_launcher_is_known_over_its_restarts() -> None:
+    """By the folder that torchrun makes for all its starts; what starts nothing again has no name."""
+    first, again, other = (
+        read_launcher({"TORCHELASTIC_ERROR_FILE": f"/tmp/{launch}/attempt_{number}/1/error.json"})
+        for launch, number in (("a_1", 0), ("a_1", 3), ("a_2", 0))
+    )
+    assert first == again != other
+    assert first.endswith(":/tmp/a_1")
+    assert read_launcher({}) == ""

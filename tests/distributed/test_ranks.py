@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch.distributed as dist
 
 from distributed.ranks import on_ranks
 from lisa_kernels import InputError
-from lisa_kernels.distributed import Ranks, ranks_of
+from lisa_kernels.distributed import LostRankError, Ranks, on_first, ranks_of
 
 
 def said(attempt: Callable[[], Any]) -> str:
@@ -95,6 +98,34 @@ def test_which_group_is_meant(found: list[dict[str, Any]]) -> None:
     assert [each["given"] for each in found] == [True, True]
     assert found[0]["own"] is None
     assert "not in the group" in found[1]["own"]
+
+
+def outlives(rank: int, place: str) -> tuple[str, float]:
+    """Return what rank 0 says, and when, after rank 1 was killed in the middle of something."""
+    ranks = ranks_of("auto")
+    assert ranks is not None
+    ranks.meet("begins")
+    if rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    waits: dict[str, Callable[[], Any]] = {
+        "meet": lambda: ranks.meet("steps"),
+        "sum": lambda: ranks.sum_(torch.ones(1000)),
+        "together": lambda: on_first(ranks, lambda: None),
+    }
+    with pytest.raises(LostRankError) as caught:
+        waits[place]()
+    return str(caught.value), time.monotonic() - began
+
+
+@pytest.mark.parametrize("place", ["meet", "sum", "together"])
+def test_who_outlives_another_says_so_and_ends(place: str) -> None:
+    """At once, in one sentence, wherever it waits."""
+    (sentence, seconds), _ = on_ranks(outlives, place, lost=1)
+    assert sentence.startswith("another rank is gone, or cannot be reached (")
+    assert "onnection" in sentence
+    assert "\n" not in sentence
+    assert seconds < 30
 
 
 def test_without_a_group_there_are_no_ranks() -> None:
