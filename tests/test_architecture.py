@@ -29,12 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "uncompiled": set(),
     "ops": {"errors", "native", "uncompiled", "ops"},
     "paging": {"errors", "native", "paging"},
-    # It steps tensors of which each rank holds a part.
-    "optim": {*BOTTOM, "ops", "paging", "distributed", "optim"},
+    "optim": {*BOTTOM, "ops", "paging", "optim"},
     "basis": {*BOTTOM, "ops", "basis"},
     "samplers": {"errors", "samplers"},
-    # What ranks share out is gathered to be looked at.
-    "scores": {"errors", "distributed", "scores"},
+    "scores": {"errors", "scores"},
     "distributed": {"errors", "distributed"},
     # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
     "layers": {"errors", "uncompiled", "ops", "basis", "distributed", "layers"},

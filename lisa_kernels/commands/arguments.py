@@ -175,6 +175,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="what owlore and ows draw by: outlier, hill, weight-norm, gradient-norm or uniform (default: outlier)",
     )
     add("--retired-state", help="moments of layers that leave: drop, keep (on the device) or page (default: drop)")
+    add("--wire-dtype", help="of gradients between processes: bf16 halves them (default: their own dtype)")
     add(
         "--paging",
         help="where moments are between steps: resident, host, managed (unified memory) or file:DIR (default: on the "

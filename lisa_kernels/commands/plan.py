@@ -51,6 +51,8 @@ def add_command(commands: Any) -> None:
     )
     add_data(parser, required=False)
     add_rows(parser)
+    add("--ranks", type=int, default=1, help="processes that train one model, which share the rows of each step")
+    add("--shard", action="store_true", help="each of them holds a part of the weights")
     add("--fit", metavar="SIZE", help=_FIT_HELP)
     add("--plot", type=Path, help="draw the memory over the run into this file (.png, .svg, .pdf)")
     parser.set_defaults(run=_run, dtype="bf16")

@@ -23,11 +23,13 @@ from lisa_kernels.plan.report import print_fit, print_plan
 from lisa_kernels.plan.result import Plan, allocated_bytes
 from lisa_kernels.plan.times import as_dict, check_asked, durations, is_asked, print_times, with_steps_of_data
 from lisa_kernels.plan.trace import CATEGORIES, Trace
+from lisa_kernels.plan.travel_report import check_ranks, print_travel
 from lisa_kernels.scores.report import new_figure
 from lisa_kernels.sizes import gb, parse_size
 from lisa_kernels.train.configs import load_config
 from lisa_kernels.train.memory import PlannedMemory
 from lisa_kernels.train.options import AUTO, FineTuneOptions
+from lisa_kernels.train.rank_rows import share_of_rank
 from lisa_kernels.train.taken import run_steps
 
 # Moments of a rehearsal that a run's page shows.
@@ -42,12 +44,15 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     if arguments.plot is not None:
         new_figure(arguments.plot)
     start = time.perf_counter()
+    check_ranks(arguments.ranks, arguments.shard)
     options = _options(arguments)
     if isinstance(options.gradient_checkpointing, str):
         device_bytes = _size_for_recomputation(options.gradient_checkpointing, device_bytes)
     if options.epochs is not None and options.data:
         options = with_steps_of_data(options, empty_model(options.model, options.dtype))
-    workload, steps = workload_of(options), None if options.epochs is not None else run_steps(options, 0)
+    rows, micro_batches = share_of_rank(options.batch_size, options.accumulate, arguments.ranks)
+    workload = workload_of(dataclasses.replace(options, batch_size=rows, accumulate=micro_batches), arguments.ranks)
+    steps = None if options.epochs is not None else run_steps(options, 0)
     free = options.gradient_checkpointing is None or isinstance(options.gradient_checkpointing, str)
     blocks = int(load_config(options.model).get_text_config().num_hidden_layers) if free else 0
     if is_asked(arguments):
@@ -67,6 +72,7 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
         }  # fmt: skip
     if not arguments.json:
         print_plan(found.plan, Console())
+        print_travel(found.plan, Console())
         print_times(times, found.plan, arguments, Console())
         if device_bytes is not None:
             print_fit(found, device_bytes, Console())
@@ -76,10 +82,10 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     return result
 
 
-def plan_run(options: FineTuneOptions) -> PlannedMemory:
-    """Return what a run with `options` takes by plan, and what is alive over its steps."""
+def plan_run(options: FineTuneOptions, ranks: int = 1) -> PlannedMemory:
+    """Return what a run with `options` takes by plan, and what is alive over its steps; of ranks each one's."""
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
-    trace = rehearse(workload_of(options), gpu=GpuMemory.here() if on_gpu else None)
+    trace = rehearse(workload_of(options, ranks), gpu=GpuMemory.here() if on_gpu else None)
     numbers, rows = stacked(trace, PAGE_POINTS)
     names = [trace.events[number].phase for number in numbers]
     starts = [at for at, name in enumerate(names) if at == 0 or name != names[at - 1]]

@@ -23,8 +23,11 @@ _ALWAYS_SAID = ("active_layers", "rank", "embeddings")
 _SAID = (*_ALWAYS_SAID, "alpha", "targets", "master", "scores", "retired_state", "design")
 
 
-def workload_of(options: FineTuneOptions) -> Workload:
-    """Return what a run with `options` puts into memory; defaults that depend on the model are settled on it."""
+def workload_of(options: FineTuneOptions, ranks: int = 1) -> Workload:
+    """Return what a run with `options` puts into memory; defaults that depend on the model are settled on it.
+
+    ranks: processes of which each has rows and micro-batches as the options say.
+    """
     from lisa_kernels.plan.rehearsal import Workload
 
     dtype = next(name for name, known in DTYPES.items() if known is parse_dtype(options.dtype))
@@ -39,7 +42,7 @@ def workload_of(options: FineTuneOptions) -> Workload:
         checkpointed_blocks=recomputed or None,
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
-        seed=options.seed, length=RunLength.of(options, method, model),
+        seed=options.seed, length=RunLength.of(options, method, model), ranks=ranks, wire_dtype=options.wire_dtype,
     )  # fmt: skip
 
 
@@ -50,8 +53,8 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
     """
     flags = {
         "model": str(workload.model), "data": "DATA", "output": "OUTPUT", "method": workload.method.name,
-        **_method_flags(workload), "batch-size": workload.batch_size, "accumulate": workload.accumulate,
-        "seq-len": workload.seq_len, "dtype": workload.dtype,
+        **_method_flags(workload), "batch-size": workload.batch_size * workload.ranks,
+        "accumulate": workload.accumulate, "seq-len": workload.seq_len, "dtype": workload.dtype,
     }  # fmt: skip
     if workload.length is not None and workload.length.steps not in (None, DEFAULT_STEPS):
         flags["steps"] = workload.length.steps
@@ -59,6 +62,8 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
         flags["max-grad-norm"] = workload.max_grad_norm or 0
     if workload.paging is not None:
         flags["paging"] = workload.paging
+    if workload.wire_dtype is not None:
+        flags["wire-dtype"] = workload.wire_dtype
     if workload.seed:
         flags["seed"] = workload.seed
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
@@ -70,7 +75,8 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
     if workload.keep_logits:
         words.append("--keep-logits")
     setting = "PYTORCH_ALLOC_CONF=expandable_segments:True "
-    return (setting if expandable else "") + " ".join(["lisa-kernels finetune", *words])
+    launcher = f"torchrun --nproc-per-node {workload.ranks} --no-python " if workload.ranks > 1 else ""
+    return (setting if expandable else "") + launcher + " ".join(["lisa-kernels finetune", *words])
 
 
 def _method_flags(workload: Workload) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lisa_kernels.distributed import GradientReduction, check_wire_dtype
 from lisa_kernels.errors import InputError, NotRehearsedError
 from lisa_kernels.layers import SlotModule, checkpoint_blocks, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW
@@ -23,6 +24,7 @@ from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer, mean_draw
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.length import RunLength
+from lisa_kernels.plan.ranks import RehearsedRanks, travel_of
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
@@ -41,7 +43,8 @@ class Workload:
     model: as for `load_config` (`preset:NAME`, a directory, the path of a config.json), or a configuration of
     transformers. dtype: "fp32", "bf16" or "fp16". checkpointed_blocks: how many are recomputed where activations are,
     None for all. length: of the run, where its method's period is the published one
-    and the run's follows from it; no bytes depend on it. Raises InputError for values out of range.
+    and the run's follows from it; no bytes depend on it. ranks: processes that train one model, all others as this one,
+    with gradients in wire_dtype on their way. Raises InputError for values out of range.
     """
 
     model: Any
@@ -59,13 +62,16 @@ class Workload:
     keep_logits: bool = False
     seed: int = 0
     length: RunLength | None = None
+    ranks: int = 1
+    wire_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""
-        for name, least in (("batch_size", 1), ("seq_len", 2), ("accumulate", 1)):
+        for name, least in (("batch_size", 1), ("seq_len", 2), ("accumulate", 1), ("ranks", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name} is {value!r}; a whole number of at least {least} is wanted.")
+        check_wire_dtype(self.wire_dtype)
         if not isinstance(self.method, Method):
             raise InputError(f"method is {self.method!r}; an instance such as OwLore(active_layers=5) is wanted.")
         if self.method.around != "language":
@@ -73,6 +79,12 @@ class Workload:
                 f"method {self.method.name!r} trains models that are told a time, and not language models; plan it "
                 "with plan_flow of lisa_kernels.plan.flow."
             )
+
+    def steps_between(self) -> int | None:
+        """Return the steps between switches; None where no layers are drawn: refreshes are in every step."""
+        method = self.method if self.length is None else self.length.applied_to(self.method)
+        period: int | None = method.get("period", None)
+        return period
 
 
 def rehearse(
@@ -96,8 +108,11 @@ def rehearse(
     model = empty_model(workload.model, workload.dtype)
     try:
         with FusedAttention(), tracker:
-            optimizer = prepare(model, workload, draws, mean=work is not None)
+            reduction = _reduction(workload, tracker)
+            optimizer = prepare(model, workload, draws, mean=work is not None, reduction=reduction)
             take_steps(model, optimizer, workload, tracker, lambda: empty_batch(workload, META), gpu)
+            if work is not None and reduction is not None and isinstance(reduction.ranks, RehearsedRanks):
+                work.travel = travel_of(reduction.ranks, optimizer, workload.steps_between())
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise NotRehearsedError(
@@ -107,6 +122,15 @@ def rehearse(
     return tracker.trace()
 
 
+def _reduction(workload: Workload, tracker: StorageTracker) -> GradientReduction | None:
+    """Return what averages gradients over ranks that are not there; None without others."""
+    if workload.ranks == 1:
+        return None
+    return GradientReduction(
+        RehearsedRanks(workload.ranks, lambda: tracker.phase_name), check_wire_dtype(workload.wire_dtype)
+    )
+
+
 def empty_batch(workload: Workload, device: torch.device) -> dict[str, Tensor]:
     """Return a micro-batch of zeros, every token a label of its own."""
     shape = workload.batch_size, workload.seq_len
@@ -114,7 +138,8 @@ def empty_batch(workload: Workload, device: torch.device) -> dict[str, Tensor]:
 
 
 def prepare(
-    model: nn.Module, workload: Workload, draws: Sequence[Sequence[int]] | None = None, mean: bool = False
+    model: nn.Module, workload: Workload, draws: Sequence[Sequence[int]] | None = None, mean: bool = False,
+    reduction: GradientReduction | None = None,
 ) -> SampledAdamW:  # fmt: skip
     """Attach the method as `attach` does, with draws of its own in the place of the sampler's: costly ones, or mean."""
     if workload.gradient_checkpointing:
@@ -135,6 +160,7 @@ def prepare(
     return SampledAdamW(
         model, method, layout, sampler, lr=1e-4, weight_decay=1e-2, block_size=workload.block_size, seed=workload.seed,
         max_grad_norm=workload.max_grad_norm, keep_logits=workload.keep_logits, paging=device_paging(workload.paging),
+        reduction=reduction,
     )  # fmt: skip
 
 
@@ -175,8 +201,10 @@ def take_steps(
     workspaces = [] if gpu is None else [gpu.workspace(), gpu.workspace()]
     with tracker.following(model):
         for number in range(1, steps + 1):
-            for _ in range(min(workload.accumulate, MICRO_BATCHES)):
-                micro_batch(model, workload, tracker, make_batch, f"step {number}")
+            micro_batches = min(workload.accumulate, MICRO_BATCHES)
+            for batch in range(1, micro_batches + 1):
+                with nullcontext() if batch == micro_batches else optimizer.no_sync():
+                    micro_batch(model, workload, tracker, make_batch, f"step {number}")
             if isinstance(sampler, GivenDraws):
                 sampler.before_switch = partial(_enter_switch, model, optimizer, tracker, f"step {number}: switch")
             with tracker.phase(f"step {number}: step"):

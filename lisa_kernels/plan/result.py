@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lisa_kernels.plan.flow import FlowWorkload
     from lisa_kernels.plan.gpu_memory import GpuMemory
     from lisa_kernels.plan.length import RunLength
+    from lisa_kernels.plan.ranks import Travel
     from lisa_kernels.plan.rehearsal import Workload
     from lisa_kernels.plan.work import WorkLog
 
@@ -136,7 +137,12 @@ class Plan:
         from lisa_kernels.plan.duration import predict
 
         work = self._cpu_work if machine.is_cpu else self._gpu_work
-        return predict(work, self.workload, machine, self._steps_between())
+        return predict(work, self.workload, machine, self.workload.steps_between())
+
+    @property
+    def travel(self) -> Travel | None:
+        """What the ranks of the run send each other; None of a single one."""
+        return None if getattr(self.workload, "ranks", 1) == 1 else self._gpu_work.travel
 
     @cached_property
     def _gpu_work(self) -> WorkLog:
@@ -158,12 +164,6 @@ class Plan:
         rehearse(self.workload, gpu=gpu, work=work)
         return work
 
-    def _steps_between(self) -> int | None:
-        """Return the steps between switches; None where no layers are drawn: refreshes are in every step."""
-        method, length = self.workload.method, self.workload.length
-        period: int | None = (method if length is None else length.applied_to(method)).get("period", None)
-        return period
-
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the events as plain values, for JSON."""
         return {
@@ -171,6 +171,7 @@ class Plan:
             "peak": self.peak._asdict(), "split_bytes": self.split, "phase_peak_bytes": self.phases,
             "reserved_bytes": self.reserved().reserved, "reserved_bytes_expandable": self.reserved(True).reserved,
             "context_bytes": self.context_bytes, "cards": [card._asdict() for card in self.cards()],
+            "travel": None if self.travel is None else self.travel.as_dict(),
         }  # fmt: skip
 
 

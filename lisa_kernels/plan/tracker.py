@@ -105,6 +105,11 @@ class StorageTracker(TorchDispatchMode):
                 self.watch(func, args, kwargs or {}, result, self._phase, self._part())
         return result
 
+    @property
+    def phase_name(self) -> str:
+        """The phase that runs, "" outside of all."""
+        return self._phase
+
     def _part(self) -> str:
         """Return what kind of work is being done, as `watch` is told it."""
         if self._work == "backward" and self._modules:

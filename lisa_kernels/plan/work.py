@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ import lisa_kernels.ops.fold
 import lisa_kernels.ops.lowrank_linear
 import lisa_kernels.ops.project  # noqa: F401  (all define operations that are named here)
 from lisa_kernels.plan.stand_ins import FUSED_ATTENTION, shape_key, tensors_in
+
+if TYPE_CHECKING:
+    from lisa_kernels.plan.ranks import Travel
 
 PARTS = ("forward", "recomputation", "backward", "optimizer", "switch")
 ATTENTION = FUSED_ATTENTION.default
@@ -54,8 +57,10 @@ class Operation:
 class WorkLog:
     """The operations of a rehearsal: how often each one ran, by phase and part.
 
-    Views and allocations are left out, for they do no work.
+    Views and allocations are left out, for they do no work. travel: what ranks would send each other, if there are any.
     """
+
+    travel: Travel | None = None
 
     def __init__(self) -> None:
         self.operations: dict[Any, Operation | None] = {}

@@ -35,6 +35,7 @@ from lisa_kernels.train.placement import (
 from lisa_kernels.train.preparation import prepare_run
 from lisa_kernels.train.recomputation import checkpointed_blocks
 from lisa_kernels.train.reporters import reporters
+from lisa_kernels.train.restart import LAUNCHERS, find_launchers, resumed_by_launcher
 from lisa_kernels.train.run_folder import start_run
 from lisa_kernels.train.run_lock import RunLock
 from lisa_kernels.train.taken import Grounds, Taken, recorded_in
@@ -119,17 +120,21 @@ def _training_arguments(
 
 
 def finetune(
-    options: FineTuneOptions, console: Console, plan: Callable[[FineTuneOptions], PlannedMemory] | None = None
+    options: FineTuneOptions, console: Console, plan: Callable[..., PlannedMemory] | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Run `options`; returns (exit code, summary): 0 when done, 130 when stopped by ctrl-C with a checkpoint.
 
-    plan: tells the memory of a run before it starts; summary and page have it beside the measured one. Processes that
-    torchrun has started share the rows of each step and train one model; rank 0 writes, the others return no summary.
+    plan: tells the memory of a run, of its options and ranks=, before it starts; summary and page have it beside the
+    measured one. Processes that torchrun has started share the rows of each step and train one model; rank 0 writes,
+    the others return no summary.
+    What torchrun starts again goes on from the last checkpoint.
     """
     launch = read_launch()
     ranks = ranks_of("auto") if launch is None else join(launch)
     if ranks is not None and ranks.rank:
         console = Console(quiet=True)
+    launchers = find_launchers(ranks)
+    options = resumed_by_launcher(options, launchers, ranks)
     lock = RunLock(options.output)
     on_first(ranks, lock.take)
     try:
@@ -139,7 +144,7 @@ def finetune(
             # Whatever asks for "the GPU" means this one.
             torch.cuda.set_device(device)
         try:
-            result = _run(options, device, console, plan, lock, ranks)
+            result = _run(options, device, console, plan, lock, ranks, launchers)
         except torch.OutOfMemoryError as error:
             resumable = bool(find_checkpoints(options.output))
             raise out_of_memory(Memory.of(device), device, resumable) from error
@@ -152,7 +157,7 @@ def finetune(
 
 def _run(
     options: FineTuneOptions, device: torch.device, console: Console,
-    plan: Callable[[FineTuneOptions], PlannedMemory] | None, lock: RunLock, ranks: Ranks | None,
+    plan: Callable[..., PlannedMemory] | None, lock: RunLock, ranks: Ranks | None, launchers: list[str],
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     from transformers.utils import logging as transformers_logging
 
@@ -183,6 +188,7 @@ def _run(
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
+        wire_dtype=options.wire_dtype,
     )  # fmt: skip
     tokens_per_step = options.batch_size * options.accumulate * train.tokens / len(train)
     progress = LiveProgress(console, optimizer, tokens_per_step)
@@ -200,6 +206,7 @@ def _run(
         facts = {"eval_loss_before": _finite(held_out_loss(model, loader, optimizer, ranks)), "scores": scores}
         _check_within_float16(run.dtype, facts["eval_loss_before"], len(held_out))
         facts |= {"began": began, "dtype": run.dtype, "taken": dataclasses.asdict(taken)}
+        facts[LAUNCHERS] = launchers
         on_first(ranks, lambda: _begin(options, facts, lock))
     questions = held_out_questions(held_out, samples_for(model, options.samples))
     if writes:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lisa_kernels.distributed import check_wire_dtype
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.methods import Method, method_by_name
 from lisa_kernels.paging import check_paging
@@ -62,6 +63,7 @@ class FineTuneOptions:
     master: str | None = None
     retired_state: str | None = None
     paging: str | None = None
+    wire_dtype: str | None = None
     scores: str | None = None
     design: str | None = None
     lr: float | None = None
@@ -141,6 +143,7 @@ class FineTuneOptions:
             if name not in REPORTERS:
                 raise unknown_name("--report-to", name, REPORTERS)
         check_paging(self.paging)
+        check_wire_dtype(self.wire_dtype)
         _check_recomputation(self.gradient_checkpointing)
         self.build_method()
 

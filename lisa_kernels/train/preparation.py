@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class PreparedRun:
 
 def prepare_run(
     options: FineTuneOptions, device: torch.device, console: Console,
-    plan: Callable[[FineTuneOptions], PlannedMemory] | None, ranks: Ranks | None,
+    plan: Callable[..., PlannedMemory] | None, ranks: Ranks | None,
 ) -> PreparedRun:  # fmt: skip
     """Read and load all that a run needs; a mistake in what was given shows before anything is changed."""
     check_reporters(options)
@@ -61,6 +62,7 @@ def prepare_run(
         if ranks is not None:
             rows, times = share_of_rank(options.batch_size, options.accumulate, ranks.count)
             settled = dataclasses.replace(settled, batch_size=rows, accumulate=times)
+            plan = None if plan is None else functools.partial(plan, ranks=ranks.count)
         data = read_data(options, console)
     with together(ranks):
         settled = settle_recomputation(settled, plan, device, console)

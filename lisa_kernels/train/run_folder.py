@@ -15,6 +15,9 @@ from lisa_kernels.train.checkpoint import find_checkpoints, remove_leftovers
 from lisa_kernels.train.taken import recorded_in
 
 RUN_FILE = "run.json"
+PARTIAL_RUN_FILE = f".{RUN_FILE}.partial"
+# How the folder begins in which it is tried whether a run can be saved.
+REHEARSAL = ".rehearsal-"
 SUMMARY_FILE = "summary.json"
 ADAPTER_FOLDER = "adapter"
 
@@ -64,7 +67,7 @@ def open_run(options: RunOptions) -> tuple[dict[str, Any], Path | None]:
             raise InputError(
                 f"--resume: {folder} holds no run to continue; leave --resume out, or give the run's folder."
             )
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not _is_leftover(path) for path in folder.iterdir()):
             raise InputError(
                 f"--output {folder} holds files that are not a run of this program; give an empty or new folder."
             )
@@ -82,6 +85,11 @@ def open_run(options: RunOptions) -> tuple[dict[str, Any], Path | None]:
                 f"--overwrite would delete {flag} {given}, which lies in --output {folder}; give another --output."
             )
     return {}, None
+
+
+def _is_leftover(path: Path) -> bool:
+    """Return whether a file or folder is what a start that was killed before its run began has left."""
+    return path.name == PARTIAL_RUN_FILE or path.name.startswith(REHEARSAL)
 
 
 def _resumed(options: RunOptions, saved: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
@@ -112,9 +120,11 @@ def start_run(options: RunOptions, facts: dict[str, Any]) -> None:
     """
     if not (options.overwrite or options.resume) and (options.output / RUN_FILE).exists():
         raise InputError(f"another run has begun in --output {options.output} meanwhile; give another folder.")
-    if options.overwrite and (options.output / RUN_FILE).exists():
-        shutil.rmtree(options.output)
     options.output.mkdir(parents=True, exist_ok=True)
+    # run.json goes last, by being replaced: a kill in between leaves what may be overwritten again.
+    for path in options.output.iterdir():
+        if _is_leftover(path) or (options.overwrite and path.name != RUN_FILE):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(options.output / RUN_FILE, {"options": options.recorded(), **facts})
 
 

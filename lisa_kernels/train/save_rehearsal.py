@@ -15,6 +15,7 @@ from torch import nn
 from lisa_kernels.errors import InputError
 from lisa_kernels.train.checkpoint import find_checkpoints
 from lisa_kernels.train.options import FineTuneOptions
+from lisa_kernels.train.run_folder import REHEARSAL
 
 # What generation reads only where it samples.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -28,7 +29,7 @@ def rehearse_saving(options: FineTuneOptions, model: Any, tokenizer: Any, consol
     """
     _without_idle_sampling(model, console)
     with _made(options.output):
-        with _told(options.output), tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=options.output) as folder:
+        with _told(options.output), tempfile.TemporaryDirectory(prefix=REHEARSAL, dir=options.output) as folder:
             # One element of each tensor: what shares memory still does.
             thin = {name: value.detach().reshape(-1)[:1] for name, value in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=thin, save_original_format=False)

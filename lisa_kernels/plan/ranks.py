@@ -1,0 +1,150 @@
+"""What several ranks send each other in the steps of a run, by its rehearsal, and how long links take for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lisa_kernels.basis.range_finder import FIRST_PASSES
+from lisa_kernels.distributed import Ranks
+from lisa_kernels.distributed.digests import digest
+from lisa_kernels.methods import SampledAdamW
+from lisa_kernels.plan.links import LINKS, Link
+from lisa_kernels.plan.machines import Seconds
+
+GRADIENTS, SKETCHES = "averages the gradients", "finds the basis of"
+# Rehearsed steps: one in which all bases are found, and one that has them.
+FIRST_STEP, STEADY_STEP = "step 1", "step 2"
+
+
+class RehearsedRanks(Ranks):
+    """Stands for `Ranks` in a rehearsal: counts what would travel, and makes the same tensors on its way.
+
+    phase: tells what is going on.
+    """
+
+    def __init__(self, count: int, phase: Callable[[], str]) -> None:
+        self.rank, self.count = 0, count
+        self._phase, self._occasion = phase, ""
+        # Bytes and sums of each (step, occasion).
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        self.sums: Counter[tuple[str, str]] = Counter()
+
+    def meet(self, occasion: str) -> None:
+        """Note what the next tensors travel for."""
+        self._occasion = occasion
+
+    def any_has(self, flags: list[bool]) -> list[bool]:
+        """Return what this rank has: all do the same."""
+        return flags
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that would be added up."""
+        key = self._phase().partition(":")[0], self._occasion.partition(" in step")[0]
+        self.bytes[key] += tensor.numel() * tensor.element_size()
+        self.sums[key] += 1
+        return tensor
+
+    def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
+        """Make what comparing digests makes."""
+        for tensor in tensors.values():
+            digest(tensor)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do nothing: a rehearsal that fails does so alone."""
+        yield
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def of(self, step: str, kind: str) -> tuple[int, int]:
+        """Return the (bytes, sums) of a kind in a rehearsed step."""
+        keys = [key for key in self.bytes if key[0] == step and f"{key[1]} of step".startswith(f"{kind} of step")]
+        return sum(self.bytes[key] for key in keys), sum(self.sums[key] for key in keys)
+
+
+@dataclass(frozen=True)
+class Travel:
+    """The bytes that are summed over the ranks: what each of them gives, and gets as much of.
+
+    gradients: of every step. first_bases: of a step that finds the bases of all layers that a switch brings; lasting:
+    of the first bases of what always trains. sketches: what finding and refreshing bases comes to a step, on average
+    over the periods of a long run, if every switch brings other layers. Words of a few bytes a parameter come on top,
+    in `meetings` of a steady step.
+    """
+
+    ranks: int
+    gradients: int
+    first_bases: int
+    lasting: int
+    sketches: float
+    gradient_sums: int
+    sketch_sums: float
+
+    @property
+    def bytes_a_step(self) -> float:
+        """All of it, of a step on average."""
+        return self.gradients + self.sketches
+
+    def seconds(self, link: Link) -> Seconds:
+        """Return what a step's share of it takes on a link, on which all of it is waited for."""
+        # A ring passes each byte on to all others but one, twice; the ranks tell each other what for before each sum.
+        sent = self.bytes_a_step * 2 * (self.ranks - 1) / self.ranks
+        meetings = 2 * (self.ranks - 1) * 2 * (self.gradient_sums + self.sketch_sums)
+        return link.seconds(sent, meetings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        links = [
+            {
+                "link": link.name, "bandwidth_gb_s": link.bandwidth_gb_s,
+                "step_seconds_low": self.seconds(link).low, "step_seconds_high": self.seconds(link).high,
+                "hidden_share": HIDDEN,
+            }
+            for link in LINKS
+        ]  # fmt: skip
+        return {
+            "ranks": self.ranks, "gradient_bytes_per_step": self.gradients, "sketch_bytes_per_step": self.sketches,
+            "sketch_bytes_of_a_switch": self.first_bases, "links": links,
+        }  # fmt: skip
+
+
+# Of what travels, beside the backward: gradients leave when it has ended, and a basis is waited for.
+HIDDEN = 0.0
+
+
+def travel_of(ranks: RehearsedRanks, optimizer: SampledAdamW, period: int | None) -> Travel:
+    """Return what travels in a run of which this is the rehearsal; period: steps between switches, None of none."""
+    gradients, sums = ranks.of(STEADY_STEP, GRADIENTS)
+    always = set(optimizer.layout.always.lowrank)
+    if period is None:
+        always |= set(optimizer._layers())
+    drawn_first = lasting = 0
+    sketches = often = 0.0
+    layers = optimizer._layers()
+    for path, layer in layers.items():
+        each, times = ranks.of(FIRST_STEP, f"{SKETCHES} {path}")
+        if not each or layer.tracker is None:
+            continue
+        if path in always:
+            lasting += each
+            found = 0.0 if not layer.tracker.gap else 1 / layer.tracker.gap
+        else:
+            drawn_first += each
+            assert period is not None
+            found = _found_in(period, layer.tracker.gap, layer.tracker.offset) / period
+        sketches += found * each / FIRST_PASSES
+        often += found * times / FIRST_PASSES
+    return Travel(ranks.count, gradients, drawn_first, lasting, sketches, sums, often)
+
+
+def _found_in(period: int, gap: int, offset: int) -> float:
+    """Return the power passes of one matrix in a period: those of its first basis, and one of each refresh."""
+    refreshes = sum((step + offset) % gap == 0 for step in range(1, period)) if gap else 0
+    return FIRST_PASSES + refreshes

@@ -1,0 +1,44 @@
+"""What ranks send each other, as text."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.plan.links import LINKS
+from lisa_kernels.plan.machines import Seconds
+from lisa_kernels.plan.ranks import HIDDEN
+from lisa_kernels.plan.result import Plan
+
+
+def check_ranks(ranks: int, shard: bool) -> None:
+    """Raise InputError for a number of processes that is none, and for weights shared out among them."""
+    if ranks < 1:
+        raise InputError(f"--ranks is {ranks}; at least 1 is wanted.")
+    if shard:
+        raise InputError(
+            "--shard is given, and weights that are shared out among ranks cannot be planned yet; leave it out: the "
+            "plan is then of ranks that each have all weights."
+        )
+
+
+def print_travel(plan: Plan, console: Console) -> None:
+    """Print the bytes of a step by kind, and how long each link takes for them; nothing of a single rank."""
+    travel = plan.travel
+    if travel is None:
+        return
+    console.print(
+        f"each of {travel.ranks} ranks, whose peak that is, sends {travel.gradients / 1e6:,.2f} MB of gradients a step "
+        f"and on average {travel.sketches / 1e6:,.2f} MB of what bases are found from "
+        f"({travel.first_bases / 1e6:,.1f} MB in a step after a switch)",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    table = Table("link", "a step's part of it", "hidden behind the backward", box=None)
+    for link in LINKS:
+        table.add_row(link.name, _milliseconds(travel.seconds(link)), f"{HIDDEN:.0%}")
+    console.print(table)
+
+
+def _milliseconds(seconds: Seconds) -> str:
+    return f"{seconds.low * 1e3:,.1f}-{seconds.high * 1e3:,.1f} ms"

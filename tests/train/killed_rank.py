@@ -1,0 +1,65 @@
+"""`lisa-kernels` as one of several ranks, which kills itself where a list of places says so, at each start another.
+
+Called with the list as JSON before the command's own words: at start number i the rank [i][0] dies in the call [i][2]
+of the place [i][1], and [i][3] seconds later.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+PLACES = {
+    "forward": ("lisa_kernels.train.trainer", "FineTuneTrainer", "training_step"),
+    "backward": ("lisa_kernels.distributed.reduction", "GradientReduction", "_arrived"),
+    "sum": ("lisa_kernels.distributed.ranks", "Ranks", "sum_"),
+    "sketch": ("lisa_kernels.methods.rank_access", "RankAccess", "_sum_sketch"),
+    "step": ("lisa_kernels.methods.sampled_adamw", "SampledAdamW", "_take_step"),
+    "switch": ("lisa_kernels.methods.sampled_adamw", "SampledAdamW", "_begin_period"),
+    "comparison": ("lisa_kernels.distributed.ranks", "Ranks", "check_equal"),
+    "save": ("lisa_kernels.train.trainer", "FineTuneTrainer", "_save_checkpoint"),
+    "files": ("lisa_kernels.train.trainer", None, "save_tree"),
+    "begin": ("lisa_kernels.train.finetune", None, "start_run"),
+    "last save": ("lisa_kernels.train.finetune", None, "save_weights"),
+}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def set_trap(place: str, call: int, seconds: float) -> None:
+    module, owner, name = PLACES[place]
+    found: Any = importlib.import_module(module)
+    found = found if owner is None else getattr(found, owner)
+    real, calls = getattr(found, name), 0
+
+    def trapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and seconds:
+            threading.Timer(seconds, die).start()
+        elif calls == call:
+            die()
+        return real(*args, **kwargs)
+
+    setattr(found, name, trapped)
+
+
+def main() -> int:
+    from lisa_kernels import cli
+
+    traps = json.loads(sys.argv[1])
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if start < len(traps) and traps[start][0] == int(os.environ["RANK"]):
+        set_trap(*traps[start][1:])
+    return cli.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
