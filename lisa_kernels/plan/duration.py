@@ -82,9 +82,11 @@ def predict(work: WorkLog, workload: Workload, machine: Machine, period: int | N
     """
     micro_batches = workload.accumulate / min(workload.accumulate, 2)
     steady, extra = _step(work, STEADY), Counter[tuple[str, Any]]()
+    # The step that is steady until then ends with the switch.
+    switch = Counter({key: steady.pop(key) for key in [*steady] if key[0] == "switch"})
     if period is not None:
         switched = _step(work, SWITCHED)
-        extra = Counter({key: switched[key] - steady[key] for key in {*switched, *steady}})
+        extra = Counter({key: switched[key] + switch[key] - steady[key] for key in {*switched, *switch, *steady}})
     totals: dict[tuple[str, Any], float] = {}
     always: dict[tuple[str, Any], float] = {}
     for key in {*steady, *extra}:

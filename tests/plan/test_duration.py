@@ -76,6 +76,15 @@ def test_a_switch_is_spread_over_its_period() -> None:
     assert seldom - never == pytest.approx((often - never) / 4, rel=0.01)
 
 
+def test_what_a_switch_does_itself_is_no_part_of_the_other_steps() -> None:
+    """The rehearsed step that is like all others ends with one."""
+    method = OwLore(2, rank=4, scores="uniform")
+    often, never = (plan_of(dataclasses.replace(method, period=period)).duration(Counting()) for period in (1, 10**6))
+    assert middle(often, "switch") >= 1
+    assert middle(never, "switch") < 1e-3
+    assert never.launches == often.launches == round(never.step.low)
+
+
 def test_with_frozen_embeddings_the_backward_is_as_deep_as_the_mean_draw() -> None:
     """A plan of memory takes the deepest."""
     deep = plan_of(LISA(1, embeddings="low-rank", rank=4)).duration(Counting())
