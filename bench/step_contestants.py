@@ -161,17 +161,26 @@ def _owlore(embeddings: str) -> Callable[[Case], Method]:
 
 
 class EmptyAdamW(Optimizer):
-    """What torch's fused AdamW holds of parameters without values, which it refuses."""
+    """What torch's fused AdamW holds of parameters without values, which it refuses, and the work that it does."""
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         super().__init__(params, {"lr": LR, "weight_decay": WEIGHT_DECAY})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Make the state of every parameter with a gradient; the fused kernel itself takes no memory."""
-        for param in (param for group in self.param_groups for param in group["params"]):
-            if param.grad is not None and not self.state[param]:
+        """Make the state of every parameter with a gradient, and call the fused kernel as torch's class does."""
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        for param in params:
+            if not self.state[param]:
                 zero = torch.zeros((), device=param.device)
                 self.state[param] = {"step": zero, **{name: torch.zeros_like(param) for name in ("m", "v")}}
+        if params:
+            steps, m, v = ([self.state[param][name] for param in params] for name in ("step", "m", "v"))
+            with torch.no_grad():
+                torch._foreach_add_(steps, 1)
+                torch._fused_adamw_(
+                    params, [param.grad for param in params], m, v, [], steps, lr=LR, beta1=0.9, beta2=0.999,
+                    weight_decay=WEIGHT_DECAY, eps=1e-8, amsgrad=False, maximize=False,
+                )  # fmt: skip
 
 
 def _adamw(params: Iterable[Tensor]) -> Optimizer:

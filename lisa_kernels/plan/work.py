@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 import lisa_kernels.ops.fold
 import lisa_kernels.ops.lowrank_linear
 import lisa_kernels.ops.project  # noqa: F401  (all define operations that are named here)
-from lisa_kernels.plan.stand_ins import FUSED_ATTENTION, shape_key, tensors_in
+from lisa_kernels.plan.stand_ins import FUSED_ATTENTION, META, shape_key, tensors_in
 
 if TYPE_CHECKING:
     from lisa_kernels.plan.ranks import Travel
@@ -101,7 +101,19 @@ def _measure(
     moved = sum(map(_bytes, read[len(looked_up) :])) + sum(map(_bytes, fresh)) + sum(map(_bytes, mutated))
     moved += sum(map(_bytes, fresh[:1])) if looked_up else 0
     halves = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in read)
-    return Operation(key, (func, args, kwargs), products_of(func, args, kwargs, result), moved, halves)
+    example = func, *(_shapes_of(given) for given in (args, kwargs))
+    return Operation(key, example, products_of(func, args, kwargs, result), moved, halves)
+
+
+def _shapes_of(value: Any) -> Any:
+    """Return arguments with tensors of their own: those given would live for as long as they are kept as examples."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_shapes_of(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _shapes_of(item) for name, item in value.items()}
+    return value
 
 
 def products_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
@@ -162,7 +174,8 @@ def _attention(query: Tensor, key: Tensor, causal: bool) -> int:
 def _mutated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     found: list[Tensor] = []
     for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
+        # torch's fused optimizers write gradients only where a scaler is to be undone.
+        if argument.alias_info is None or not argument.alias_info.is_write or argument.name == "grads":
             continue
         value = args[place] if place < len(args) else kwargs.get(argument.name)
         found += tensors_in(value)
