@@ -13,15 +13,24 @@ from rich.console import Console
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.plan.allocator import replay
+from lisa_kernels.plan.duration import Machine
 from lisa_kernels.plan.empty_model import empty_model
-from lisa_kernels.plan.fit import Fit, fit
+from lisa_kernels.plan.fit import Fit, proposals
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.options import finetune_command, workload_of
 from lisa_kernels.plan.plot import plot_timeline, stacked
 from lisa_kernels.plan.rehearsal import Workload, rehearse
-from lisa_kernels.plan.report import print_fit, print_plan
+from lisa_kernels.plan.report import print_fit, print_plan, proposal_dict
 from lisa_kernels.plan.result import Plan, allocated_bytes
-from lisa_kernels.plan.times import as_dict, check_asked, durations, is_asked, print_times, with_steps_of_data
+from lisa_kernels.plan.times import (
+    as_dict,
+    check_asked,
+    durations,
+    is_asked,
+    machine_of,
+    print_times,
+    with_steps_of_data,
+)
 from lisa_kernels.plan.trace import CATEGORIES, Trace
 from lisa_kernels.plan.travel_report import check_ranks, print_travel
 from lisa_kernels.scores.report import new_figure
@@ -58,7 +67,9 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     if is_asked(arguments):
         # A name that is unknown is told before anything takes time.
         check_asked(arguments)
-    found = _find(workload, device_bytes, console, blocks, steps)
+    machine = None if device_bytes is None else machine_of(arguments, device_bytes)
+    ranked = _find(workload, device_bytes, console, blocks, steps, machine)
+    found = ranked[0]
     with console.status("reckoning the time"):
         times = durations(found.plan, arguments)
     result: dict[str, Any] = {
@@ -69,13 +80,14 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
             "bytes": device_bytes, "margin_bytes": found.plan.margin_bytes(device_bytes, found.expandable),
             "expandable_segments": found.expandable, "rehearsals": found.rehearsals,
             "command": finetune_command(found.plan.workload, found.expandable),
+            "proposals": [proposal_dict(each, device_bytes, machine) for each in ranked],
         }  # fmt: skip
     if not arguments.json:
         print_plan(found.plan, Console())
         print_travel(found.plan, Console())
         print_times(times, found.plan, arguments, Console())
         if device_bytes is not None:
-            print_fit(found, device_bytes, Console())
+            print_fit(ranked, device_bytes, machine, Console())
     if arguments.plot is not None:
         plot_timeline(found.plan, arguments.plot)
         console.print(f"picture in {arguments.plot}")
@@ -125,9 +137,10 @@ def _size_for_recomputation(given: str, device_bytes: int | None) -> int:
 
 
 def _find(
-    workload: Workload, device_bytes: int | None, console: Console, blocks: int, steps: int | None
-) -> Fit:  # fmt: skip
-    """Return the plan of the workload, or of the first settings that fit."""
+    workload: Workload, device_bytes: int | None, console: Console, blocks: int, steps: int | None,
+    machine: Machine | None,
+) -> list[Fit]:  # fmt: skip
+    """Return the plan of the workload, or of all settings that fit and teach the same, fastest first."""
     with console.status("rehearsing") as status:
 
         def make_plan(asked: Workload) -> Plan:
@@ -135,6 +148,11 @@ def _find(
             status.update(f"rehearsing (the last: {gb(plan.peak_bytes)})")
             return plan
 
+        def seconds(plan: Plan) -> float:
+            status.update("reckoning the time")
+            assert machine is not None
+            return sum(plan.duration(machine).step)
+
         if device_bytes is None:
-            return Fit(make_plan(workload), expandable=False, rehearsals=1)
-        return fit(workload, device_bytes, make_plan, blocks)
+            return [Fit(make_plan(workload), expandable=False, rehearsals=1)]
+        return proposals(workload, device_bytes, make_plan, seconds, blocks)

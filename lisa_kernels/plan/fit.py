@@ -1,10 +1,10 @@
-"""Find the settings of a run that fit a device, those that cost least first."""
+"""Find the settings of a run that fit a device, those that cost least first, and the fastest that teach the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import Method
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FEW_LAYERS = 2  # what LISA was published with
 SMALL_RANK = 32
+NEIGHBOURS = 2  # sizes of micro-batches tried on either side
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,57 @@ def fit(workload: Workload, device_bytes: int, make_plan: Callable[[Workload], P
     that are missing, where nothing fits.
     """
     search = _Search(device_bytes, make_plan)
+    return search.result(_found(workload, search, blocks))
+
+
+def proposals(
+    workload: Workload, device_bytes: int, make_plan: Callable[[Workload], Plan], seconds: Callable[[Plan], float],
+    blocks: int = 0,
+) -> list[Fit]:  # fmt: skip
+    """Return what `fit` finds and others that fit and teach the same, fastest first.
+
+    They have other numbers of rows at a time, and as many in all, each with as few blocks recomputed as fit: more rows
+    read the weights less often, fewer leave memory in which nothing is recomputed. seconds: of a step of a plan. Among
+    equals the one that `fit` finds is first.
+    """
+    search = _Search(device_bytes, make_plan)
+    found = _found(workload, search, blocks)
+    chosen = [found, *_other_batches(found, search, blocks)]
+    return sorted((search.result(each) for each in chosen), key=lambda each: seconds(each.plan))
+
+
+def _found(workload: Workload, search: _Search, blocks: int) -> Workload:
     found = workload if search.fits(workload) else _lighter(workload, search)
     if blocks and found.gradient_checkpointing and not found.offload_activations:
         found = search.first([*_fewer_recomputed(found, blocks), found]) or found
-    return search.result(found)
+    return found
+
+
+def _other_batches(found: Workload, search: _Search, blocks: int) -> Iterator[Workload]:
+    """Yield the workload with fewer and with more rows at a time, as many in all, where those fit."""
+    rows = found.batch_size * found.accumulate
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    place = sizes.index(found.batch_size)
+    free = bool(blocks) and not found.offload_activations
+    # Fewer rows save no time but by what they spare of recomputation.
+    fewer = sizes[max(0, place - NEIGHBOURS) : place] if free and found.gradient_checkpointing else []
+    for size in [*fewer, *sizes[place + 1 : place + 1 + NEIGHBOURS]]:
+        resized = replace(found, batch_size=size, accumulate=rows // size)
+        if free:
+            every = replace(resized, gradient_checkpointing=True, checkpointed_blocks=None)
+            choices = [*_fewer_recomputed(every, blocks), every]
+            # More rows need at least as many blocks recomputed.
+            at = choices.index(replace(every, **_recomputation(found)))
+            choices = choices[at:] if size > found.batch_size else choices[: at + 1]
+        else:
+            choices = [resized]
+        fitting = search.first(choices)
+        if fitting is not None:
+            yield fitting
+
+
+def _recomputation(workload: Workload) -> dict[str, Any]:
+    return {name: getattr(workload, name) for name in ("gradient_checkpointing", "checkpointed_blocks")}
 
 
 def _lighter(workload: Workload, search: _Search) -> Workload:

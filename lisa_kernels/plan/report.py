@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
 from lisa_kernels.plan.cards import KEPT_BY_DRIVER
+from lisa_kernels.plan.duration import Machine
 from lisa_kernels.plan.fit import Fit
 from lisa_kernels.plan.options import finetune_command
 from lisa_kernels.plan.result import Moment, Plan
@@ -63,9 +67,34 @@ def _verdict(margin_bytes: int) -> str:
     return f"yes, {gb(margin_bytes)} left" if margin_bytes >= 0 else f"no, {gb(-margin_bytes)} missing"
 
 
-def print_fit(fit: Fit, device_bytes: int, console: Console) -> None:
-    """Print what fits as a command line, with what it leaves."""
-    left = fit.plan.margin_bytes(device_bytes, fit.expandable)
+def print_fit(ranked: Sequence[Fit], device_bytes: int, machine: Machine | None, console: Console) -> None:
+    """Print the fastest that fits as a command line, with what it leaves, and the others beside it."""
+    left = ranked[0].plan.margin_bytes(device_bytes, ranked[0].expandable)
     console.print(f"fits {gb(device_bytes)} with {gb(left)} to spare:", style="bold", highlight=False)
     # Unwrapped and unstyled, to be copied.
-    console.print(finetune_command(fit.plan.workload, fit.expandable), markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        finetune_command(ranked[0].plan.workload, ranked[0].expandable), markup=False, highlight=False, soft_wrap=True
+    )
+    if len(ranked) < 2 or machine is None:
+        return
+    console.print(f"fastest first, on {machine.name} by prediction; all of them teach the same:", highlight=False)
+    table = Table("tokens/s", "rows at a time", "blocks recomputed", "to spare", box=None)
+    for fit in ranked:
+        said, workload = proposal_dict(fit, device_bytes, machine), fit.plan.workload
+        recomputed = "all" if workload.checkpointed_blocks is None else str(workload.checkpointed_blocks)
+        table.add_row(
+            f"{said['tokens_per_second_low']:,.0f}-{said['tokens_per_second_high']:,.0f}",
+            f"{workload.batch_size}, {workload.accumulate} times",
+            recomputed if workload.gradient_checkpointing else "none", gb(said["margin_bytes"]),
+        )  # fmt: skip
+    console.print(table)
+
+
+def proposal_dict(fit: Fit, device_bytes: int, machine: Machine | None) -> dict[str, Any]:
+    """Return settings that fit as plain values, with their time on a machine where there is one."""
+    time = {} if machine is None else fit.plan.duration(machine).as_dict()
+    return {
+        **{name: time.get(name) for name in ("machine", "tokens_per_second_low", "tokens_per_second_high")},
+        "margin_bytes": fit.plan.margin_bytes(device_bytes, fit.expandable), "expandable_segments": fit.expandable,
+        "command": finetune_command(fit.plan.workload, fit.expandable),
+    }  # fmt: skip

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.plan.cards import card_bytes
-from lisa_kernels.plan.duration import Duration
+from lisa_kernels.plan.duration import Duration, Machine
 from lisa_kernels.plan.machines import CARDS, Seconds, card_by_name
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.train.options import FineTuneOptions
@@ -23,6 +23,8 @@ from lisa_kernels.train.tokenize import accepts_position_ids, packed
 
 UNCONFIRMED = "predicted from data sheets; no card has confirmed it"
 MINUTE, HOUR, DAY = 60, 3600, 86400
+# A size given in GB is a little less, or more, than what is sold by that number.
+SAME_SIZE = 0.9
 
 
 def is_asked(arguments: argparse.Namespace) -> bool:
@@ -53,6 +55,18 @@ def durations(plan: Plan, arguments: argparse.Namespace) -> list[Duration]:
             return [plan.duration(ThisCpu())]
         return [plan.duration(card_by_name(arguments.card, arguments.bandwidth, arguments.tflops))]
     return [plan.duration(card) for card in CARDS.values() if plan.fits(card_bytes(card.memory_gb), expandable=True)]
+
+
+def machine_of(arguments: argparse.Namespace, device_bytes: int) -> Machine:
+    """Return the machine by whose times settings are ranked: the one asked for, or the smallest card of that size."""
+    if _is_this_cpu(arguments):
+        from lisa_kernels.plan.this_cpu import ThisCpu
+
+        return ThisCpu()
+    if is_asked(arguments):
+        return card_by_name(arguments.card, arguments.bandwidth, arguments.tflops)
+    sizes = sorted(CARDS.values(), key=lambda card: card.memory_gb)
+    return next((card for card in sizes if card_bytes(card.memory_gb) >= SAME_SIZE * device_bytes), sizes[-1])
 
 
 def with_steps_of_data(options: FineTuneOptions, model: Any) -> FineTuneOptions:

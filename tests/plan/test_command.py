@@ -100,6 +100,10 @@ def test_fit_finds_settings_and_prints_their_command(config: str, capsys: pytest
     assert (found["batch_size"], found["accumulate"]) in ((2, 4), (4, 2))
     words = shlex.split(found["fit"]["command"])
     assert words[words.index("--batch-size") + 1] == str(found["batch_size"])
+    speeds = [each["tokens_per_second_low"] for each in found["fit"]["proposals"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert found["fit"]["proposals"][0]["command"] == found["fit"]["command"]
+    assert found["fit"]["proposals"][0]["machine"] == "rtx-3060"
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {

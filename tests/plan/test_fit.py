@@ -13,7 +13,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.methods import LISA, BAdam, FullFineTune, GaLore, LoRAFA, Method, OwLore
 from lisa_kernels.plan.allocator import MIB
 from lisa_kernels.plan.cards import CONTEXT_BYTES
-from lisa_kernels.plan.fit import Fit, fit, lighter_methods
+from lisa_kernels.plan.fit import Fit, fit, lighter_methods, proposals
 from lisa_kernels.plan.result import Plan
 
 from .traces import sizes
@@ -137,6 +137,63 @@ def test_what_is_left_over_spares_recomputation(mib: int, count: int) -> None:
     assert (recomputed if found.gradient_checkpointing else 0) == count
     assert (found.method, found.batch_size) == (run.method, run.batch_size)
     assert result.rehearsals <= 8
+
+
+def seconds(run: Run, blocks: int = 4) -> float:
+    """Of a step: each micro-batch reads the weights, and recomputation is a third of the rest."""
+    recomputed = 0 if not run.gradient_checkpointing else run.checkpointed_blocks or blocks
+    return run.accumulate * (1.0 + run.batch_size * (1 + recomputed / blocks / 2))
+
+
+def ranked(run: Run, mib: int, blocks: int = 4) -> list[Any]:
+    """The proposals for a model of four blocks, of which each spares as much as any other."""
+
+    def need(asked: Run) -> int:
+        none, every = (need_mib(replace(asked, gradient_checkpointing=flag)) for flag in (False, True))
+        share = 0.0 if not asked.gradient_checkpointing else (asked.checkpointed_blocks or 4) / 4
+        return int(none - (none - every) * share)
+
+    workload: Any = run
+    found = proposals(
+        workload, CONTEXT_BYTES + mib * MIB, lambda asked: Plan(asked, sizes((1, need(asked) * MIB))),  # type: ignore[arg-type]
+        lambda plan: seconds(plan.workload), blocks,
+    )  # fmt: skip
+    assert all(need(each.plan.workload) <= mib for each in found)
+    return [each.plan.workload for each in found]
+
+
+@pytest.mark.parametrize("mib", [900, 1340, 1500, 1700, 1900, 4000])
+def test_proposals_are_fastest_first_and_teach_the_same(mib: int) -> None:
+    """Each has as few blocks recomputed as fit; whatever else there is of rows and blocks that fits is no faster."""
+    run = Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), gradient_checkpointing=True)
+    if need_mib(replace(run, batch_size=1)) > mib:
+        with pytest.raises(InputError):
+            ranked(run, mib)
+        return
+    found = ranked(run, mib)
+    assert [seconds(each) for each in found] == sorted(seconds(each) for each in found)
+    assert {each.batch_size * each.accumulate for each in found} == {8}
+    assert {each.method for each in found} == {run.method}
+    assert len({each.batch_size for each in found}) == len(found)
+
+
+def test_memory_that_is_left_goes_where_it_saves_most() -> None:
+    """8 rows with all blocks recomputed, 4 with three, or 2 with none, which reads the weights four times, and wins."""
+    run = Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), gradient_checkpointing=True)
+    base = need_mib(replace(run, batch_size=1)) - 10
+    first, *others = ranked(run, base + 100)
+    assert (first.batch_size, first.accumulate, first.gradient_checkpointing) == (2, 4, False)
+    assert [(each.batch_size, each.checkpointed_blocks) for each in others] == [(8, None), (4, 3)]
+    roomy = ranked(replace(run, batch_size=1, accumulate=8), base + 400)
+    assert [(each.batch_size, each.gradient_checkpointing) for each in roomy] == [(4, False), (2, False), (1, False)]
+
+
+def test_a_given_recomputation_is_kept_and_more_rows_are_tried() -> None:
+    """Where the number of blocks was told; fewer rows would save no time."""
+    run = Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), batch_size=2, accumulate=4)
+    found = ranked(run, 4000, blocks=0)
+    assert [each.batch_size for each in found] == [8, 4, 2]
+    assert {each.gradient_checkpointing for each in found} == {False}
 
 
 LADDERS: dict[str, tuple[Method, list[Method]]] = {

@@ -66,7 +66,8 @@ def test_every_card_has_a_verdict() -> None:
 
 def test_what_fits_is_one_unbroken_line_to_be_copied() -> None:
     plan, out = Plan(WORKLOAD, sizes((1, 20 * 2**20))), io.StringIO()
-    print_fit(Fit(plan, expandable=False, rehearsals=1), CONTEXT_BYTES + 30 * 2**20, Console(file=out, width=60))
+    found = Fit(plan, expandable=False, rehearsals=1)
+    print_fit([found], CONTEXT_BYTES + 30 * 2**20, None, Console(file=out, width=60))
     first, second = out.getvalue().splitlines()
     assert first == "fits 631.5 MB with 10.5 MB to spare:"
     assert second == finetune_command(WORKLOAD)
