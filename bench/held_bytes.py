@@ -116,7 +116,7 @@ def _resident_rise(step: Callable[[], object]) -> int:
 def _allocated_rise(step: Callable[[], object]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        with _silent_stderr(), torch.profiler.profile(profile_memory=True) as profile:
+        with silent_stderr(), torch.profiler.profile(profile_memory=True) as profile:
             step()
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
@@ -131,7 +131,7 @@ def _allocated_rise(step: Callable[[], object]) -> int:
 
 
 @contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
+def silent_stderr() -> Iterator[None]:
     """Keep what C++ code writes to standard error to itself: torch 2.13's profiler announces its start and end."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)

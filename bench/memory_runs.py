@@ -15,6 +15,7 @@ from bench.step_cases import Case
 from bench.step_contestants import CONTESTANTS, Trainee
 from lisa_kernels.layers import checkpoint_blocks
 from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.rehearsal import Workload, empty_batch, micro_batch, prepare, take_steps
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
@@ -107,30 +108,50 @@ PEERS = {
 }
 
 
-def measured(workload: Workload, device: torch.device = CPU) -> Trace:
-    """Return our method's storages in the same steps with real tensors."""
-    tracker, model = StorageTracker(device.type), real_model(workload, device)
+def measured(
+    workload: Workload, device: torch.device = CPU, model: Any = None, work: WorkLog | None = None
+) -> Trace:  # fmt: skip
+    """Return our method's storages in the same steps with real tensors.
+
+    model: the workload's, where there is one already. `work` is told each operation, as in `rehearse`.
+    """
+    tracker, model = _tracker_of(device, work), real_model(workload, device) if model is None else model
     with tracker:
-        optimizer = prepare(model, workload)
-        take_steps(model, optimizer, workload, tracker, lambda: _random_batch(workload, model))
+        optimizer = prepare(model, workload, mean=work is not None)
+        take_steps(model, optimizer, workload, tracker, lambda: random_batch(workload, model))
     return tracker.trace()
 
 
-def planned_peer(peer: Peer, workload: Workload, work: WorkLog | None = None) -> Trace:
-    """Return a peer's storages in training steps of a model without weights; `work` is told each operation."""
+def planned_peer(
+    peer: Peer, workload: Workload, work: WorkLog | None = None, case: Case | None = None, gpu: GpuMemory | None = None
+) -> Trace:  # fmt: skip
+    """Return a peer's storages in training steps of a model without weights; `work` is told each operation.
+
+    case: the ranks that the peer gets. gpu: whose workspaces are counted, those of the thread of forward and step and
+    of autograd's.
+    """
     tracker = StorageTracker("meta", EmptyOperations(workload.batch_size * (workload.seq_len - 1)), watch=work)
     model = empty_model(workload.model, workload.dtype)
     with FusedAttention(), tracker:
-        _train(peer, model, workload, tracker, lambda: empty_batch(workload, META))
+        _train(peer, model, workload, tracker, lambda: empty_batch(workload, META), case, gpu)
     return tracker.trace()
 
 
-def measured_peer(peer: Peer, workload: Workload) -> Trace:
-    """Return a peer's storages in the same steps with real tensors on the CPU."""
-    tracker, model = StorageTracker("cpu"), real_model(workload)
+def measured_peer(
+    peer: Peer, workload: Workload, device: torch.device = CPU, model: Any = None, work: WorkLog | None = None,
+    case: Case | None = None,
+) -> Trace:  # fmt: skip
+    """Return a peer's storages in the same steps with real tensors; arguments as of `measured` and `planned_peer`."""
+    tracker, model = _tracker_of(device, work), real_model(workload, device) if model is None else model
     with tracker:
-        _train(peer, model, workload, tracker, lambda: _random_batch(workload, model))
+        _train(peer, model, workload, tracker, lambda: random_batch(workload, model), case)
     return tracker.trace()
+
+
+def _tracker_of(device: torch.device, work: WorkLog | None) -> StorageTracker:
+    if device.type == "cpu" or work is None:
+        return StorageTracker(device.type, watch=work)
+    return StorageTracker(device.type, definitions=GpuMemory.definitions, watch=work)
 
 
 def real_model(workload: Workload, device: torch.device = CPU) -> Any:
@@ -144,7 +165,8 @@ def real_model(workload: Workload, device: torch.device = CPU) -> Any:
     return model.train()
 
 
-def _random_batch(workload: Workload, model: Any) -> dict[str, Tensor]:
+def random_batch(workload: Workload, model: Any) -> dict[str, Tensor]:
+    """Return a micro-batch of random tokens, each a label of its own, on the model's device."""
     ids = torch.randint(1, model.config.vocab_size, (workload.batch_size, workload.seq_len), device=model.device)
     return {"input_ids": ids, "labels": ids.clone()}
 
@@ -155,15 +177,17 @@ def _case(workload: Workload, layers: int) -> Case:
 
 
 def _train(
-    peer: Peer, model: Any, workload: Workload, tracker: StorageTracker, make_batch: Callable[[], dict[str, Tensor]]
-) -> None:
+    peer: Peer, model: Any, workload: Workload, tracker: StorageTracker, make_batch: Callable[[], dict[str, Tensor]],
+    case: Case | None = None, gpu: GpuMemory | None = None,
+) -> None:  # fmt: skip
     if workload.gradient_checkpointing:
         checkpoint_blocks(model, workload.checkpointed_blocks, context_fn=lambda: (nullcontext(), FusedAttention()))
-    trainee = peer.start(model, _case(workload, len(model.model.layers)))
+    trainee = peer.start(model, case or _case(workload, len(model.model.layers)))
     model, optimizer = trainee.model, trainee.optimizer
     tracker.recording = True
     with tracker.phase("attach"):
         _label(trainee, tracker)
+    workspaces = [] if gpu is None else [gpu.workspace(), gpu.workspace()]
     with tracker.following(model):
         for number in range(1, STEPS + 1):
             micro_batch(model, workload, tracker, make_batch, f"step {number}")
@@ -171,7 +195,7 @@ def _train(
                 optimizer.step()
                 _label(trainee, tracker)
                 optimizer.zero_grad()
-    del trainee, model, optimizer
+    del trainee, model, optimizer, workspaces
     gc.collect()
 
 

@@ -84,6 +84,68 @@ def plot_parts(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+STEP_PARTS = ("forward", "recomputation", "backward", "optimizer")
+
+
+def plot_model_steps(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw each method's step by part, as measured, and above it in a lighter bar for each machine, as predicted."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    shown = [row for row in rows if row["step_ms"] is not None or row["predicted"]][::-1]
+    machines = list(dict.fromkeys(name for row in shown for name in row["predicted"]))
+    figure = Figure(figsize=(10.0, 1.5 + 0.3 * (1 + len(machines)) * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    height = 0.8 / (1 + len(machines))
+    for index, row in enumerate(shown):
+        bars: list[tuple[str, dict[str, float], list[float] | None]] = []
+        if row["step_ms"] is not None:
+            bars.append(("measured", {part: row[f"{part}_ms"] for part in STEP_PARTS}, None))
+        for name, said in row["predicted"].items():
+            bars.append((name, {part: sum(ends) / 2 for part, ends in said["parts_ms"].items()}, said["step_ms"]))
+        for place, (name, parts, ends) in enumerate(bars):
+            at, left = index + place * height, 0.0
+            for number, part in enumerate(STEP_PARTS):
+                width = parts.get(part, 0.0)
+                alpha = 0.45 if ends else 1.0
+                axes.barh(at, width, height, left, color=f"C{number}", alpha=alpha, align="edge")
+                left += width
+            if ends:
+                axes.plot(ends, [at + height / 2] * 2, color="black", linewidth=1.0)
+            axes.text(max(left, *(ends or [left])), at + height / 2, f" {name}", va="center", fontsize="x-small")
+    axes.set_yticks([index + 0.4 for index in range(len(shown))], [row["name"] for row in shown])
+    axes.margins(x=0.15)
+    axes.set_xlabel("training step, ms; lighter: predicted, with its range")
+    axes.grid(alpha=0.3, axis="x")
+    handles = [Patch(color=f"C{number}") for number in range(len(STEP_PARTS))]
+    figure.legend(handles, STEP_PARTS, loc="outside upper center", ncols=len(STEP_PARTS), fontsize="small")
+    _save(figure, path)
+
+
+def plot_card_steps(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw predicted steps by part, a panel for each card, a bar for each method, a line from good days to bad ones."""
+    from matplotlib.figure import Figure
+
+    latest = {(row["card"], row["name"]): row for row in rows}
+    cards, names = (list(dict.fromkeys(key[place] for key in latest)) for place in (0, 1))
+    figure = Figure(figsize=(4.2 * len(cards), 1.6 + 0.45 * len(names)), layout="constrained")
+    parts = (*STEP_PARTS, "switch")
+    for place, axes in enumerate(figure.subplots(1, len(cards), squeeze=False, sharey=True)[0]):
+        mine = [latest[cards[place], name] for name in names[::-1] if (cards[place], name) in latest]
+        left = [0.0] * len(mine)
+        for part in parts:
+            widths = [sum(row["parts"].get(part, (0.0, 0.0))) / 2 for row in mine]
+            axes.barh([row["name"] for row in mine], widths, left=left, label=part if place == 0 else None)
+            left = [start + width for start, width in zip(left, widths)]
+        for index, row in enumerate(mine):
+            axes.plot([row["step_seconds_low"], row["step_seconds_high"]], [index] * 2, color="black", linewidth=1.0)
+        axes.set_title(f"{cards[place]}, predicted", fontsize="medium")
+        axes.set_xlabel("a step, s")
+        axes.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside upper center", ncols=len(parts), fontsize="small")
+    _save(figure, path)
+
+
 def plot_layers(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the backward of each form of each layer, in microseconds per token; a group of bars per case."""
     from matplotlib.figure import Figure

@@ -2,6 +2,7 @@
 
     lisa-kernels bench step                # or python -m bench.step, from a checkout of the sources
     lisa-kernels bench step --help
+    lisa-kernels bench step --model preset:llama-2-7b --device cuda    # any model, beside its plan: `model_step.py`
 
 Forward, backward and optimizer are timed apart, in one process and in turns. All contestants train the same weights:
 each has modules, gradients and state of its own. Methods that switch layers are averaged over draws of their own
@@ -94,26 +95,28 @@ def _measure(case: Case, contestants: Sequence[Contestant], rounds: int, console
 
 def parse_case(arguments: argparse.Namespace) -> Case:
     """Return the case that was asked for; InputError for one that cannot be."""
-    if arguments.dtype not in DTYPES:
+    if arguments.dtype is not None and arguments.dtype not in DTYPES:
         raise unknown_name("dtype", arguments.dtype, DTYPES)
     if arguments.scores not in SCORES:
         raise unknown_name("kind of scores", arguments.scores, SCORES)
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Case)}
-    case = Case(**{**given, "device": parse_device(arguments.device)})
+    said = {name: value for name, value in given.items() if value is not None}
+    case = Case(**{**said, "device": parse_device(arguments.device)})
     case.check()
     return case
 
 
-def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
+def run(arguments: argparse.Namespace, console: Console) -> Sequence[Any]:
     """Check what was asked for, measure it and show it; returns the rows."""
+    _check_transformers()
+    if arguments.model is not None:
+        from bench import model_step
+
+        return model_step.run(arguments, console)
     case, contestants = parse_case(arguments), parse_methods(arguments.methods)
     rounds = positive("rounds", arguments.rounds)
     if arguments.plot is not None:
         plots.check_picture(arguments.plot)
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise InputError("bench step needs transformers: pip install 'lisa_kernels[train]'.") from error
     set_threads(arguments.threads)
     console.print(f"{case.geometry}, {case.batch} × {case.seq_len} tokens on {case.device}", highlight=False)
     rows = measure(case, contestants, rounds, console)
@@ -126,6 +129,13 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
         plots.plot_parts([asdict(row) for row in rows], arguments.plot)
         console.print(f"picture in {arguments.plot}")
     return rows
+
+
+def _check_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise InputError("bench step needs transformers: pip install 'lisa_kernels[train]'.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

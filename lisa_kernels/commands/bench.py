@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lisa_kernels.commands.arguments import Formatter
+from lisa_kernels.commands.arguments import Formatter, Recomputation
 from lisa_kernels.errors import InputError
 
 _SIZES_HELP = "elements of the tensor: 2^20, 1000, several with commas, or a range in factors of 4 as 2^12..2^28"
@@ -21,7 +21,17 @@ _PEERS_HELP = (
 )
 _METHODS_HELP = (
     "owlore-frozen, owlore-low-rank, owlore-always, lisa, badam-ours, galore, lora-fa, full, torch-full, peft-lora, "
-    "peft-lora-fa, galore-torch, badam; several with commas, ours, peers or all"
+    "peft-lora-fa, galore-torch, badam; with --model lora too, and no peft-lora-fa; several with commas, ours, peers "
+    "or all"
+)
+_RECOMPUTATION_HELP = (
+    "of --model: compute activations again, in all blocks or in this many of the lowest (default: in all where the "
+    "model has 500 million parameters)"
+)
+_MODEL_HELP = (
+    "measure the steps of this model in the place of a Llama of the shape below: one method after the other, beside "
+    "its plan, in a file of rows to be sent; directory, hub id or preset:NAME, of which only the configuration is "
+    "read, for weights are random"
 )
 
 
@@ -42,14 +52,18 @@ def add_bench_step_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench step`, which `python -m bench.step` takes as well."""
     add = parser.add_argument
     add("--methods", default="all", help=_METHODS_HELP)
+    add("--model", help=_MODEL_HELP)
     add("--layers", type=int, default=12, help="decoder layers of the Llama model, whose weights are random")
     add("--width", type=int, default=768, help="of its hidden states")
     add("--intermediate", type=int, default=2048, help="width inside its MLPs")
     add("--heads", type=int, default=12, help="attention heads")
     add("--vocabulary", type=int, default=8192, help="tokens it knows")
-    add("--batch", type=int, default=4, help="rows per step")
-    add("--seq-len", type=int, default=256, help="tokens per row")
-    add("--dtype", default="fp32", help="of the weights: fp32 or bf16")
+    add("--batch", type=int, help="rows per step (default: 4; of --model 1)")
+    add("--seq-len", type=int, help="tokens per row (default: 256; of --model 1024)")
+    add("--dtype", help="of the weights: fp32 or bf16 (default: fp32; of --model what its device multiplies best)")
+    add("--gradient-checkpointing", action=Recomputation, type=int, metavar="BLOCKS", help=_RECOMPUTATION_HELP)
+    add("--minutes", type=float, default=9.0, help="of --model: no method is begun later")
+    add("--output", type=Path, metavar="FILE", help="of --model: its rows, as .jsonl (default: in runs/)")
     add("--rank", type=int, default=64, help="of owlore's layers")
     add("--active-layers", type=int, default=5, help="layers that owlore trains at a time")
     add("--lora-rank", type=int, default=16, help="of LoRA and LoRA-FA, ours and peers'")
@@ -105,9 +119,10 @@ def add_command(commands: Any) -> None:
         "step",
         "whole training steps: forward, backward, optimizer, refresh; bytes saved, kept and at the peak",
         "Time whole training steps of a Llama model in one process and in turns, beside full fine-tuning, peft, "
-        "galore-torch and badam. Methods that switch layers are averaged over draws; what only some steps do (new "
-        "bases, switches) is timed apart and spread over the steps between. A peer that cannot run has a row with the "
-        "reason.",
+        "galore-torch and badam; or, with --model, those of any model one after the other, part by part, beside what "
+        "plan says of their time, launches and memory. Methods that switch layers are averaged over draws; what only "
+        "some steps do (new bases, switches) is timed apart and spread over the steps between. A peer that cannot run "
+        "has a row with the reason.",
         add_bench_step_options,
     )
     add(
@@ -129,6 +144,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         )
     options = []
     for key, value in vars(arguments).items():
+        if key == "gradient_checkpointing" and value is False:
+            options.append("--no-gradient-checkpointing")
         if key in ("command", "benchmark", "run") or value is None or value is False:
             continue
         text = str(value.resolve()) if isinstance(value, Path) else str(value)
