@@ -5,6 +5,7 @@ as it is dispatched: with all blocks recomputed, and with as few as a card of 24
 a draw is on average. Rows that exist are not counted again.
 
     python -m bench.work                # what is missing, then the table into bench/README.md
+    python -m bench.work --again        # count anew what is there, with as many blocks recomputed as it has
     python -m bench.work --report       # the table alone
 """
 
@@ -72,6 +73,21 @@ def rows(known: Collection[tuple[str, str]]) -> Iterator[dict[str, Any]]:
                     yield _row(peer.title, True, fills, asked, predict(work, asked, CARD, None))
 
 
+def again(known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows that exist, counted anew."""
+    peers = {PEERS[name].title: PEERS[name] for name in PEER_NAMES}
+    for row in {(row["method"], row["fills"]): row for row in known}.values():
+        name, blocks = row["method"], row["recomputed_blocks"]
+        workload = Workload(MODEL, METHODS.get(name, LoRA(rank=16)))
+        asked = _recomputing(workload, 0 if blocks == 0 else blocks if blocks < BLOCKS else None)
+        if row["peer"]:
+            work = WorkLog()
+            planned_peer(peers[name], asked, work)
+            yield _row(name, True, row["fills"], asked, predict(work, asked, CARD, None))
+        else:
+            yield _row(name, False, row["fills"], asked, Plan(asked, Trace(())).duration(CARD))
+
+
 def _settled(workload: Workload, fills: str, trace: Callable[[Workload], Trace]) -> Workload | None:
     """Return the workload with all blocks recomputed, or as few as the card allows; None where it does not fit."""
     if fills == ALL:
@@ -90,8 +106,8 @@ def _settled(workload: Workload, fills: str, trace: Callable[[Workload], Trace])
     return _recomputing(workload, high)
 
 
-def _recomputing(workload: Workload, blocks: int) -> Workload:
-    return dataclasses.replace(workload, gradient_checkpointing=blocks > 0, checkpointed_blocks=blocks or None)
+def _recomputing(workload: Workload, blocks: int | None) -> Workload:
+    return dataclasses.replace(workload, gradient_checkpointing=blocks != 0, checkpointed_blocks=blocks or None)
 
 
 def _row(name: str, peer: bool, fills: str, workload: Workload, found: Duration) -> dict[str, Any]:
@@ -124,8 +140,10 @@ def main() -> None:
     """Count, append and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only write the table from the rows that exist")
-    if not parser.parse_args().report:
-        for row in rows({(row["method"], row["fills"]) for row in read_rows(ROWS)}):
+    parser.add_argument("--again", action="store_true", help="count anew what is there")
+    given, known = parser.parse_args(), read_rows(ROWS)
+    if not given.report:
+        for row in again(known) if given.again else rows({(row["method"], row["fills"]) for row in known}):
             append_row(ROWS, row)
             print(row, flush=True)
     put("work", table(read_rows(ROWS)))
