@@ -179,7 +179,7 @@ void adamw8(const AdamW8Task& task, const Scratch& scratch, int64_t begin, int64
     const bool is_whole = block.count % kUnit == 0;
     const Block8<Weight, Grad> padded = is_whole ? block : padded_copy(block, scratch);
     update_block8<Weight, Grad, stochastic>(padded, row.m_absmax[index], row.v_absmax[index], scratch, task, rates,
-                                            constants, random_constants, RandomHashes(task.key, start));
+                                            constants, random_constants, RandomHashes(task.key, row.first_element + start));
     if (!is_whole) copy_results(padded, block);
   }
 }
@@ -207,7 +207,7 @@ void adamw32(const AdamW32Task& task, const Scratch&, int64_t begin, int64_t end
   const auto* grads = static_cast<const typename Grad::Storage*>(row.grad);
   for (int64_t start = begin * kSpan; start < smaller(end * kSpan, row.count); start += kSpan) {
     const int count = static_cast<int>(smaller(kSpan, row.count - start));
-    RandomHashes random(task.key, start);
+    RandomHashes random(task.key, row.first_element + start);
     auto* weight = weights + start;
     const auto* grad = grads + start;
     float *m = row.m + start, *v = row.v + start;

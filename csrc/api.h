@@ -15,6 +15,8 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // Rows of the tables: one per tensor, every field 64 bits wide, so that a table is an int64 [k, fields] array.
+// first_element: the index of weight[0] in the whole tensor that this one is a part of, for the random numbers; a multiple
+// of the block size, or of 4 with float32 moments, of which none is beyond the next multiple of 2^32.
 struct AdamW8Row {
   void* weight;
   const void* grad;
@@ -22,14 +24,14 @@ struct AdamW8Row {
   float* m_absmax;
   uint8_t* v_codes;
   float* v_absmax;
-  int64_t count, weight_dtype, grad_dtype;
+  int64_t count, weight_dtype, grad_dtype, first_element;
 };
 
 struct AdamW32Row {
   void* weight;
   const void* grad;
   float *m, *v;
-  int64_t count, weight_dtype, grad_dtype;
+  int64_t count, weight_dtype, grad_dtype, first_element;
 };
 
 struct GradRow {

@@ -29,10 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     "uncompiled": set(),
     "ops": {"errors", "native", "uncompiled", "ops"},
     "paging": {"errors", "native", "paging"},
-    "optim": {*BOTTOM, "ops", "paging", "optim"},
+    # It steps tensors of which each rank holds a part.
+    "optim": {*BOTTOM, "ops", "paging", "distributed", "optim"},
     "basis": {*BOTTOM, "ops", "basis"},
     "samplers": {"errors", "samplers"},
-    "scores": {"errors", "scores"},
+    # What ranks share out is gathered to be looked at.
+    "scores": {"errors", "distributed", "scores"},
     "distributed": {"errors", "distributed"},
     # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
     "layers": {"errors", "uncompiled", "ops", "basis", "distributed", "layers"},

@@ -1,9 +1,18 @@
 """What several processes agree on, what travels between them, and which wrappers cannot be followed."""
 
+from lisa_kernels.distributed.fully_sharded import (
+    at_rest,
+    check_fully_sharded,
+    gradients_at_home,
+    is_unit,
+    settle,
+    units_of,
+)
 from lisa_kernels.distributed.launcher import Launch, check_one_launched, read_launch, read_launcher
 from lisa_kernels.distributed.processes import Sharing, check_one_process, process_count
 from lisa_kernels.distributed.ranks import LostRankError, Ranks, join, on_first, part, ranks_of, together
 from lisa_kernels.distributed.reduction import GradientReduction, check_wire_dtype
+from lisa_kernels.distributed.shards import first_element, first_row, is_sharded, local, total_norm, whole
 from lisa_kernels.distributed.wrappers import REPLACED, check_not_shared_out, check_not_wrapped
 
 __all__ = [
@@ -13,17 +22,29 @@ __all__ = [
     "LostRankError",
     "Ranks",
     "Sharing",
+    "at_rest",
+    "check_fully_sharded",
     "check_not_shared_out",
     "check_not_wrapped",
     "check_one_launched",
     "check_one_process",
     "check_wire_dtype",
+    "first_element",
+    "first_row",
+    "gradients_at_home",
+    "is_sharded",
+    "is_unit",
     "join",
+    "local",
     "on_first",
     "part",
     "process_count",
     "ranks_of",
     "read_launch",
     "read_launcher",
+    "settle",
     "together",
+    "total_norm",
+    "units_of",
+    "whole",
 ]

@@ -41,10 +41,11 @@ def leave_gradients_alone() -> None:
         caller.require_backward_grad_sync = False
 
 
-def check_not_shared_out(model: nn.Module) -> None:
+def check_not_shared_out(model: nn.Module, sharded: bool = False) -> None:
     """Raise InputError for a model of which each process holds a part, or whose gradients the DDP around it reduces.
 
-    Asked at every training forward too, for wrappers come after attaching as well.
+    Asked at every training forward too, for wrappers come after attaching as well. sharded: the model was under
+    fully_shard (FSDP2) when it was attached, and is known to be as it should.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -63,11 +64,13 @@ def check_not_shared_out(model: nn.Module) -> None:
                 f"{_named(path)} is wrapped in FullyShardedDataParallel, which flattens parameters into one tensor and "
                 f"cannot train a part of it; {WORKS}"
             )
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and not sharded:
             raise InputError(
-                f"{_named(path)} is under fully_shard (FSDP2), whose shards neither slots nor bases can follow yet; "
-                f"{WORKS}"
+                f"{_named(path)} was put under fully_shard (FSDP2) after the model was attached, which replaced the "
+                "parameters that are trained; call fully_shard first and attach then."
             )
+    if sharded:
+        return
     for name, param in model.named_parameters():
         if isinstance(param, DTensor):
             raise InputError(

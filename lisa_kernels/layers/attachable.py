@@ -6,7 +6,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lisa_kernels.distributed import check_not_shared_out, check_not_wrapped
+from lisa_kernels.distributed import (
+    Ranks,
+    check_fully_sharded,
+    check_not_shared_out,
+    check_not_wrapped,
+    is_sharded,
+    units_of,
+)
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.freezing import COPY_ADVICE, check_checkpointing, is_attached, is_copy
 
@@ -19,14 +26,17 @@ def without_compiler(model: nn.Module) -> nn.Module:
     return inside if isinstance(inside, nn.Module) else model
 
 
-def check_attachable(model: nn.Module) -> None:
-    """Refuse models that cannot be attached, each with the reason and what works instead."""
+def check_attachable(model: nn.Module, ranks: Ranks | None = None) -> None:
+    """Refuse models that cannot be attached, each with the reason and what works instead; ranks: who trains it."""
     if is_attached(model):
         raise InputError("this model is already attached; call detach() on its optimizer first.")
     if is_copy(model):
         raise InputError(f"this model is a copy of an attached one; {COPY_ADVICE}")
     check_not_wrapped(model)
-    check_not_shared_out(model)
+    sharded = bool(units_of(model))
+    check_not_shared_out(model, sharded)
+    if sharded:
+        check_fully_sharded(model, ranks)
     _check_adapters(model)
     _check_placement(model)
     _check_weights(model)
@@ -74,7 +84,7 @@ def _check_weights(model: nn.Module) -> None:
                 f"{name} holds {param.dtype}; float32, bfloat16 or float16 is wanted: load the model in one of these, "
                 "without quantisation."
             )
-        if is_traceable_wrapper_subclass(param):
+        if is_traceable_wrapper_subclass(param) and not is_sharded(param):
             raise InputError(
                 f"{name} is a {type(param).__name__}, packed in its own way; load the model without quantisation."
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lisa_kernels.basis import BasisTracker
+from lisa_kernels.distributed import is_sharded
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding, ordered_embedding
@@ -151,7 +152,14 @@ def lookup_factor(embedding: nn.Embedding) -> float:
     if table.is_meta:  # a plan's: no values, and the factor decides no bytes
         return 1.0
     ids = torch.arange(min(PROBED_ROWS, len(table)), device=table.device)
-    rows, found = table[ids].to(torch.float32), embedding(ids).to(torch.float32)
+    if is_sharded(table):
+        # The factor is one of the class: any rows tell it, and nothing has to be gathered.
+        probed = torch.randn(len(ids), table.shape[1], generator=torch.Generator().manual_seed(0))
+        rows = probed.to(table.device, table.dtype)
+        looked_up = torch.func.functional_call(embedding, {"weight": rows}, (ids,))
+    else:
+        rows, looked_up = table[ids], embedding(ids)
+    rows, found = rows.to(torch.float32), looked_up.to(torch.float32)
     squares = float((rows * rows).sum())
     factor = float((rows * found).sum()) / squares if squares else 1.0
     # Wide enough for products rounded to bfloat16.

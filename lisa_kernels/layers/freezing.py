@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisa_kernels.distributed import REPLACED, Sharing, check_not_shared_out, process_count
+from lisa_kernels.distributed import REPLACED, Sharing, at_rest, check_not_shared_out, process_count, units_of
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.uncompiled import uncompiled
@@ -78,7 +78,9 @@ class FreezeGuard:
         }
         self.trainable: set[nn.Parameter] = set()
         self._warned = False
-        self._handle = model.register_forward_pre_hook(self)
+        self._sharded = bool(units_of(model))
+        # First, so that FSDP2 gathers what trains now.
+        self._handle = model.register_forward_pre_hook(self, prepend=True)
 
     @uncompiled
     def __call__(self, model: nn.Module, args: Any) -> None:
@@ -87,9 +89,10 @@ class FreezeGuard:
             raise InputError(replica_advice())
         check_checkpointing(model)
         drop_input_gradients(model)
+        self._rest(model)
         if model.training and torch.is_grad_enabled():
             self._sharing.check()
-            check_not_shared_out(model)
+            check_not_shared_out(model, self._sharded)
             self.check_unchanged(model)
         self.enforce(model)
 
@@ -97,8 +100,14 @@ class FreezeGuard:
         """Leave a `CopyNotice` in copies and pickles of the model, whose flags are their owner's."""
         return CopyNotice, ()
 
+    def _rest(self, model: nn.Module) -> None:
+        """Have shards where their whole weights may still be: they are the parameters that are known here."""
+        if self._sharded:
+            at_rest(model)
+
     def set_trainable(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
         """Make exactly these parameters require gradients; the others lose theirs."""
+        self._rest(model)
         self.trainable = set(params)
         for param in model.parameters():
             wanted = param in self.trainable
@@ -108,6 +117,7 @@ class FreezeGuard:
 
     def check_unchanged(self, model: nn.Module) -> None:
         """Raise InputError unless the model has the parameters with which it was attached, as they were."""
+        self._rest(model)
         found = dict(model.named_parameters())
         for name, param in found.items():
             known = self._known.get(param)
@@ -146,6 +156,7 @@ class FreezeGuard:
     def remove(self, model: nn.Module) -> None:
         """Take the hook off and give every parameter the flag it had before."""
         self._handle.remove()
+        self._rest(model)
         for name, param in model.named_parameters():
             param.requires_grad_(self.before.get(name, param.requires_grad))
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lisa_kernels.distributed import at_rest
 from lisa_kernels.layers.linears import is_linear, linear_shape
 from lisa_kernels.layers.logits_on_demand import can_form_on_demand, form_logits_on_demand
 from lisa_kernels.layers.loss_probe import IGNORED, MISFITS, PROBED_TOKENS, Probe, is_plain_loss
@@ -92,6 +93,7 @@ class LossWithoutLogits:
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             layer.register_forward_pre_hook(self._narrow),
+            layer.register_forward_hook(self._set_apart),
             model.register_forward_hook(self._end, always_call=True),
         ]
 
@@ -133,6 +135,11 @@ class LossWithoutLogits:
         if self._probe is not None:
             return (self._probe.positions(head_of(layer), hidden),)
         return (hidden[..., :1, :],)
+
+    def _set_apart(self, layer: nn.Module, args: Any, logits: Tensor) -> Tensor | None:
+        """Take the logits of the one position out of the graph: no gradient goes through them."""
+        forward = self._under_way()
+        return None if forward is None or self._probe is not None else logits.detach()
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         forward = self._under_way()
@@ -209,7 +216,9 @@ def leave_out_logits(model: nn.Module) -> LossWithoutLogits | None:
         return None
     if is_plain_loss(model.loss_function, linear_shape(layer)[0]):  # type: ignore[arg-type]
         without = LossWithoutLogits(model, layer)
-        if without.is_exact():
+        exact = without.is_exact()
+        at_rest(model)
+        if exact:
             return without
         without.remove()
     warnings.warn(

@@ -14,14 +14,15 @@ from lisa_kernels.basis import BasisTracker
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.freezing import replica_advice
 from lisa_kernels.layers.linears import Place, is_conv1d, linear_shape
-from lisa_kernels.layers.slot import SlotModule
+from lisa_kernels.layers.slot import BESIDE, SlotModule
 from lisa_kernels.ops.lowrank_linear import capture_linear, linear, lowrank_linear
 from lisa_kernels.ops.lowrank_linear.whole_weight import whole_weight
 from lisa_kernels.uncompiled import uncompiled
 
 HOOK_TABLES = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 
 
@@ -39,9 +40,9 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
         assert isinstance(original.weight, nn.Parameter)
         super().__init__(linear_shape(original), original.weight.device, rank, scale, tracker)
         self.transposed = is_conv1d(original)
-        # Past `weight`, which reads it.
-        self._parameters["weight"] = original.weight
-        self.bias: nn.Parameter | None = getattr(original, "bias", None)  # type: ignore[assignment]
+        # One table with the swapped layer's: FSDP2 puts whole weights and shards in there by turns, and knows that one.
+        own, self._parameters = self._parameters, original._parameters
+        self._parameters.update(own)
         self.train(original.training)
         # Hooks that users put on the layer keep firing; the tables are shared, so later ones do too.
         for table in HOOK_TABLES:
@@ -131,9 +132,10 @@ class Swap:
 
     def undo(self) -> None:
         """Put the original layer back, with the parameters as they are now."""
-        self.original.weight = self.layer.stored_weight
-        if self.layer.bias is not None:
-            self.original.bias = self.layer.bias
+        # Each has a table of its own again.
+        self.layer._parameters = dict(self.layer._parameters)
+        for name in BESIDE:
+            self.original._parameters.pop(name, None)
         self.original._is_full_backward_hook = self.layer._is_full_backward_hook
         if getattr(self.parent, self.name, None) is self.layer:
             # Else someone has put another layer there, which stays.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker, Gradient, ScatteredGradient
+from lisa_kernels.distributed.shards import first_element, first_row, local
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.fold import fold_
 
@@ -25,6 +26,8 @@ class SlotModule(nn.Module):
 
     With `exact_master` a bfloat16 weight has a remainder beside it while it is active, which makes it a float32 master
     weight: updates far below a bfloat16's step then add up without rounding noise.
+
+    Where ranks share the weight out, slot and basis are whole on each of them, and the remainder is of its rows.
 
     Bytes while active: 4·r·m for the slot, as much for its gradient, r·n weights for the basis, 2·m·n for a remainder.
     """
@@ -79,7 +82,7 @@ class SlotModule(nn.Module):
         else:
             self.hold_basis(basis)
         if self.exact_master and dtype == torch.bfloat16:
-            zeros = torch.zeros_like(self.stored_weight, dtype=torch.int16)
+            zeros = torch.zeros_like(local(self.stored_weight), dtype=torch.int16)
             self.remainder = zeros if remainder is None else zeros.copy_(remainder)
 
     def hold_basis(self, basis: Tensor) -> None:
@@ -123,10 +126,22 @@ class SlotModule(nn.Module):
         return self.active and self.tracker is None
 
     @torch.no_grad()
+    def fold_into(self, weight: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None) -> None:
+        """Replace a weight, the layer's own or a copy of it, by decay · W + scale · Bᵀ P, as `fold_` has it.
+
+        Of one that is shared out the rows that are here.
+        """
+        left, right = self.lifting_factors()
+        rows, first = local(weight), first_row(weight)
+        if rows.numel():
+            left = left[:, first : first + len(rows)]
+            fold_(rows, left, right, decay=decay, key=key, remainder=remainder, start=first_element(weight))
+
+    @torch.no_grad()
     def add_slot_(self, weight: Tensor) -> Tensor:
         """Add scale · Bᵀ P to a weight, the layer's own or a copy of it, in place; returns it."""
         # To nearest, which errs least where a weight is rounded once; steps round often, and so stochastically.
-        fold_(weight, *self.lifting_factors(), decay=self.slot.new_ones(()))
+        self.fold_into(weight, self.slot.new_ones(()), None)
         return weight
 
     def refresh_basis(self, gradient: Gradient) -> Tensor:

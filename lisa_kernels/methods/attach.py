@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.distributed import GradientReduction, Ranks, Sharing, check_wire_dtype, on_first, ranks_of, together
+from lisa_kernels.distributed import (
+    GradientReduction,
+    Ranks,
+    Sharing,
+    at_rest,
+    check_wire_dtype,
+    on_first,
+    ranks_of,
+    settle,
+    together,
+    units_of,
+)
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import TappedEmbedding, check_attachable, without_compiler
 from lisa_kernels.layers.lowrank import Swap
@@ -60,10 +71,13 @@ def attach(
     try:
         with together(sharing):
             model = without_compiler(model)
-            wire = _check(model, method, settings, general, wire_dtype)
+            wire = _check(model, method, settings, general, wire_dtype, sharing)
+            at_rest(model)
             survey = survey_model(model, method, blocks)
         if sharing is not None:
             agree(sharing, model, method, {**settings, **general, "seed": seed, "wire_dtype": wire_dtype})
+        if units_of(model):
+            settle(model)
         scores = _agreed_scores(sharing, survey, calibration, scores)
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
@@ -101,12 +115,13 @@ def _attached(
 
 
 def _check(
-    model: nn.Module, method: Method, settings: Mapping[str, Any], general: Mapping[str, Any], wire_dtype: str | None
+    model: nn.Module, method: Method, settings: Mapping[str, Any], general: Mapping[str, Any], wire_dtype: str | None,
+    sharing: Ranks | None,
 ) -> torch.dtype | None:  # fmt: skip
     """Raise InputError for what cannot work whatever the model holds; returns the dtype of gradients on their way."""
     if not isinstance(method, Method):
         raise InputError(f"method is {method!r}; an instance such as OwLore(active_layers=5) is wanted.")
-    check_attachable(model)
+    check_attachable(model, sharing)
     check_hyper(dict(settings))
     check_settings(**general)
     return check_wire_dtype(wire_dtype)
@@ -146,7 +161,16 @@ def _agreed_scores(
     given: Sequence[float] | None,
 ) -> Sequence[float] | None:  # fmt: skip
     """Return the scores, of ranks those of rank 0: each has calibration batches of its own, and one draw is wanted."""
-    return on_first(sharing, lambda: _scores(survey, calibration, given))
+    if sharing is None or not units_of(survey.model):
+        return on_first(sharing, lambda: _scores(survey, calibration, given))
+    # A forward of one rank alone would wait for the others' weights.
+    batches = None if calibration is None else list(calibration)
+    sharing.check_alike({"the number of calibration batches": None if batches is None else len(batches)})
+    with sharing.together():
+        found = _scores(survey, batches, given)
+    at_rest(survey.model)
+    agreed: Sequence[float] | None = sharing.tell(found)[0]
+    return agreed
 
 
 def _scores(

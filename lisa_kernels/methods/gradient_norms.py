@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+
+from lisa_kernels.distributed import total_norm
 
 
 def add_norm(seen: Tensor | None, grads: Sequence[Tensor], unscaling: Tensor) -> Tensor:
     """Return (sum, count) float32 [2] of a layer's norms with that of these gradients; only a finite one counts."""
-    norm = get_total_norm(list(grads)).to(torch.float32) * unscaling
+    norm = total_norm(grads).to(torch.float32) * unscaling
     now = torch.stack([norm, torch.ones_like(norm)]) * torch.isfinite(norm)
     now = torch.nan_to_num(now, nan=0.0, posinf=0.0)
     return now if seen is None else seen + now

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from lisa_kernels.distributed import GradientReduction
+from lisa_kernels.distributed import GradientReduction, gradients_at_home, is_sharded
 from lisa_kernels.methods.adapter_access import AdapterAccess
 from lisa_kernels.methods.units import Unit
 
@@ -39,7 +39,7 @@ class RankAccess(AdapterAccess):
         if self._reduction is None:
             yield
             return
-        with self._reduction.no_sync():
+        with self._reduction.no_sync(), gradients_at_home(self.model):
             yield
 
     def _join(self, reduction: GradientReduction | None) -> None:
@@ -55,7 +55,8 @@ class RankAccess(AdapterAccess):
     def _average_gradients_of(self, params: list[nn.Parameter]) -> None:
         """Average the gradients of these parameters, and of no others, in every backward."""
         if self._reduction is not None:
-            self._reduction.follow(params)
+            # FSDP averages those that are shared out.
+            self._reduction.follow(param for param in params if not is_sharded(param))
 
     def _share_gradients(self) -> None:
         """See to it that the step that begins uses gradients that all ranks share."""
@@ -91,9 +92,16 @@ class RankAccess(AdapterAccess):
             return
         self._compared_at = self.calls
         names = {param: name for name, param in self.model.named_parameters()}
-        trained = [param for unit in units for param in unit.full]
-        for layer in (layer for unit in units for layer in unit.lowrank.values()):
-            trained += layer.trained if layer.tracker is None else [layer.stored_weight]
+        trained: dict[str, Tensor] = {}
+        trained |= {names[param]: param for unit in units for param in unit.full if not is_sharded(param)}
+        for path, layer in ((path, layer) for unit in units for path, layer in unit.lowrank.items()):
+            if layer.tracker is None:
+                trained |= {names[param]: param for param in layer.trained}
+            elif is_sharded(layer.stored_weight):
+                # Each rank has other rows, and all of them what these were stepped by.
+                trained[f"the basis of {path}"] = layer.basis
+            else:
+                trained[names[layer.stored_weight]] = layer.stored_weight
         step = self._reduction.step
         self._reduction.ranks.meet(f"compares weights after step {step}")
-        self._reduction.ranks.check_equal({names[param]: param for param in trained}, f"after step {step}")
+        self._reduction.ranks.check_equal(trained, f"after step {step}")

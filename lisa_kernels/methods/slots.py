@@ -12,7 +12,6 @@ from torch import Tensor
 from lisa_kernels.basis import transport_many
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import SlotModule
-from lisa_kernels.ops.fold import fold_
 from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.optim.moments import read_moments, write_moments
 
@@ -124,9 +123,9 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
     folded = [layer for layer in layers if layer.tracker is not None]
     groups, decays = group_of(optimizer), Decays(optimizer)
     for layer in folded:
-        fold_(
-            layer.stored_weight.data, *layer.lifting_factors(), decay=decays.of(groups[layer.slot], layer.slot.device),
-            key=optimizer.step_key(layer.slot), remainder=layer.remainder if layer.remainder.numel() else None,
+        layer.fold_into(
+            layer.stored_weight.data, decays.of(groups[layer.slot], layer.slot.device),
+            optimizer.step_key(layer.slot), layer.remainder if layer.remainder.numel() else None,
         )  # fmt: skip
     if folded:
         torch._foreach_zero_([layer.slot.data for layer in folded])

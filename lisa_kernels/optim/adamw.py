@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lisa_kernels.distributed.shards import is_sharded, local, sharded_among
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.adamw8 import FLOAT_DTYPES
 from lisa_kernels.ops.blockwise8 import block_count
@@ -19,6 +20,7 @@ from lisa_kernels.optim.batches import Batch, KeyBases, by_device, gather, input
 from lisa_kernels.optim.moments import read_moments, write_moments
 from lisa_kernels.optim.paged import PagedStates
 from lisa_kernels.optim.settings import check_hyper, check_settings
+from lisa_kernels.optim.sharded import check_steppable, joined, measure_shards
 from lisa_kernels.paging import Store, open_store
 
 # Tensors below this many elements, and all 1-D tensors, keep 32-bit moments: they are few bytes and the most sensitive.
@@ -26,12 +28,6 @@ MIN_8BIT_ELEMENTS = 4096
 # The sum of a much larger gradient's squares, v / (1 − β₂), overflows float32 (for β₂ up to 1 − 3e-7), and an infinite
 # scale would spoil its whole block.
 LARGEST_GRADIENT = 1e16
-
-
-def _joined(measured: list[Tensor]) -> Tensor:
-    """Return [largest, sum] of what `grad_norm` measured on several devices."""
-    each = torch.stack(measured)
-    return torch.stack([each[:, 0].amax(), each[:, 1].sum()])
 
 
 class AdamW8bit(Optimizer):
@@ -126,6 +122,8 @@ class AdamW8bit(Optimizer):
                 raise InputError(
                     f"a parameter is {param.layout} {param.dtype}; dense float32, bfloat16 or float16 is wanted."
                 )
+            if is_sharded(param):
+                check_steppable(param, self._in_8_bits(param), self.block_size)
 
     def index_of(self, param: Tensor) -> int:
         """Return the parameter's position over all groups, which keys its random numbers."""
@@ -159,11 +157,11 @@ class AdamW8bit(Optimizer):
 
     def _moment_shape(self, param: Tensor) -> torch.Size:
         """Return the shape of each moment: the parameter's, unless a subclass steps something smaller in its place."""
-        return param.shape
+        return local(param).shape
 
     def _in_8_bits(self, param: Tensor) -> bool:
-        """Return whether the moments are codes."""
-        shape = self._moment_shape(param)
+        """Return whether the moments are codes: of a sharded parameter as of the whole."""
+        shape = param.shape if is_sharded(param) else self._moment_shape(param)
         return len(shape) >= 2 and shape.numel() >= MIN_8BIT_ELEMENTS
 
     def _new_state(self, param: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
@@ -235,9 +233,13 @@ class AdamW8bit(Optimizer):
         """Return on the first device (take the step? bool 0-d, what to multiply the gradients by, float32 0-d)."""
         first = next(iter(grads))
         limit = self.max_grad_norm
-        measured = [grad_norm(each, squares=limit is not None).to(first) for each in grads.values()]
+        each = {device: [grad for grad in given if not is_sharded(grad)] for device, given in grads.items()}
+        measured = [grad_norm(plain, squares=limit is not None).to(first) for plain in each.values() if plain]
+        shards = sharded_among(grad for given in grads.values() for grad in given)
+        if shards:
+            measured.append(measure_shards(shards, limit is not None).to(first))
         # The largest of all, or a NaN, and the sum of the squares.
-        largest, squares = (measured[0] if len(measured) == 1 else _joined(measured)).unbind()
+        largest, squares = (measured[0] if len(measured) == 1 else joined(torch.stack(measured))).unbind()
         unscaling = self._unscaling(first)
         # Compared so that a NaN counts as too large.
         took = largest * unscaling <= self._largest_gradient
@@ -267,7 +269,8 @@ class AdamW8bit(Optimizer):
             return
         batches = gather(self.param_groups, self._state_of)
         if batches:
-            grad_scale = self._begin_step(grad for batch in batches for grad in batch.grads)
+            grads = [owner.grad for batch in batches for owner in batch.owners]
+            grad_scale = self._begin_step(grads)  # type: ignore[arg-type]
             self._before_update()
             self._update(batches, grad_scale)
 
@@ -322,7 +325,7 @@ class AdamW8bit(Optimizer):
         stochastic = self.rounding == "stochastic"
         for device, some in by_device(batches).items():
             skip, clock = self._last_skip[device], self._counters_on(device)[0]
-            params = [param if owners is None else owners[param] for batch in some for param in batch.params]
+            params = [param if owners is None else owners[param] for batch in some for param in batch.owners]
             bases = self._key_bases.on(device, self.seed, tuple([self._indices[param] for param in params]))
             scalars, keys = inputs_of(some, self._last_taken[device], grad_scale.to(device), bases, clock)
             self._step_keys.update(zip(params, keys.unbind()))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lisa_kernels.distributed.shards import first_element, local
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.adamw8 import Hyper, adamw8_, adamw8_op, adamw32_, adamw32_op, step_inputs
 from lisa_kernels.ops.random_bits import key_base
@@ -22,11 +23,15 @@ class Kind(NamedTuple):
 
 
 class Batch:
-    """The parameters of one step on one device with one kind of state, in the order of the groups."""
+    """The parameters of one step on one device with one kind of state, in the order of the groups.
+
+    Of a parameter that is sharded, `params` and `grads` hold the rows that are here.
+    """
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self.params: list[Tensor] = []
+        self.owners: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.states: list[dict[str, Tensor]] = []
         # Each group's hyper-parameters and where its parameters end in the lists.
@@ -36,19 +41,22 @@ class Batch:
         """Take the step: float32 [parameters, 8], int64 [parameters] and bool 0-d, as `step_inputs` makes them."""
         names = ("m_codes", "m_absmax", "v_codes", "v_absmax") if self.kind.eight_bit else ("m", "v")
         moments = [[state[name] for state in self.states] for name in names]
+        starts = [first_element(owner) for owner in self.owners]
+        parts = starts if any(starts) else None
         dense = all(map(Tensor.is_contiguous, self.params)) and all(map(Tensor.is_contiguous, self.grads))
         if self.kind.eight_bit and dense:
-            adamw8_op(self.params, self.grads, *moments, scalars, keys, skip, block_size, stochastic)
+            adamw8_op(self.params, self.grads, *moments, scalars, keys, skip, block_size, stochastic, parts)
         elif self.kind.eight_bit:
             adamw8_(
                 self.params, self.grads, *moments, scalars=scalars, keys=keys, skip=skip, block_size=block_size,
-                stochastic=stochastic,
+                stochastic=stochastic, starts=parts,
             )  # fmt: skip
         elif dense:
-            adamw32_op(self.params, self.grads, *moments, scalars, keys, skip, stochastic)
+            adamw32_op(self.params, self.grads, *moments, scalars, keys, skip, stochastic, parts)
         else:
             adamw32_(
-                self.params, self.grads, *moments, scalars=scalars, keys=keys, skip=skip, stochastic=stochastic
+                self.params, self.grads, *moments, scalars=scalars, keys=keys, skip=skip, stochastic=stochastic,
+                starts=parts,
             )  # fmt: skip
         # The operations run below autograd, which would not notice that weights in a graph have changed.
         torch.autograd.graph.increment_version(self.params)
@@ -106,8 +114,9 @@ def gather(param_groups: Iterable[dict[str, Any]], state_of: Callable[[Tensor], 
             batch = batches.get(kind)
             if batch is None:
                 batch = batches[kind] = Batch(Kind(*kind))
-            batch.params.append(param)
-            batch.grads.append(grad)
+            batch.params.append(local(param))
+            batch.owners.append(param)
+            batch.grads.append(local(grad))
             batch.states.append(state)
         for batch in batches.values():
             if len(batch.params) > (batch.groups[-1][1] if batch.groups else 0):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lisa_kernels.distributed import units_of
 from lisa_kernels.errors import InputError
 from lisa_kernels.scores.calibration import calibration_inputs
 from lisa_kernels.scores.matrices import check_blocks
@@ -28,6 +29,11 @@ def gradient_norms(
     parameter's gradient on the model's device.
     """
     check_blocks(blocks)
+    if units_of(model):
+        raise InputError(
+            "gradient norms are measured on a whole model, and this one is under fully_shard; use another kind of "
+            'score, or scores="gradient-norm" of a method, which measures them as it trains.'
+        )
     parameters = list(dict.fromkeys(parameter for block in blocks for parameter in block.parameters()))
     sums: dict[nn.Parameter, Tensor] = {}
 

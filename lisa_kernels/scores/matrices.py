@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from lisa_kernels.distributed import whole
 from lisa_kernels.errors import InputError
 
 # One chunk upcast to fp32 takes 64 MiB.
@@ -52,11 +53,15 @@ def block_matrices(block: nn.Module) -> dict[str, Tensor]:
         if parameter.ndim == 2:
             matrices[name] = parameter.detach()
         elif parameter.ndim == 3:
-            matrices.update({f"{name}[{i}]": matrix for i, matrix in enumerate(parameter.detach())})
+            matrices.update({f"{name}[{i}]": matrix for i, matrix in enumerate(whole(parameter.detach()))})
     return matrices
 
 
 def fp32_rows(matrix: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of a matrix [m, n] in fp32, some at a time; what is yielded may be the matrix's own memory."""
+    """Yield the rows of a matrix [m, n] in fp32, some at a time; what is yielded may be the matrix's own memory.
+
+    One that ranks share out is gathered meanwhile.
+    """
+    matrix = whole(matrix)
     for rows in matrix.split(max(1, _CHUNK_ELEMENTS // max(1, matrix.shape[1]))):
         yield rows.float()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lisa_kernels.distributed import whole
 from lisa_kernels.errors import InputError
 from lisa_kernels.scores.matrices import block_matrices, check_blocks, fp32_rows
 
@@ -33,7 +34,7 @@ def hill_alphas(blocks: Sequence[nn.Module]) -> list[float]:
 def _hill_alpha(matrix: Tensor) -> float | None:
     """Return the Hill alpha of one matrix, or None where it has none."""
     tail = min(matrix.shape) // 2
-    weight = matrix.float()
+    weight = whole(matrix).float()
     if not tail or not bool(weight.any()):
         return None
     if not bool(weight.isfinite().all()):

@@ -73,10 +73,14 @@ class Run:
 
 def train(
     method: Method, tied: bool, rank: int | None, *, steps: int = STEPS, accumulate: int = 1, sync_all: bool = False,
-    dtype: torch.dtype = torch.float32, clip: bool = False, recompute: bool = False, **settings: Any,
+    dtype: torch.dtype = torch.float32, clip: bool = False, recompute: bool = False,
+    prepare: Callable[[Any], Any] = lambda model: model, **settings: Any,
 ) -> Run:  # fmt: skip
-    """Train on the rows of `rank`; of None, alone on all of them. clip: as loops clip, between backward and step."""
-    model = model_of(tied, dtype)
+    """Train on the rows of `rank`; of None, alone on all of them.
+
+    clip: as loops clip, between backward and step. prepare: what is done to the model before it is attached.
+    """
+    model = prepare(model_of(tied, dtype))
     if recompute:
         checkpoint_blocks(model)
     calibration = [batch(500 + (rank or 0), 0)]

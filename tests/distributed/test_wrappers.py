@@ -95,12 +95,12 @@ def attempts() -> list[dict[str, tuple[str, str]]]:
 REASONS = {
     "DDP": "called by DistributedDataParallel, which reduces the gradients that there were",
     "FSDP1": "FullyShardedDataParallel, DeepSpeed and their like put tensors of their own",
-    "FSDP2": r"under fully_shard \(FSDP2\), whose shards",
+    "FSDP2": r"put under fully_shard \(FSDP2\) after the model was attached",
     "tensor parallel": r"up_proj\.(weight|slot) is a DTensor",
     "accelerate": "called by DistributedDataParallel",
     "attach after DDP": "wrapped in DistributedDataParallel, which fixes",
     "attach after FSDP1": "wrapped in FullyShardedDataParallel, which flattens",
-    "attach after FSDP2": r"under fully_shard \(FSDP2\)",
+    "attach after FSDP2": r"under fully_shard \(FSDP2\), and its ranks have to agree",
     "attach after tensor parallel": "is a DTensor, of which each process holds a part",
 }
 
@@ -116,5 +116,6 @@ def test_every_wrapper_is_refused_on_every_rank(attempt: str, attempts: list[dic
         for name, (kind, sentence) in matching.items():
             assert kind == "InputError", (name, kind, sentence)
             assert re.search(REASONS[attempt], sentence), (name, sentence)
-            assert re.search("bare model on every rank", sentence), (name, sentence)
+            works = 'fully_shard first|ranks="auto"' if "FSDP2" in name else "bare model on every rank"
+            assert re.search(works, sentence), (name, sentence)
             assert "\n" not in sentence

@@ -81,6 +81,18 @@ class Moments:
         take: Callable[..., None] = reference.adamw8_ if self.bits == 8 else reference.adamw32_
         take([param], [grad], *self.lists(), *self.arguments(t, hyper).values(), *options, stochastic)
 
+    def step_at(self, start: int, param: Tensor, grad: Tensor, t: int, by_definition: bool) -> None:
+        """Step a part of a larger tensor."""
+        options: list[Any] = [self.block_size] if self.bits == 8 else []
+        given = [param], [grad], *self.lists()
+        arguments = self.arguments(t)
+        if by_definition:
+            take: Callable[..., None] = reference.adamw8_ if self.bits == 8 else reference.adamw32_
+            take(*given, *arguments.values(), *options, True, [start])
+        else:
+            named = {"block_size": self.block_size} if self.bits == 8 else {}
+            (adamw8_ if self.bits == 8 else adamw32_)(*given, **arguments, **named, starts=[start])
+
     def lists(self) -> list[list[Tensor]]:
         return [[tensor] for tensor in self.tensors]
 
@@ -437,3 +449,31 @@ def test_a_state_of_another_shape_is_refused(position: int, wrong: Tensor) -> No
     state.tensors[position] = wrong
     with pytest.raises(InputError, match=r"(m|v) has .* needs"):
         state.step(torch.zeros(300), torch.zeros(300))
+
+
+@pytest.mark.parametrize("by_definition", [True, False], ids=["definition", "operation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("bits", "cut"), [(8, 768), (8, 2048), (32, 12), (32, 2048)])
+def test_parts_of_a_tensor_become_what_the_whole_does(
+    bits: int, cut: int, dtype: torch.dtype, by_definition: bool
+) -> None:
+    """Bit for bit over two steps, random numbers included; a part that is taken for a whole is not equal."""
+    weight, states = normal(4097, dtype=dtype), [Moments(bits, n) for n in (4097, cut, 4097 - cut, 4097 - cut)]
+    whole, first, rest, stray = weight.clone(), weight[:cut].clone(), weight[cut:].clone(), weight[cut:].clone()
+    for t in (1, 2):
+        grad = normal(4097, seed=t)
+        for state, param, given, start in zip(
+            states, (whole, first, rest, stray), (grad, grad[:cut], grad[cut:], grad[cut:]), (0, 0, cut, 0)
+        ):
+            state.step_at(start, param, given, t, by_definition)
+    assert torch.equal(torch.cat([first, rest]), whole)
+    for tensor, one, other, wrong in zip(*(state.tensors for state in states)):
+        assert torch.equal(torch.cat([one, other]), tensor)
+        assert bits == 32 or wrong.dtype == torch.float32 or not torch.equal(wrong, other)
+    assert dtype == torch.float32 or not torch.equal(stray, rest)
+
+
+def test_a_part_that_cuts_a_block_is_refused() -> None:
+    state, weight = Moments(8, 512), normal(512)
+    with pytest.raises(InputError, match=r"starts are \[64\]; 1 multiples of 256 are wanted"):
+        state.step_at(64, weight, normal(512), 1, by_definition=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -214,3 +215,22 @@ def test_a_remainder_that_does_not_fit_is_refused(dtype: torch.dtype, remainder:
 def test_shapes_that_do_not_fit_are_refused(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"into a weight \[8, 16\]; \[r, 8\] and \[r, 16\]"):
         fold(torch.zeros(8, 16), torch.zeros(left), torch.zeros(right))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fold_rows", [fold_, reference.fold_], ids=["operation", "definition"])
+def test_rows_of_a_weight_become_what_the_whole_does(fold_rows: Callable[..., None], dtype: torch.dtype) -> None:
+    """Bit for bit where they say where they begin; rows that do not are rounded by others' random numbers."""
+    weight, slot, basis = normal(48, 66, dtype=dtype), normal(4, 48, seed=1), normal(4, 66, seed=2)
+    decay, key = torch.tensor(0.9), random_key(1, 2, torch.tensor(3))
+    whole, upper, lower, stray = weight.clone(), weight[:10].clone(), weight[10:].clone(), weight[10:].clone()
+    for rows, part, start in ((whole, slot, 0), (upper, slot[:, :10], 0), (lower, slot[:, 10:], 660)):
+        fold_rows(rows, part, basis, decay=decay, key=key, start=start)
+    fold_rows(stray, slot[:, 10:], basis, decay=decay, key=key)
+    assert torch.equal(torch.cat([upper, lower]), whole)
+    assert torch.equal(stray, lower) == (dtype == torch.float32)
+
+
+def test_rows_that_begin_within_a_hash_of_random_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match="start at element 6 of the whole weight; a multiple of 4 is wanted"):
+        fold_(torch.zeros(2, 6), torch.zeros(1, 2), torch.zeros(1, 6), decay=torch.tensor(1.0), start=6)

@@ -222,6 +222,23 @@ def check_far(machine: Machine) -> None:
     assert torch.equal(weight[:, 128:], given.weight[:, 128:])
 
 
+def test_rows_of_a_weight_are_rounded_as_in_the_whole() -> None:
+    """Whose first row lies in the middle of a tile of the whole; bit for bit, for the products are exact."""
+    given = exact(72, 64, 8)
+    machine = Machine(90)
+    weight, decay, key = given.weight[20:].contiguous(), torch.tensor(given.decay), random_key(SEED, PARAMETER, CLOCK)
+    memory = Poisoned(machine.device)
+    rows, left, right = (
+        there.view(t.shape) for there, t in zip(memory.place([weight, given.left[:, 20:], given.right]),
+                                               (weight, given.left[:, 20:], given.right))
+    )  # fmt: skip
+    there = decay.to(machine.device), key.to(machine.device)
+    launch = machine.module("fold").fold_launch(rows, left, right, *there, None, True, machine.warp, start=20 * 64)
+    machine.run([launch])
+    memory.assert_untouched()
+    assert_equal_bits(rows.cpu().flatten(), given.expected()[0][20:].flatten(), "weights")
+
+
 @pytest.mark.slow
 def test_random_words_beyond_2_to_the_32() -> None:
     """Addresses and words of elements take 64 bits."""

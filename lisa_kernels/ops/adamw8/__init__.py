@@ -8,6 +8,8 @@ to step comes as tensors there. Of k parameters of up to 2⁶³ elements each:
     scalars         float32 [k, 8], rows of `Scalars`, as `step_inputs` makes them
     keys            int64 [k], the keys of the random numbers (`random_bits.keys_at`), as it makes them too
     skip            bool 0-d; true leaves everything untouched
+    starts          of parts of larger tensors the index of their first element there, a multiple of the block size,
+                    or of 4 with 32-bit moments: parts then become what the whole would. None: 0 for all
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ from lisa_kernels.ops.adamw8.reference import Hyper, Scalars, step_scalars
 from lisa_kernels.ops.blockwise8 import block_count, check_block_size
 
 __all__ = [
-    "FLOAT_DTYPES", "Hyper", "Scalars", "adamw8_", "adamw8_op", "adamw32_", "adamw32_op", "step_inputs", "step_scalars",
+    "FLOAT_DTYPES", "FOUR", "Hyper", "Scalars", "adamw8_", "adamw8_op", "adamw32_", "adamw32_op", "step_inputs",
+    "step_scalars",
 ]  # fmt: skip
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements that share a hash of random numbers.
+FOUR = 4
 
 _TRITON = "lisa_kernels.ops.adamw8.triton_kernel"
 
@@ -39,12 +44,13 @@ def _fake(*arguments: object) -> None:
 # For callers whose tensors are checked and dense already; the functions below are for all others.
 adamw8_op = library.define(
     "adamw8_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m_codes, Tensor(c!)[] m_absmax, Tensor(d!)[] v_codes, "
-    "Tensor(e!)[] v_absmax, Tensor scalars, Tensor keys, Tensor skip, int block_size, bool stochastic) -> ()",
+    "Tensor(e!)[] v_absmax, Tensor scalars, Tensor keys, Tensor skip, int block_size, bool stochastic, "
+    "int[]? starts=None) -> ()",
     reference.adamw8_, _fake,
 )  # fmt: skip
 adamw32_op = library.define(
     "adamw32_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] v, Tensor scalars, Tensor keys, "
-    "Tensor skip, bool stochastic) -> ()",
+    "Tensor skip, bool stochastic, int[]? starts=None) -> ()",
     reference.adamw32_, _fake,
 )  # fmt: skip
 library.implement_cpu("adamw8_", cpu_kernel.adamw8_)
@@ -85,7 +91,10 @@ def step_inputs(
     return result
 
 
-def _check(params: Sequence[Tensor], grads: Sequence[Tensor], scalars: Tensor, keys: Tensor) -> None:
+def _check(
+    params: Sequence[Tensor], grads: Sequence[Tensor], scalars: Tensor, keys: Tensor, starts: list[int] | None,
+    unit: int,
+) -> None:  # fmt: skip
     for param, grad in zip(params, grads, strict=True):
         if param.dtype not in FLOAT_DTYPES or grad.dtype not in FLOAT_DTYPES:
             raise InputError(
@@ -102,6 +111,8 @@ def _check(params: Sequence[Tensor], grads: Sequence[Tensor], scalars: Tensor, k
             f"scalars are {list(scalars.shape)} and keys {list(keys.shape)}; {k} parameters need "
             f"[{k}, {len(Scalars._fields)}] and [{k}]."
         )
+    if starts is not None and (len(starts) != k or any(start < 0 or start % unit for start in starts)):
+        raise InputError(f"starts are {starts}; {k} multiples of {unit} are wanted.")
 
 
 def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -117,11 +128,11 @@ def _write_back(params: Sequence[Tensor], dense: Sequence[Tensor]) -> None:
 def adamw8_(
     params: Sequence[Tensor], grads: Sequence[Tensor], m_codes: list[Tensor], m_absmax: list[Tensor],
     v_codes: list[Tensor], v_absmax: list[Tensor], *, scalars: Tensor, keys: Tensor, skip: Tensor,
-    block_size: int = 256, stochastic: bool = True,
+    block_size: int = 256, stochastic: bool = True, starts: list[int] | None = None,
 ) -> None:  # fmt: skip
     """Take one AdamW step on each parameter [n], its moments held as codes uint8 [n] and absmax float32 [blocks]."""
     check_block_size(block_size)
-    _check(params, grads, scalars, keys)
+    _check(params, grads, scalars, keys, starts, block_size)
     for name, codes, absmax in (("m", m_codes, m_absmax), ("v", v_codes, v_absmax)):
         for param, code, scale in zip(params, codes, absmax, strict=True):
             n = param.numel()
@@ -131,16 +142,17 @@ def adamw8_(
                     f"{n} elements needs as many uint8 codes and absmax [{block_count(n, block_size)}]."
                 )
     dense = _dense(params)
-    adamw8_op(dense, _dense(grads), m_codes, m_absmax, v_codes, v_absmax, scalars, keys, skip, block_size, stochastic)
+    options = (block_size, stochastic, starts)
+    adamw8_op(dense, _dense(grads), m_codes, m_absmax, v_codes, v_absmax, scalars, keys, skip, *options)
     _write_back(params, dense)
 
 
 def adamw32_(
     params: Sequence[Tensor], grads: Sequence[Tensor], m: list[Tensor], v: list[Tensor], *,
-    scalars: Tensor, keys: Tensor, skip: Tensor, stochastic: bool = True,
+    scalars: Tensor, keys: Tensor, skip: Tensor, stochastic: bool = True, starts: list[int] | None = None,
 ) -> None:  # fmt: skip
     """Take one AdamW step on each parameter [n], its moments held as float32 [n]."""
-    _check(params, grads, scalars, keys)
+    _check(params, grads, scalars, keys, starts, FOUR)
     for param, *moments in zip(params, m, v, strict=True):
         if any(moment.dtype != torch.float32 or moment.numel() != param.numel() for moment in moments):
             raise InputError(
@@ -148,5 +160,5 @@ def adamw32_(
                 f"{param.numel()} elements needs as many of float32."
             )
     dense = _dense(params)
-    adamw32_op(dense, _dense(grads), m, v, scalars, keys, skip, stochastic)
+    adamw32_op(dense, _dense(grads), m, v, scalars, keys, skip, stochastic, starts)
     _write_back(params, dense)

@@ -34,7 +34,7 @@ def _arrays(scalars: Tensor, keys: Tensor) -> tuple[int, int]:
 def adamw8_(
     library: Library, params: list[Tensor], grads: list[Tensor], m_codes: list[Tensor], m_absmax: list[Tensor],
     v_codes: list[Tensor], v_absmax: list[Tensor], scalars: Tensor, keys: Tensor, skip: Tensor,
-    block_size: int, stochastic: bool,
+    block_size: int, stochastic: bool, starts: list[int] | None = None,
 ) -> None:  # fmt: skip
     """Update the parameters and their 8-bit moments in place; the contract is the package's."""
     if skip.item():
@@ -45,14 +45,14 @@ def adamw8_(
         weights, gradients,
         addresses("m_codes", m_codes, torch.uint8), addresses("m_absmax", m_absmax, torch.float32),
         addresses("v_codes", v_codes, torch.uint8), addresses("v_absmax", v_absmax, torch.float32),
-        counts(params), weight_dtypes, gradient_dtypes,
+        counts(params), weight_dtypes, gradient_dtypes, starts or [0] * len(params),
     )  # fmt: skip
     library.call("adamw8", where, len(params), *_arrays(scalars, keys), block_size, stochastic)
 
 
 def adamw32_(
     library: Library, params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor],
-    scalars: Tensor, keys: Tensor, skip: Tensor, stochastic: bool,
+    scalars: Tensor, keys: Tensor, skip: Tensor, stochastic: bool, starts: list[int] | None = None,
 ) -> None:  # fmt: skip
     """Update the parameters and their float32 moments in place; the contract is the package's."""
     if skip.item():
@@ -61,6 +61,6 @@ def adamw32_(
     gradients, gradient_dtypes = float_addresses("a gradient", grads)
     _rows, where = table(
         weights, gradients, addresses("m", m, torch.float32), addresses("v", v, torch.float32),
-        counts(params), weight_dtypes, gradient_dtypes,
+        counts(params), weight_dtypes, gradient_dtypes, starts or [0] * len(params),
     )  # fmt: skip
     library.call("adamw32", where, len(params), *_arrays(scalars, keys), stochastic)

@@ -155,6 +155,17 @@ def _write_weight(param: Tensor, new: Tensor, skip: Tensor, words: Tensor | None
     param.copy_(torch.where(skip, param, new.to(param.dtype)))
 
 
+class _Words(NamedTuple):
+    """The random words of a tensor that begins at the element `start` of a whole one; key: int64 0-d."""
+
+    key: Tensor
+    start: int
+
+    def of(self, span: slice) -> Tensor:
+        """Return those of some of its elements."""
+        return random_words(self.key, self.start + span.start, span.stop - span.start)
+
+
 def _spans(n: int) -> list[slice]:
     return [slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
 
@@ -162,24 +173,24 @@ def _spans(n: int) -> list[slice]:
 def adamw8_(
     params: list[Tensor], grads: list[Tensor], m_codes: list[Tensor], m_absmax: list[Tensor],
     v_codes: list[Tensor], v_absmax: list[Tensor], scalars: Tensor, keys: Tensor, skip: Tensor,
-    block_size: int, stochastic: bool,
+    block_size: int, stochastic: bool, starts: list[int] | None = None,
 ) -> None:  # fmt: skip
     """Update each parameter and its 8-bit moments in place, chunk by chunk; see the contract in the package."""
     tensors = zip(params, grads, m_codes, m_absmax, v_codes, v_absmax)
     for index, (param, grad, *state) in enumerate(tensors):
-        row = Scalars(*scalars[index].unbind())
-        _update8(param.view(-1), grad.view(-1), tuple(state), row, keys[index], skip, block_size, stochastic)
+        row, words = Scalars(*scalars[index].unbind()), _Words(keys[index], starts[index] if starts else 0)
+        _update8(param.view(-1), grad.view(-1), tuple(state), row, words if stochastic else None, skip, block_size)
 
 
 def _update8(
-    param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars, key: Tensor, skip: Tensor,
-    block_size: int, stochastic: bool,
+    param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars, random: _Words | None, skip: Tensor,
+    block_size: int,
 ) -> None:  # fmt: skip
     m_codes, m_absmax, v_codes, v_absmax = state
     for span in _spans(param.numel()):
         blocks = slice(span.start // block_size, -(-span.stop // block_size))
         count = span.stop - span.start
-        words = random_words(key, span.start, count) if stochastic else None
+        words = None if random is None else random.of(span)
         m, m_scale = decode(m_codes[span], True), scales(m_absmax[blocks], block_size, count, scalars.carry1)
         v = decode(v_codes[span], False) * scales(v_absmax[blocks], block_size, count, scalars.carry2)
         given = param[span].to(torch.float32), grad[span].to(torch.float32)
@@ -197,22 +208,20 @@ def _update8(
 
 def adamw32_(
     params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], scalars: Tensor, keys: Tensor,
-    skip: Tensor, stochastic: bool,
+    skip: Tensor, stochastic: bool, starts: list[int] | None = None,
 ) -> None:  # fmt: skip
     """Update each parameter and its float32 moments in place: the path of small and 1-D tensors."""
     for index, (param, grad, old_m, old_v) in enumerate(zip(params, grads, m, v)):
-        row = Scalars(*scalars[index].unbind())
+        row, words = Scalars(*scalars[index].unbind()), _Words(keys[index], starts[index] if starts else 0)
         flat = param.view(-1), grad.view(-1), old_m.view(-1), old_v.view(-1)
-        _update32(*flat, row, keys[index], skip, stochastic)
+        _update32(*flat, row, words if stochastic and param.dtype in STOCHASTIC_ROUNDINGS else None, skip)
 
 
 def _update32(
-    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Scalars, key: Tensor, skip: Tensor, stochastic: bool
+    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Scalars, random: _Words | None, skip: Tensor
 ) -> None:
     for span in _spans(param.numel()):
-        words = None
-        if stochastic and param.dtype in STOCHASTIC_ROUNDINGS:
-            words = random_words(key, span.start, span.stop - span.start)
+        words = None if random is None else random.of(span)
         given = param[span].to(torch.float32), grad[span].to(torch.float32)
         weight, new_m, new_v = adamw_update(*given, m[span], scalars.carry1, v[span] * scalars.carry2, scalars)
         _write_weight(param[span], weight, skip, words)

@@ -10,7 +10,8 @@ and a captured CUDA graph stays valid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -39,9 +40,11 @@ from lisa_kernels.ops.tiles import (
     split,
     table_launches,
     tile_shape,
+    to_device,
     vector_of,
     warp_size,
 )
+from lisa_kernels.ops.tiles.parts import cut_at_tiles, displace
 from lisa_kernels.ops.tiles.triton_kernel import (
     TRITON_DTYPES,
     advance,
@@ -297,21 +300,33 @@ def adamw32_many(
         )
 
 
+def _elements(block_size: int) -> tuple[int, ...]:
+    """Return how many elements there are to an item of each list of tensors."""
+    return 1, 1, 1, block_size, 1, block_size
+
+
+def _displaced(
+    table: Tensor, lists: Sequence[Sequence[Tensor]], starts: Sequence[int] | None, elements: Sequence[int]
+) -> Tensor | None:  # fmt: skip
+    return None if starts is None else displace(table, lists, torch.tensor(starts, device="cpu"), elements)
+
+
 def adamw8_launches(
     params: Sequence[Tensor], grads: Sequence[Tensor], m_codes: Sequence[Tensor], m_absmax: Sequence[Tensor],
     v_codes: Sequence[Tensor], v_absmax: Sequence[Tensor], scalars: Tensor, keys: Tensor, skip: Tensor,
-    block_size: int, stochastic: bool, warp: int = WARP,
+    block_size: int, stochastic: bool, warp: int = WARP, starts: Sequence[int] | None = None,
 ) -> list[Launch]:  # fmt: skip
     """Return the launches of one step: one per dtypes and access for all small tensors, one for each large one."""
     lists = (params, grads, m_codes, m_absmax, v_codes, v_absmax)
     common = {"scalars": scalars, "keys": keys, "skip": skip.view(torch.uint8)}
     table = pointer_table(lists)
+    later = _displaced(table, lists, starts, _elements(block_size))
     launches, shared = [], []
     for (param, grad), rows in rows_by_dtypes((params, grads)).items():
         shape = tile_shape(block_size, vector_of(param), warp)
-        for tiles in split(table, rows, shape.elements, WIDE):
+        for tiles in split(table, rows, shape.elements, WIDE, later):
             constants = {"STOCHASTIC": stochastic, "ACCESS": tiles.access, **shape.constants()}
-            large, small = tiles.large(LARGE)
+            large, small = tiles.large(LARGE) if later is None else ([], tiles)
             for row, first, count in large:
                 tensors = {name: tensors[row] for name, tensors in zip(_TENSORS, lists)}
                 own = {"count": params[row].numel(), "row": row, "first_tile": first}
@@ -324,40 +339,61 @@ def adamw8_launches(
 
 def adamw32_launches(
     params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor], v: Sequence[Tensor], scalars: Tensor,
-    keys: Tensor, skip: Tensor, stochastic: bool, warp: int = WARP,
+    keys: Tensor, skip: Tensor, stochastic: bool, warp: int = WARP, starts: Sequence[int] | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """Return the launches of one step, one per dtypes and access."""
+    """Return the launches of one step, one per dtypes and access; starts: as above."""
     common = {"scalars": scalars, "keys": keys, "skip": skip.view(torch.uint8)}
     table = pointer_table((params, grads, m, v))
+    later = _displaced(table, (params, grads, m, v), starts, (1, 1, 1, 1))
     # Vectors of four: an access of 16 bytes of the widest tensors, the moments.
     shape = tile_shape(ELEMENTS_32, vector_of(torch.float32), warp)
     shared = []
     for (param, grad), rows in rows_by_dtypes((params, grads)).items():
         dtypes = {"PARAM": TRITON_DTYPES[param], "GRAD": TRITON_DTYPES[grad]}
-        for tiles in split(table, rows, shape.elements, (0, 1, 2, 3)):
+        for tiles in split(table, rows, shape.elements, (0, 1, 2, 3), later):
             constants = {**dtypes, "STOCHASTIC": stochastic, "ACCESS": tiles.access, **shape.constants()}
             shared.append(TableGroup(adamw32_many, tiles, constants, shape.num_warps))
     return table_launches(table, shared, common, params[0].device)
 
 
+def _take_step(
+    launches_of: Callable[..., list[Launch]], lists: Sequence[list[Tensor]], scalars: Tensor, keys: Tensor,
+    skip: Tensor, options: Sequence[Any], starts: list[int] | None, tile: int, elements: Sequence[int],
+) -> None:  # fmt: skip
+    """Run the launches of a step; parts of larger tensors are cut where they begin within a tile of the whole."""
+    warp = warp_size(keys.device)
+    if starts is None:
+        for launch in launches_of(*lists, scalars, keys, skip, *options, warp):
+            launch.run()
+        return
+    parts = cut_at_tiles(lists, starts, tile, elements)
+    if not parts.rows:
+        return
+    rows = to_device(torch.tensor(parts.rows, dtype=torch.int64, device="cpu"), keys.device)
+    inputs = scalars.index_select(0, rows), keys.index_select(0, rows), skip
+    for launch in launches_of(*parts.lists, *inputs, *options, warp, parts.starts):
+        launch.run()
+    parts.write_back()
+
+
 def adamw8_(
     params: list[Tensor], grads: list[Tensor], m_codes: list[Tensor], m_absmax: list[Tensor], v_codes: list[Tensor],
     v_absmax: list[Tensor], scalars: Tensor, keys: Tensor, skip: Tensor, block_size: int, stochastic: bool,
+    starts: list[int] | None = None,
 ) -> None:  # fmt: skip
     """Update parameters and their 8-bit moments in place on a GPU; the contract is the package's."""
     if params:
-        state = (m_codes, m_absmax, v_codes, v_absmax, scalars, keys, skip)
-        warp = warp_size(params[0].device)
-        for launch in adamw8_launches(params, grads, *state, block_size, stochastic, warp):
-            launch.run()
+        lists, options = (params, grads, m_codes, m_absmax, v_codes, v_absmax), (block_size, stochastic)
+        # As many elements with vectors of any dtype.
+        tile = tile_shape(block_size, vector_of(torch.float32)).elements
+        _take_step(adamw8_launches, lists, scalars, keys, skip, options, starts, tile, _elements(block_size))
 
 
 def adamw32_(
     params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], scalars: Tensor, keys: Tensor,
-    skip: Tensor, stochastic: bool,
+    skip: Tensor, stochastic: bool, starts: list[int] | None = None,
 ) -> None:  # fmt: skip
     """Update parameters and their float32 moments in place on a GPU; the contract is the package's."""
     if params:
-        warp = warp_size(params[0].device)
-        for launch in adamw32_launches(params, grads, m, v, scalars, keys, skip, stochastic, warp):
-            launch.run()
+        lists = (params, grads, m, v)
+        _take_step(adamw32_launches, lists, scalars, keys, skip, (stochastic,), starts, ELEMENTS_32, (1, 1, 1, 1))

@@ -12,14 +12,16 @@ from lisa_kernels.ops.library import triton_kernel, triton_present
 
 @torch.library.custom_op("lisa_kernels::fold_", mutates_args=("weight", "remainder"))
 def _fold(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None,
+    start: int = 0,
 ) -> None:  # fmt: skip
-    reference.fold_(weight, left, right, decay, key, remainder)
+    reference.fold_(weight, left, right, decay, key, remainder, start)
 
 
 @_fold.register_fake
 def _(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None,
+    start: int = 0,
 ) -> None:  # fmt: skip
     return None
 
@@ -31,7 +33,7 @@ if triton_present():
 
 def fold_(
     weight: Tensor, left: Tensor, right: Tensor, *, decay: Tensor, key: Tensor | None = None,
-    remainder: Tensor | None = None,
+    remainder: Tensor | None = None, start: int = 0,
 ) -> None:  # fmt: skip
     """Replace `weight` [m, n] by decay · weight + leftᵀ · right, in float32, rounded once to the weight's dtype.
 
@@ -41,6 +43,9 @@ def fold_(
 
     remainder: int16 [m, n] beside a bfloat16 weight, mutated: together they are a float32 master weight, see
     `master_weight`; the weight is then its nearest bfloat16 and nothing is random.
+
+    start: where the weight is some rows of a larger one, the index of its first element there, a multiple of 4: rows
+    are then rounded as they are in the whole.
     """
     m, n = weight.shape
     if left.shape[1:] != (m,) or right.shape[1:] != (n,) or left.shape[0] != right.shape[0]:
@@ -48,9 +53,11 @@ def fold_(
             f"cannot fold {list(left.shape)} and {list(right.shape)} into a weight {list(weight.shape)}; "
             f"[r, {m}] and [r, {n}] are wanted."
         )
+    if start < 0 or start % 4:
+        raise InputError(f"the rows start at element {start} of the whole weight; a multiple of 4 is wanted.")
     if remainder is not None:
         check_remainder(weight, remainder)
-    _fold(weight, left, right, decay, key, remainder)
+    _fold(weight, left, right, decay, key, remainder, start)
 
 
 def check_remainder(weight: Tensor, remainder: Tensor) -> None:

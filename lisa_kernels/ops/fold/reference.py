@@ -28,23 +28,24 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fold_(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None,
+    start: int = 0,
 ) -> None:  # fmt: skip
     """Add leftᵀ · right to `decay` · weight in place; see the contract in the package."""
     rows, columns = weight.shape
     band = band_rows(columns)
     right = right.to(torch.float32)
-    for start in range(0, rows, band):
-        target = weight[start : start + band]
-        rest = None if remainder is None else remainder[start : start + band]
-        update = left[:, start : start + band].to(torch.float32).t() @ right
+    for row in range(0, rows, band):
+        target = weight[row : row + band]
+        rest = None if remainder is None else remainder[row : row + band]
+        update = left[:, row : row + band].to(torch.float32).t() @ right
         old = target.to(torch.float32) if rest is None else join(target, rest)
         new = old * decay + update
         if rest is not None:
             for part, value in zip((target, rest), split(new)):
                 part.copy_(value)
         elif key is not None and weight.dtype in STOCHASTIC_ROUNDINGS:
-            bits = weight_bits(random_words(key, start * columns, new.numel()))
+            bits = weight_bits(random_words(key, start + row * columns, new.numel()))
             target.copy_(STOCHASTIC_ROUNDINGS[weight.dtype](new, bits.view(new.shape)))
         else:
             target.copy_(new)

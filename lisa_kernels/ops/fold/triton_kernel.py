@@ -93,15 +93,18 @@ def store_master(weight, remainder, values, bits16, mask, STOCHASTIC: tl.constex
 
 
 @triton.jit(
-    do_not_specialize=["rows", "columns", "rank"],
+    do_not_specialize=["rows", "columns", "rank", "first"],
     do_not_specialize_on_alignment=["weight", "remainder", "left", "right", "decay", "key"],
 )
 def fold_tile(
-    weight, remainder, left, right, decay, key, rows: tl.int64, columns: tl.int64, rank: tl.int64,
+    weight, remainder, left, right, decay, key, rows: tl.int64, columns: tl.int64, rank: tl.int64, first,
     STOCHASTIC: tl.constexpr, FAR: tl.constexpr, ACCESS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
-    """Fold one tile of a dense weight [rows, columns]; left [rank, rows] and right [rank, columns] are dense too."""
+    """Fold one tile of a dense weight [rows, columns]; left [rank, rows] and right [rank, columns] are dense too.
+
+    first: of a weight that is a part of a whole the index of its first element there, else None.
+    """
     across = tl.cdiv(columns, N)
     row, column = tl.program_id(0) // across * M, tl.program_id(0) % across * N
     rows, columns = whole_vectors(rows.to(tl.int32), ACCESS), whole_vectors(columns.to(tl.int32), ACCESS)
@@ -117,13 +120,16 @@ def fold_tile(
     if remainder is not None:
         rests = advance(remainder, start, ACCESS) + offsets
     new = load_master(places, rests, mask) * tl.load(decay) + product
-    bits16 = weight_bits(random_words_at(tl.load(key), start, offsets, FAR))
+    element = start
+    if first is not None:
+        element += first
+    bits16 = weight_bits(random_words_at(tl.load(key), element, offsets, FAR))
     store_master(places, rests, new, bits16, mask, STOCHASTIC)
 
 
 def fold_launch(
     weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor, remainder: Tensor | None,
-    stochastic: bool, warp: int = WARP, tile: FoldTile | None = None,
+    stochastic: bool, warp: int = WARP, tile: FoldTile | None = None, start: int = 0,
 ) -> Launch:  # fmt: skip
     """Return the launch that folds dense left [r, m] and right [r, n] into a dense weight [m, n]."""
     (rows, columns), rank = weight.shape, len(left)
@@ -133,11 +139,14 @@ def fold_launch(
     arguments: dict[str, Tensor | int] = {"weight": weight, "left": left, "right": right, "decay": decay, "key": key}
     constants: dict[str, Any] = {
         "STOCHASTIC": stochastic and remainder is None and weight.dtype in STOCHASTIC_ROUNDINGS,
-        "FAR": weight.numel() > 1 << 32, "ACCESS": ELEMENT if odd else VECTOR, "M": tile.M, "N": tile.N, "K": tile.K,
+        "FAR": start + weight.numel() > 1 << 32, "ACCESS": ELEMENT if odd else VECTOR,
+        "M": tile.M, "N": tile.N, "K": tile.K,
     }  # fmt: skip
     (constants if remainder is None else arguments)["remainder"] = remainder
     programs = -(-rows // tile.M) * -(-columns // tile.N)
     arguments = {**arguments, "rows": rows, "columns": columns, "rank": rank}
+    # A weight that is whole does not pay for what others need.
+    (arguments if start else constants)["first"] = start or None
     return Launch(fold_tile, arguments, constants, programs, tile.threads // warp)
 
 
@@ -146,17 +155,18 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def fold_(
-    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None
+    weight: Tensor, left: Tensor, right: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None,
+    start: int = 0,
 ) -> None:  # fmt: skip
     """Fold on a GPU; the contract is the package's. float64 weights stay in torch."""
     if weight.dtype not in TRITON_DTYPES or not weight.numel() or max(weight.shape) >= LARGEST_SIDE:
-        reference.fold_(weight, left, right, decay, key, remainder)
+        reference.fold_(weight, left, right, decay, key, remainder, start)
         return
     dense, rest = weight.contiguous(), None if remainder is None else remainder.contiguous()
     # Read in any case, and without effect where rounding is to nearest.
     seen = decay.new_zeros((), dtype=torch.int64) if key is None else key
     warp = warp_size(weight.device)
-    fold_launch(dense, _dense(left), _dense(right), decay, seen, rest, key is not None, warp).run()
+    fold_launch(dense, _dense(left), _dense(right), decay, seen, rest, key is not None, warp, start=start).run()
     for given, folded in ((weight, dense), (remainder, rest)):
         if given is not None and folded is not None and given.data_ptr() != folded.data_ptr():
             given.copy_(folded)

@@ -118,19 +118,22 @@ def rows_by_dtypes(lists: Sequence[Sequence[Tensor]]) -> dict[tuple[torch.dtype,
     return {kind: torch.tensor([row for row, other in enumerate(combinations) if other == kind]) for kind in kinds}
 
 
-def split(table: Tensor, rows: Tensor, tile: int, columns: Sequence[int]) -> list[Tiles]:
+def split(
+    table: Tensor, rows: Tensor, tile: int, columns: Sequence[int], starts: Tensor | None = None
+) -> list[Tiles]:  # fmt: skip
     """Return the tiles, of so many elements, of these rows of a table, by how they can be reached; each kind once.
 
-    columns: of the tensors that are reached by wide accesses.
+    columns: of the tensors that are reached by wide accesses. starts: of displaced rows (`parts.displace`), int64 [k].
     """
     addresses, counts = table[:, columns][rows], table[rows, COUNT_COLUMN]
+    begin = torch.zeros_like(counts) if starts is None else starts[rows] // tile
     aligned = (addresses % ACCESS_BYTES == 0).all(dim=1)
     vector = aligned & (counts % LONGEST_VECTOR == 0)
-    whole = torch.where(aligned, counts // tile, 0)
+    whole = torch.where(aligned, counts // tile, begin)
     rest = -(-counts // tile) - whole
     part, odd = torch.where(vector, rest, 0), torch.where(vector, 0, rest)
     tiles = []
-    for access, first, count in ((WHOLE, torch.zeros_like(whole), whole), (VECTOR, whole, part), (ELEMENT, whole, odd)):
+    for access, first, count in ((WHOLE, begin, whole - begin), (VECTOR, whole, part), (ELEMENT, whole, odd)):
         some = count > 0
         if some.any():
             tiles.append(Tiles(access, rows[some], first[some], count[some]))
