@@ -16,6 +16,7 @@ from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
 from lisa_kernels.layers.lowrank import LowRankLinear, ReadWeights, TrainedBasisLinear, swap_linears
 from lisa_kernels.layers.offload import offload_checkpoints
 from lisa_kernels.layers.plain_linears import PlainLinears
+from lisa_kernels.layers.segments import attend_by_segments, attends_by_segments, borders_mask
 from lisa_kernels.layers.slot import SlotModule
 
 __all__ = [
@@ -30,6 +31,9 @@ __all__ = [
     "SlotModule",
     "TappedEmbedding",
     "TrainedBasisLinear",
+    "attend_by_segments",
+    "attends_by_segments",
+    "borders_mask",
     "check_attachable",
     "check_untied",
     "checkpoint_blocks",
