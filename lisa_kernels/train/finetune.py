@@ -5,16 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from lisa_kernels.distributed import Ranks, join, on_first, part, ranks_of, read_launch, together
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import checkpoint_blocks, find_blocks, find_linears, linear_shape, offload_checkpoints
+from lisa_kernels.layers import (
+    attends_by_segments,
+    checkpoint_blocks,
+    find_blocks,
+    find_linears,
+    linear_shape,
+    offload_checkpoints,
+)
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.methods.adapter_layout import is_all_adaptable
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
@@ -27,6 +35,7 @@ from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, che
 from lisa_kernels.train.memory import PlannedMemory, describe_held
 from lisa_kernels.train.options import AUTO, AUTOMATIC, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
+from lisa_kernels.train.packing import Row, collate, collate_flat, pad_token_id
 from lisa_kernels.train.placement import (
     Memory,
     out_of_memory,
@@ -39,7 +48,7 @@ from lisa_kernels.train.restart import LAUNCHERS, find_launchers, resumed_by_lau
 from lisa_kernels.train.run_folder import start_run
 from lisa_kernels.train.run_lock import RunLock
 from lisa_kernels.train.taken import Grounds, Taken, recorded_in
-from lisa_kernels.train.tokenize import TokenizedData, collate, pad_token_id
+from lisa_kernels.train.tokenize import TokenizedData
 
 if TYPE_CHECKING:
     from lisa_kernels.train.history import RunHistory
@@ -309,6 +318,12 @@ def _begin_facts(
     }  # fmt: skip
 
 
+def _collator(model: Any, tokenizer: Any) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+    if attends_by_segments(model):
+        return collate_flat
+    return functools.partial(collate, pad_token_id=pad_token_id(tokenizer))
+
+
 def _trainer(
     model: Any, arguments: Any, train: TokenizedData, held_out: TokenizedData, tokenizer: Any, optimizer: SampledAdamW,
     callbacks: list[Any], ranks: Ranks | None,
@@ -319,8 +334,8 @@ def _trainer(
 
     trainer = FineTuneTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=held_out if len(held_out) else None,
-        data_collator=functools.partial(collate, pad_token_id=pad_token_id(tokenizer)), processing_class=tokenizer,
-        optimizers=(optimizer, None), callbacks=callbacks, ranks=ranks,
+        data_collator=_collator(model, tokenizer), processing_class=tokenizer, optimizers=(optimizer, None),
+        callbacks=callbacks, ranks=ranks,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lisa_kernels.layers import borders_mask
 from lisa_kernels.train.chat import IGNORED, Example
 
 Row = dict[str, Tensor]
+# Rows that are filled to the last hold a few examples less than their mean length says: found on worked answers.
+UNEVEN = 1 / 32
+# How many sizes are tried as the smallest of three.
+TRIES = 8
 
 
 def row_of(examples: list[Example], packing: bool) -> Row:
@@ -24,28 +31,86 @@ def row_of(examples: list[Example], packing: bool) -> Row:
     return row
 
 
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each index into the first bin that has room for its length; return the bins."""
-    # A binary tree over the bins holds the largest room below each node: O(log n) per item instead of O(n).
-    size = 1 << max(0, len(lengths) - 1).bit_length()
-    room = [capacity] * (2 * size)
-    bins: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        node = 1
-        while node < size:
-            node = 2 * node if room[2 * node] >= length else 2 * node + 1
-        bins.setdefault(node, []).append(index)
-        room[node] -= length
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
-    return list(bins.values())
+def full_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put the indices of lengths, each of at most `capacity`, into as few rows as a fast rule finds; return the rows.
+
+    The longest that is left begins a row. It takes as many more as rows of what is left hold on average, those with
+    which the row is fullest: with more, short ones would be used up where longer ones fill as well, and what is left
+    would fit badly. Each row is in the order of the indices, and so are the rows by their first.
+    """
+    left = _Left(lengths)
+    rows = []
+    while left.sizes:
+        most = max(1, int(capacity * left.count / left.total - UNEVEN))
+        row, room = [left.sizes[-1]], capacity - left.sizes[-1]
+        left.take(row[0])
+        # One more where there is room for one of mean length.
+        while found := left.fullest(room, max(most - len(row), int(room * left.count >= left.total))):
+            for size in found:
+                left.take(size)
+            row += found
+            room -= sum(found)
+        rows.append(row)
+    places: dict[int, list[int]] = {}
+    for index in reversed(range(len(lengths))):
+        places.setdefault(lengths[index], []).append(index)
+    return sorted(sorted(places[size].pop() for size in row) for row in rows)
+
+
+class _Left:
+    """Lengths that are in no row yet: sizes, each once and ascending, how many lengths there are, and their total."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._of_size = Counter(lengths)
+        self.sizes = sorted(self._of_size)
+        self.count, self.total = len(lengths), sum(lengths)
+
+    def take(self, size: int) -> None:
+        """Take one length of that size away."""
+        self.count -= 1
+        self.total -= size
+        self._of_size[size] -= 1
+        if not self._of_size[size]:
+            self.sizes.pop(bisect_left(self.sizes, size))
+
+    def fullest(self, room: int, most: int) -> list[int]:
+        """Return the sizes, at most three and at most `most`, that fill the room best; of many more the largest one."""
+        fitting = bisect_right(self.sizes, room)
+        if not fitting or most < 1:
+            return []
+        best = [self.sizes[fitting - 1]]
+        if most == 1 or best[0] == room or (most > 3 and room > 3 * best[0]):
+            return best
+        best = self._pair(room, 0) or best
+        third = bisect_right(self.sizes, room // 3) - 1
+        for smallest in range(third, max(-1, third - TRIES), -1) if most > 2 else ():
+            if sum(best) == room:
+                break
+            size = self.sizes[smallest]
+            pair = self._pair(room - size, smallest + (self._of_size[size] < 3), sum(best) - size)
+            best = [*pair, size] if pair else best
+        return best
+
+    def _pair(self, room: int, least: int, above: int = 0) -> list[int]:
+        """Return the two sizes, the smaller one not before place `least`, of the largest sum in (above, room]."""
+        best, low = list[int](), bisect_right(self.sizes, room // 2) - 1
+        high = low
+        # The two are as alike as can be: the shortest are what fills the last gaps.
+        while least <= low and high < len(self.sizes) and above < room:
+            short, long = self.sizes[low], self.sizes[high]
+            if short + long > room:
+                low -= 1
+                continue
+            if short + long > above and (low < high or self._of_size[short] > 1):
+                best, above = [long, short], short + long
+            high += 1
+        return best
 
 
 def packed_rows(rows: Sequence[Row], seq_len: int) -> list[Row]:
     """Return rows of at most `seq_len` tokens, each of one or more of the given ones, which are one example each."""
     examples = [Example(row["input_ids"].tolist(), row["labels"].tolist()) for row in rows]
-    groups = first_fit([len(example.input_ids) for example in examples], seq_len)
+    groups = full_rows([len(example.input_ids) for example in examples], seq_len)
     return [row_of([examples[index] for index in group], packing=True) for group in groups]
 
 
@@ -70,6 +135,28 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     elif min(lengths) < longest:
         batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     return batch
+
+
+def collate_flat(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Return one batch of a single row, all rows end to end and nothing else, for a model that attends by segments.
+
+    input_ids, labels and position_ids: int64 [1, tokens], the positions from 0 in each example; attention_mask: the
+    examples' borders, see `borders_mask`. No token predicts the first one of another example.
+    """
+    ids, labels = (torch.cat([row[name] for row in rows]) for name in ("input_ids", "labels"))
+    positions = torch.cat([row.get("position_ids", torch.arange(len(row["input_ids"]))) for row in rows])
+    begins = positions == 0
+    borders = torch.cat([begins.nonzero().flatten(), torch.tensor([len(ids)])])
+    return {
+        "input_ids": ids[None], "labels": labels.masked_fill(begins, IGNORED)[None], "position_ids": positions[None],
+        "attention_mask": borders_mask(borders),
+    }  # fmt: skip
+
+
+def longest_example(rows: Sequence[Row]) -> int:
+    """Return the tokens of the longest example in any of the rows; 0 without rows."""
+    return max((int(row["position_ids"].max()) + 1 if "position_ids" in row else len(row["input_ids"]) for row in rows),
+               default=0)  # fmt: skip
 
 
 def pad_token_id(tokenizer: Any) -> int:

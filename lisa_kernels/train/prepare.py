@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers import attend_by_segments
 from lisa_kernels.train.chat import default_chat_template
 from lisa_kernels.train.configs import check_sequence_length, load_config
 from lisa_kernels.train.models import (
@@ -24,6 +25,7 @@ from lisa_kernels.train.sources.kinds import parse_columns
 from lisa_kernels.train.tokenize import (
     TokenizedData,
     isolates_packed_examples,
+    longest_example,
     packed,
     preview,
     tokenize_records,
@@ -43,6 +45,7 @@ class RunData:
     """The rows of a run and the tokenizer that made them: all of a run that needs no model.
 
     may_pack: whether each row is one example, and several may share a row under a model that keeps them apart.
+    is_text: whether rows are cut from one long text.
     """
 
     train: TokenizedData
@@ -50,6 +53,7 @@ class RunData:
     tokenizer: Any
     may_pack: bool
     is_chat: bool
+    is_text: bool = False
 
 
 def read_data(options: FineTuneOptions, console: Console) -> RunData:
@@ -78,13 +82,17 @@ def read_data(options: FineTuneOptions, console: Console) -> RunData:
     )  # fmt: skip
     console.print("first example, supervised text in ⟦ ⟧:", style="bold")
     console.print(preview(train[0], tokenizer, max_tokens=80))
-    return RunData(train, held_out, tokenizer, options.packing and kinds != {"text"}, "messages" in kinds)
+    is_text = kinds == {"text"}
+    return RunData(train, held_out, tokenizer, options.packing and not is_text, "messages" in kinds, is_text)
 
 
 def load_model_for(
     options: FineTuneOptions, data: RunData, device: torch.device, console: Console
 ) -> tuple[Any, TokenizedData, TokenizedData]:  # fmt: skip
-    """Return (model, on `device`; training rows, held-out rows); rows share examples where it keeps them apart."""
+    """Return (model, on `device`; training rows, held-out rows); rows share examples where it keeps them apart.
+
+    Where it can, its attention takes the borders of examples, and batches have no padding: see `collate_flat`.
+    """
     model = load_model(options.model, parse_dtype(options.dtype, device), options.seed).to(device)
     pad_note = settle_pad_token(data.tokenizer, model)
     if pad_note is not None:
@@ -94,12 +102,18 @@ def load_model_for(
         data.tokenizer.chat_template = default_chat_template(data.tokenizer)
     check_token_ids(model, max(data.train.max_token_id, data.held_out.max_token_id))
     train, held_out = data.train, data.held_out
-    if data.may_pack and isolates_packed_examples(model):
+    by_segments = not data.is_text and attend_by_segments(model, longest_example([*train.rows, *held_out.rows]))
+    if data.may_pack and (by_segments or isolates_packed_examples(model)):
         train, held_out = (packed(part, options.seq_len) for part in (train, held_out))
-    console.print(
-        f"{len(train)} rows of up to {options.seq_len} tokens; {len(held_out)} rows held out", highlight=False
-    )
+    console.print(describe_rows(train, held_out, options.seq_len, by_segments), highlight=False)
     return model, train, held_out
+
+
+def describe_rows(train: TokenizedData, held_out: TokenizedData, seq_len: int, by_segments: bool) -> str:
+    """Return what to say of a run's rows, and of the tokens that they have no use for."""
+    empty = train.empty_share(seq_len)
+    room = f", {empty:.1%} of their tokens empty" + (" and left out" if by_segments else "") if empty else ""
+    return f"{len(train)} rows of up to {seq_len} tokens{room}; {len(held_out)} rows held out"
 
 
 def _held_out(records: Records, tokenizer: Any, seq_len: int) -> TokenizedData:

@@ -21,8 +21,9 @@ from lisa_kernels.train.packing import (
     Row,
     accepts_position_ids,
     collate,
-    first_fit,
+    full_rows,
     isolates_packed_examples,
+    longest_example,
     packed_rows,
     pad_token_id,
     row_of,
@@ -32,8 +33,8 @@ from lisa_kernels.train.records import Records
 ENCODE_BATCH = 256
 
 __all__ = [
-    "IGNORED", "TokenizedData", "accepts_position_ids", "collate", "isolates_packed_examples", "packed", "pad_token_id",
-    "preview", "split_records", "tokenize_records", "tokenize_split",
+    "IGNORED", "TokenizedData", "accepts_position_ids", "collate", "isolates_packed_examples", "longest_example",
+    "packed", "pad_token_id", "preview", "split_records", "tokenize_records", "tokenize_split",
 ]  # fmt: skip
 
 
@@ -59,6 +60,10 @@ class TokenizedData(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
+
+    def empty_share(self, seq_len: int) -> float:
+        """Return which share of rows of `seq_len` tokens holds none; 0 without rows."""
+        return 1 - self.tokens / (len(self.rows) * seq_len) if self.rows else 0.0
 
     @property
     def max_token_id(self) -> int:
@@ -282,7 +287,7 @@ def _cut_examples(examples: Sequence[Example], seq_len: int) -> tuple[list[Examp
 
 def _rows(examples: list[Example], seq_len: int, packing: bool, counts: _Cut, notes: list[str]) -> TokenizedData:
     lengths = [len(example.input_ids) for example in examples]
-    groups = first_fit(lengths, seq_len) if packing else [[index] for index in range(len(examples))]
+    groups = full_rows(lengths, seq_len) if packing else [[index] for index in range(len(examples))]
     rows = [row_of([examples[index] for index in group], packing) for group in groups]
     dropped = counts.emptied + counts.unanswered
     truncated = counts.longer - counts.emptied

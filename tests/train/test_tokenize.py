@@ -10,7 +10,6 @@ import torch
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.train.models import train_tokenizer
-from lisa_kernels.train.packing import first_fit
 from lisa_kernels.train.records import Records
 from lisa_kernels.train.tokenize import (
     IGNORED,
@@ -173,11 +172,6 @@ class TestPrompts:
             assert torch.equal(packed[0][name], torch.cat([row[name] for row in order]))
         assert all(row["labels"][0] == IGNORED for row in alone.rows)
         assert packed.supervised_tokens == alone.supervised_tokens == 9 + 13 + 1 + 3
-
-    def testfirst_fit_takes_the_first_row_with_room(self) -> None:
-        assert first_fit([5, 6, 3, 2, 10, 4], 10) == [[0, 2, 3], [1, 5], [4]]
-        assert first_fit([1], 1) == [[0]]
-        assert first_fit([], 8) == []
 
 
 class TestConversations:
