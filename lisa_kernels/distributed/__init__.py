@@ -10,7 +10,7 @@ from lisa_kernels.distributed.fully_sharded import (
 )
 from lisa_kernels.distributed.launcher import Launch, check_one_launched, read_launch, read_launcher
 from lisa_kernels.distributed.processes import Sharing, check_one_process, process_count
-from lisa_kernels.distributed.ranks import LostRankError, Ranks, join, on_first, part, ranks_of, together
+from lisa_kernels.distributed.ranks import LostRankError, Ranks, join, on_first, others_heard, part, ranks_of, together
 from lisa_kernels.distributed.reduction import GradientReduction, check_wire_dtype
 from lisa_kernels.distributed.shards import first_element, first_row, is_sharded, local, total_norm, whole
 from lisa_kernels.distributed.wrappers import REPLACED, check_not_shared_out, check_not_wrapped
@@ -37,6 +37,7 @@ __all__ = [
     "join",
     "local",
     "on_first",
+    "others_heard",
     "part",
     "process_count",
     "ranks_of",

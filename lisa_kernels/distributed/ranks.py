@@ -18,6 +18,8 @@ from lisa_kernels.distributed.meeting import find_store
 from lisa_kernels.errors import InputError
 
 T = TypeVar("T")
+# In what gloo says of a connection.
+TRANSPORT = "gloo/transport"
 
 
 class LostRankError(InputError):
@@ -147,12 +149,28 @@ def _heard() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).partition("] ")[2] if str(error).startswith("[") else str(error)
-        reason = (reason or str(error)).partition("\n")[0].partition(". ")[0]
-        raise LostRankError(
-            f"another rank is gone, or cannot be reached ({reason}); start all of them again from the last checkpoint, "
-            "which torchrun does by itself with --max-restarts."
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def others_heard() -> Iterator[None]:
+    """Raise LostRankError where a collective of someone else's code within fails; other errors are what they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or TRANSPORT in str(error):
+            raise _lost(error) from error
+        raise
+
+
+def _lost(error: RuntimeError) -> LostRankError:
+    # Without the place in gloo's sources before it, and advice behind.
+    reason = str(error).partition("\n")[0]
+    reason = (reason.partition("] ")[2] if reason.startswith("[") else reason).partition(". ")[0]
+    return LostRankError(
+        f"another rank is gone, or cannot be reached ({reason or type(error).__name__}); start all of them again from "
+        "the last checkpoint, which torchrun does by itself with --max-restarts."
+    )
 
 
 def join(launch: Launch) -> Ranks:

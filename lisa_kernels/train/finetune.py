@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lisa_kernels.distributed import Ranks, join, on_first, part, ranks_of, read_launch, together
+from lisa_kernels.distributed import Ranks, join, on_first, others_heard, part, ranks_of, read_launch, together
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import (
     attends_by_segments,
@@ -153,7 +153,8 @@ def finetune(
             # Whatever asks for "the GPU" means this one.
             torch.cuda.set_device(device)
         try:
-            result = _run(options, device, console, plan, lock, ranks, launchers)
+            with others_heard():
+                result = _run(options, device, console, plan, lock, ranks, launchers)
         except torch.OutOfMemoryError as error:
             resumable = bool(find_checkpoints(options.output))
             raise out_of_memory(Memory.of(device), device, resumable) from error

@@ -51,13 +51,29 @@ def set_trap(place: str, call: int, seconds: float) -> None:
     setattr(found, name, trapped)
 
 
+def set_trap_in_training(*trap: Any) -> None:
+    """Set the trap when training begins: a plan before it takes steps too."""
+    from lisa_kernels.train.trainer import FineTuneTrainer
+
+    real = FineTuneTrainer.train_on
+
+    def train_on(self: Any, checkpoint: Any) -> None:
+        set_trap(*trap)
+        real(self, checkpoint)
+
+    FineTuneTrainer.train_on = train_on
+
+
 def main() -> int:
     from lisa_kernels import cli
 
     traps = json.loads(sys.argv[1])
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if start < len(traps) and traps[start][0] == int(os.environ["RANK"]):
-        set_trap(*traps[start][1:])
+        if traps[start][1] == "begin":
+            set_trap(*traps[start][1:])
+        else:
+            set_trap_in_training(*traps[start][1:])
     return cli.main(sys.argv[2:])
 
 
