@@ -57,7 +57,8 @@ class BasisTracker:
     away, which comes to the same. `early` False leaves it out in any case, for gradients known to be good.
 
     `summed` adds up a tensor over the ranks that train together: gradients are then the sums of theirs, bases the same
-    on all of them, and the host waits until it has heard, for all ranks have to do the same.
+    on all of them, and the host waits until it has heard, for all ranks have to do the same. `of_first` puts what rank
+    0 has into a tensor, where the others' products may differ in their last bits.
     """
 
     rank: int
@@ -67,6 +68,7 @@ class BasisTracker:
     stream: int
     early: bool = True
     summed: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    of_first: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     activation: int = 0
     steps: int = 0
     due: bool = True
@@ -134,12 +136,22 @@ class BasisTracker:
         with no_autocast(basis.device.type):
             usable, lost = self._refresh(gradient, basis) if self.has_basis else self._find(gradient, basis)
         seen = torch.stack([~usable, lost]).to(torch.int64)
+        if self.of_first is not None:
+            self._take_first(self.of_first, seen, basis)
+            usable = seen[0] == 0
         self._counts = seen if self._counts is None else self._counts + seen
         self.due, self.retrying, self.has_basis = False, False, True
         self._found = usable | self._found
         if self.early and self.steps < self.gap:
             self._heard = Heard(self._found)
         return basis
+
+    def _take_first(self, of_first: Callable[[Tensor], Tensor], seen: Tensor, basis: Tensor) -> None:
+        """Take rank 0's word for what became of the basis, and what its moments are turned by."""
+        of_first(seen)
+        of_first(basis)
+        if self.rotation is not None:
+            of_first(self.rotation)
 
     def _rows(self) -> RandomRows:
         return RandomRows(self.seed, self.stream, self.activation + self.steps)

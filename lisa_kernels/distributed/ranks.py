@@ -36,6 +36,8 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        # Whether they have devices of several kinds, which may differ in the last bits of a product.
+        self.mixed = False
         # Of our own: words for others never come between.
         members = dist.get_process_group_ranks(group)
         self._whole = len(members) == dist.get_world_size()
@@ -93,6 +95,12 @@ class Ranks:
         """Add up a contiguous tensor over the ranks, in place; all of them get the same bits."""
         with _heard():
             dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def take_first_(self, tensor: Tensor) -> Tensor:
+        """Put rank 0's values into a contiguous tensor of all ranks, in place."""
+        with _heard():
+            dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
         return tensor
 
     @contextmanager

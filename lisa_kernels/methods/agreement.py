@@ -19,7 +19,7 @@ from lisa_kernels.optim.settings import as_number
 def agree(ranks: Ranks, model: nn.Module, method: Method, settings: Mapping[str, Any]) -> None:
     """Raise InputError on all ranks unless package, method, settings, parameters and their values are the same.
 
-    Waits for the device, and reads every weight once.
+    Notes whether the devices are of several kinds. Waits for the device, and reads every weight once.
     """
     params = dict(model.named_parameters())
     with ranks.together():
@@ -35,10 +35,19 @@ def agree(ranks: Ranks, model: nn.Module, method: Method, settings: Mapping[str,
         frozen = "" if param.requires_grad else ", frozen"
         facts[name] = f"{list(param.shape)} {param.dtype} on {param.device.type}{frozen}"
     ranks.check_alike(facts)
+    kinds = ranks.tell(sorted({kind_of(param.device) for param in params.values()}))
+    ranks.mixed = any(each != kinds[0] for each in kinds)
     _check_folders(ranks, settings["paging"])
     # Of what is shared out each rank has other rows.
     whole = {name: param for name, param in params.items() if not is_sharded(param)}
     ranks.check_equal(whole, "before training")
+
+
+def kind_of(device: torch.device) -> str:
+    """Return a name of what a device is, the same where it multiplies in the same way."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_capability(device)}"
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
 def _plain(value: Any) -> Any:

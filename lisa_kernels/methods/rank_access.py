@@ -64,11 +64,14 @@ class RankAccess(AdapterAccess):
             self._reduction.before_step()
 
     def _share_bases(self) -> None:
-        """Have the bases of all layers found from the sums of all ranks' gradients."""
+        """Have the bases of all layers found from the sums of all ranks' gradients, on devices of one kind by each."""
+        assert self._reduction is not None
+        ranks = self._reduction.ranks
         for unit in self.layout.units():
             for path, layer in unit.lowrank.items():
                 if layer.tracker is not None:
                     layer.tracker.summed = functools.partial(self._sum_sketch, path)
+                    layer.tracker.of_first = ranks.take_first_ if ranks.mixed else None
 
     def _set_calls(self, calls: int) -> None:
         """Set how often the optimizer has stepped, for itself and for what ranks tell each other."""

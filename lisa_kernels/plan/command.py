@@ -61,6 +61,7 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
         options = with_steps_of_data(options, empty_model(options.model, options.dtype))
     rows, micro_batches = share_of_rank(options.batch_size, options.accumulate, arguments.ranks)
     workload = workload_of(dataclasses.replace(options, batch_size=rows, accumulate=micro_batches), arguments.ranks)
+    workload = dataclasses.replace(workload, mixed_cards=arguments.mixed_cards)
     steps = None if options.epochs is not None else run_steps(options, 0)
     free = options.gradient_checkpointing is None or isinstance(options.gradient_checkpointing, str)
     blocks = int(load_config(options.model).get_text_config().num_hidden_layers) if free else 0

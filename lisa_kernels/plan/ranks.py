@@ -18,6 +18,8 @@ from lisa_kernels.plan.links import LINKS, Link
 from lisa_kernels.plan.machines import Seconds
 
 GRADIENTS, SKETCHES = "averages the gradients", "finds the basis of"
+# Before what a tensor of rank 0's is taken for.
+TAKEN = "takes rank 0's, which "
 # Rehearsed steps: one in which all bases are found, and one that has them.
 FIRST_STEP, STEADY_STEP = "step 1", "step 2"
 
@@ -28,8 +30,8 @@ class RehearsedRanks(Ranks):
     phase: tells what is going on.
     """
 
-    def __init__(self, count: int, phase: Callable[[], str]) -> None:
-        self.rank, self.count = 0, count
+    def __init__(self, count: int, phase: Callable[[], str], mixed: bool = False) -> None:
+        self.rank, self.count, self.mixed = 0, count, mixed
         self._phase, self._occasion = phase, ""
         # Bytes and sums of each (step, occasion).
         self.bytes: Counter[tuple[str, str]] = Counter()
@@ -46,6 +48,13 @@ class RehearsedRanks(Ranks):
     def sum_(self, tensor: Tensor) -> Tensor:
         """Count a tensor that would be added up."""
         key = self._phase().partition(":")[0], self._occasion.partition(" in step")[0]
+        self.bytes[key] += tensor.numel() * tensor.element_size()
+        self.sums[key] += 1
+        return tensor
+
+    def take_first_(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that would come from rank 0."""
+        key = self._phase().partition(":")[0], TAKEN + self._occasion.partition(" in step")[0]
         self.bytes[key] += tensor.numel() * tensor.element_size()
         self.sums[key] += 1
         return tensor
@@ -75,8 +84,9 @@ class Travel:
 
     gradients: of every step. first_bases: of a step that finds the bases of all layers that a switch brings; lasting:
     of the first bases of what always trains. sketches: what finding and refreshing bases comes to a step, on average
-    over the periods of a long run, if every switch brings other layers. Words of a few bytes a parameter come on top,
-    in `meetings` of a steady step.
+    over the periods of a long run, if every switch brings other layers. broadcast: of finished bases, from rank 0 to
+    the others where cards are mixed, and how they are turned; on average too. Words of a few bytes a parameter come on
+    top.
     """
 
     ranks: int
@@ -86,11 +96,12 @@ class Travel:
     sketches: float
     gradient_sums: int
     sketch_sums: float
+    broadcast: float = 0.0
 
     @property
     def bytes_a_step(self) -> float:
         """All of it, of a step on average."""
-        return self.gradients + self.sketches
+        return self.gradients + self.sketches + self.broadcast
 
     def seconds(self, link: Link) -> Seconds:
         """Return what a step's share of it takes on a link, on which all of it is waited for."""
@@ -111,7 +122,7 @@ class Travel:
         ]  # fmt: skip
         return {
             "ranks": self.ranks, "gradient_bytes_per_step": self.gradients, "sketch_bytes_per_step": self.sketches,
-            "sketch_bytes_of_a_switch": self.first_bases, "links": links,
+            "sketch_bytes_of_a_switch": self.first_bases, "basis_bytes_per_step": self.broadcast, "links": links,
         }  # fmt: skip
 
 
@@ -122,29 +133,29 @@ HIDDEN = 0.0
 def travel_of(ranks: RehearsedRanks, optimizer: SampledAdamW, period: int | None) -> Travel:
     """Return what travels in a run of which this is the rehearsal; period: steps between switches, None of none."""
     gradients, sums = ranks.of(STEADY_STEP, GRADIENTS)
-    always = set(optimizer.layout.always.lowrank)
-    if period is None:
-        always |= set(optimizer._layers())
+    always = {} if period is None else optimizer.layout.always.lowrank
     drawn_first = lasting = 0
-    sketches = often = 0.0
-    layers = optimizer._layers()
-    for path, layer in layers.items():
+    sketches = often = broadcast = 0.0
+    for path, layer in optimizer._layers().items():
         each, times = ranks.of(FIRST_STEP, f"{SKETCHES} {path}")
+        taken, _ = ranks.of(FIRST_STEP, f"{TAKEN}{SKETCHES} {path}")
         if not each or layer.tracker is None:
             continue
-        if path in always:
+        gap, offset = layer.tracker.gap, layer.tracker.offset
+        if period is None or path in always:
             lasting += each
-            found = 0.0 if not layer.tracker.gap else 1 / layer.tracker.gap
+            first, refreshes = 0.0, 1 / gap if gap else 0.0
         else:
             drawn_first += each
-            assert period is not None
-            found = _found_in(period, layer.tracker.gap, layer.tracker.offset) / period
-        sketches += found * each / FIRST_PASSES
-        often += found * times / FIRST_PASSES
-    return Travel(ranks.count, gradients, drawn_first, lasting, sketches, sums, often)
+            first, refreshes = 1 / period, _refreshes(period, gap, offset) / period
+        passes = first + refreshes / FIRST_PASSES
+        sketches += passes * each
+        often += passes * times
+        # A refreshed one comes with its turn from the one before, float32 [r, r].
+        broadcast += (first * taken + refreshes * (taken + 4 * layer.rank**2)) if taken else 0.0
+    return Travel(ranks.count, gradients, drawn_first, lasting, sketches, sums, often, broadcast)
 
 
-def _found_in(period: int, gap: int, offset: int) -> float:
-    """Return the power passes of one matrix in a period: those of its first basis, and one of each refresh."""
-    refreshes = sum((step + offset) % gap == 0 for step in range(1, period)) if gap else 0
-    return FIRST_PASSES + refreshes
+def _refreshes(period: int, gap: int, offset: int) -> int:
+    """Return how often one matrix's basis is refreshed in a period that has begun with its first one."""
+    return sum((step + offset) % gap == 0 for step in range(1, period)) if gap else 0

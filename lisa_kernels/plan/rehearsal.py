@@ -44,7 +44,8 @@ class Workload:
     transformers. dtype: "fp32", "bf16" or "fp16". checkpointed_blocks: how many are recomputed where activations are,
     None for all. length: of the run, where its method's period is the published one
     and the run's follows from it; no bytes depend on it. ranks: processes that train one model, all others as this one,
-    with gradients in wire_dtype on their way. Raises InputError for values out of range.
+    with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards. Raises InputError for values
+    out of range.
     """
 
     model: Any
@@ -64,6 +65,7 @@ class Workload:
     length: RunLength | None = None
     ranks: int = 1
     wire_dtype: str | None = None
+    mixed_cards: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""
@@ -127,7 +129,8 @@ def _reduction(workload: Workload, tracker: StorageTracker) -> GradientReduction
     if workload.ranks == 1:
         return None
     return GradientReduction(
-        RehearsedRanks(workload.ranks, lambda: tracker.phase_name), check_wire_dtype(workload.wire_dtype)
+        RehearsedRanks(workload.ranks, lambda: tracker.phase_name, workload.mixed_cards),
+        check_wire_dtype(workload.wire_dtype),
     )
 
 

@@ -31,7 +31,8 @@ def print_travel(plan: Plan, console: Console) -> None:
     console.print(
         f"each of {travel.ranks} ranks, whose peak that is, sends {travel.gradients / 1e6:,.2f} MB of gradients a step "
         f"and on average {travel.sketches / 1e6:,.2f} MB of what bases are found from "
-        f"({travel.first_bases / 1e6:,.1f} MB in a step after a switch)",
+        f"({travel.first_bases / 1e6:,.1f} MB in a step after a switch)"
+        + (f"; rank 0 sends {travel.broadcast / 1e6:,.2f} MB of bases" if travel.broadcast else ""),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     table = Table("link", "a step's part of it", "hidden behind the backward", box=None)

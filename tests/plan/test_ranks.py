@@ -14,7 +14,7 @@ from distributed.runs import batch, model_of
 from torch import Tensor
 
 from lisa_kernels import LISA, GaLore, LoRA, OwLore, attach
-from lisa_kernels.methods import Method
+from lisa_kernels.methods import Method, agreement
 from lisa_kernels.plan.links import LINKS
 from lisa_kernels.plan.ranks import Travel
 from lisa_kernels.plan.rehearsal import Workload, rehearse
@@ -22,8 +22,10 @@ from lisa_kernels.plan.work import WorkLog
 
 STEPS = 4
 # Each found anew at every switch, refreshed once in so many steps, and not at all.
+OWLORE = OwLore(active_layers=1, period=2, rank=8, gap=0, scores="uniform", embeddings="frozen")
 CASES: dict[str, tuple[Method, str | None]] = {
-    "OwLore": (OwLore(active_layers=1, period=2, rank=8, gap=0, scores="uniform", embeddings="frozen"), None),
+    "OwLore": (OWLORE, None),
+    "OwLore, mixed": (OWLORE, None),
     "GaLore": (GaLore(rank=8, gap=STEPS - 1, embeddings="low-rank"), None),
     "LISA, bf16": (LISA(active_layers=2, period=2), "bf16"),
     "LoRA": (LoRA(rank=8), None),
@@ -33,22 +35,26 @@ CASES: dict[str, tuple[Method, str | None]] = {
 def summed(rank: int, name: str) -> tuple[int, list[list[int]]]:
     """Return the bytes of all tensors that are summed in a real run's steps, and the layers of its periods."""
     method, wire = CASES[name]
-    optimizer = attach(model := model_of(), method, lr=3e-3, wire_dtype=wire)
-    found, real = 0, dist.all_reduce
+    found = 0
 
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal found
-        found += tensor.nbytes
-        return real(tensor, *args, **kwargs)
+    def counting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal found
+            found += tensor.nbytes
+            return real(tensor, *args, **kwargs)
 
-    dist.all_reduce = counted
-    try:
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "mixed" in name:
+            patch.setattr(agreement, "kind_of", lambda device: f"card {rank}")
+        optimizer = attach(model := model_of(), method, lr=3e-3, wire_dtype=wire)
+        for collective in ("all_reduce", "broadcast"):
+            patch.setattr(dist, collective, counting(getattr(dist, collective)))
         for step in range(STEPS):
             model(**batch(step, rank)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    finally:
-        dist.all_reduce = real
     return found, optimizer.history
 
 
@@ -76,11 +82,14 @@ def travel(method: Method, wire: str | None = None, ranks: int = 2, **more: Any)
 def owlore(found: Travel, history: list[list[int]]) -> float:
     # Of a draw that comes twice in turn the bases stay; the last one has had no step.
     draws = history[: STEPS // 2]
-    return found.first_bases * (1 + sum(draw != before for before, draw in itertools.pairwise(draws)))
+    return (found.first_bases + 2 * found.broadcast) * (
+        1 + sum(draw != before for before, draw in itertools.pairwise(draws))
+    )
 
 
 BASES: dict[str, Callable[[Travel, list[list[int]]], float]] = {
     "OwLore": owlore,
+    "OwLore, mixed": owlore,
     "GaLore": lambda found, _: found.lasting + (STEPS - 1) * found.sketches,
     "LISA, bf16": lambda found, _: 0,
     "LoRA": lambda found, _: found.lasting,
@@ -91,12 +100,14 @@ BASES: dict[str, Callable[[Travel, list[list[int]]], float]] = {
 def test_planned_bytes_are_those_that_are_sent(name: str, real: list[dict[str, tuple[int, list[list[int]]]]]) -> None:
     """Counted where the collectives begin, on two ranks, over steps with switches and refreshes; byte for byte."""
     method, wire = CASES[name]
-    planned = travel(method, wire)
+    planned = travel(method, wire, mixed_cards="mixed" in name)
+    assert (planned.broadcast > 0) == ("mixed" in name)
     for each in real:
         counted, history = each[name]
         assert counted == STEPS * planned.gradients + BASES[name](planned, history)
 
 
+@pytest.mark.slow
 def test_a_7b_model_sends_what_is_promised() -> None:
     """OwLore(5, r = 128): gradients of a step, and bases on average, those refreshed within a period with them."""
     work = WorkLog()
