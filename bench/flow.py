@@ -1,4 +1,4 @@
-"""Layers as experts for a part of the flow, beside dense models of as many layers, on 8 × 8 digits.
+"""Layers as experts for a part of the flow, beside dense models of as many layers, on digits or garments.
 
 Every arm is trained twice over: for as many steps as the dense model of all layers, and for as many layer passes; one
 run goes through the first budget to the second, at one learning rate, and the averages of its weights are judged at
@@ -7,6 +7,7 @@ both. Three seeds; rows that exist are not run again.
     python -m bench.flow            # runs what is missing, then prints the table and writes it into bench/README.md
     python -m bench.flow --seeds 1  # the first seed only
     python -m bench.flow --report   # only the tables
+    python -m bench.flow --data fashion-mnist --groups 3   # Fashion-MNIST, 28 × 28, from Debian's package or :FOLDER
     python -m bench.flow --plot bench/results/flow.png   # samples of seed 0 under equal layer passes, trained again
 """
 
@@ -14,27 +15,29 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.flow_arms import ARMS, Arm, Size
+from bench.flow_arms import ARMS, Arm, Size, arms_of
 from bench.flow_measures import (
+    PASSES,
     TIMED_BATCHES,
-    Digits,
     Judge,
+    Pictures,
     layers_per_evaluation,
-    load_digits,
+    load_pictures,
     milliseconds_per_image,
     quality,
     real_quality,
     samples,
     training_bytes,
 )
-from bench.flow_table import REAL, report
+from bench.flow_table import FILES, REAL, report
 from bench.plots import check_picture, plot_digits
 from bench.rows import append_row, read_rows
 from lisa_kernels import attach
@@ -44,6 +47,7 @@ from lisa_kernels.flow.path import flow_loss
 from lisa_kernels.flow.transformer import FlowTransformer
 
 SEEDS = (0, 1, 2)
+SIZES = {"digits": Size(), "fashion-mnist": Size(side=28, patch=4, dense_steps=600)}
 # Of which samples are drawn.
 SHOWN = ("A dense, 12 layers", "B dense, 4 layers", "C 3 groups", "F 3 groups, each on all t")
 
@@ -57,7 +61,7 @@ def start(arm: Arm, size: Size, seed: int, retired_state: str = "keep") -> tuple
     return model, optimizer
 
 
-def batches(train: Digits, size: Size, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(train: Pictures, size: Size, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (pixels, labels, noise), the same for all arms of a seed."""
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -67,7 +71,7 @@ def batches(train: Digits, size: Size, seed: int) -> Iterator[tuple[Tensor, Tens
 
 
 def trained(
-    arm: Arm, size: Size, seed: int, train: Digits
+    arm: Arm, size: Size, seed: int, train: Pictures
 ) -> Iterator[tuple[FlowTransformer, int, list[str], float]]:  # fmt: skip
     """Train an arm; yields (averaged model, steps, budgets that end here, CPU seconds of training) at each end."""
     torch.manual_seed(seed)
@@ -92,7 +96,7 @@ def trained(
             return
 
 
-def run(arm: Arm, size: Size, seed: int, train: Digits, held_out: Digits, judge: Judge) -> Iterator[dict[str, Any]]:
+def run(arm: Arm, size: Size, seed: int, train: Pictures, held_out: Pictures, judge: Judge) -> Iterator[dict[str, Any]]:
     """Train an arm and yield a row at the end of each budget."""
     for model, steps, budgets, seconds in trained(arm, size, seed, train):
         yield {
@@ -101,7 +105,7 @@ def run(arm: Arm, size: Size, seed: int, train: Digits, held_out: Digits, judge:
         }  # fmt: skip
 
 
-def cost(arm: Arm, size: Size, train: Digits) -> dict[str, Any]:
+def cost(arm: Arm, size: Size, train: Pictures) -> dict[str, Any]:
     """Return what an arm's training holds on the device and what sampling takes; weights are random."""
     model, optimizer = start(arm, size, 0, retired_state="page")
     pixels, labels, noise = next(batches(train, size, 0))
@@ -123,26 +127,27 @@ def cost(arm: Arm, size: Size, train: Digits) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(size: Size, seeds: tuple[int, ...]) -> None:
+def measure(size: Size, seeds: tuple[int, ...], data: str = "digits", arms: Sequence[Arm] | None = None) -> None:
     """Run what is missing, a seed of all arms after the other."""
-    train, held_out = load_digits()
-    judge = Judge(train)
+    name, arms = data.partition(":")[0], ARMS if arms is None else arms
+    file, (train, held_out) = FILES[name], load_pictures(data)
+    judge = Judge(train, PASSES[name])
 
     def missing(**wanted: Any) -> bool:
         wanted = {**size.key(), **wanted}
-        return not any(all(row.get(name) == value for name, value in wanted.items()) for row in read_rows("flow"))
+        return not any(all(row.get(name) == value for name, value in wanted.items()) for row in read_rows(file))
 
     def add(row: dict[str, Any]) -> None:
-        append_row("flow", {**size.key(), **row})
+        append_row(file, {**size.key(), **row})
         print({name: row.get(name) for name in ("arm", "seed", "budgets", "loss", "accuracy", "frechet")}, flush=True)
 
     if missing(arm=REAL):
         add({"arm": REAL, **real_quality(train, held_out, judge)})
-    for arm in ARMS:
+    for arm in arms:
         if missing(arm=arm.name, cost=True):
             add(cost(arm, size, train))
     for seed in seeds:
-        for arm in ARMS:
+        for arm in arms:
             # What a kill left half done is run from its start; its first row stands.
             if missing(arm=arm.name, seed=seed, layer_passes=arm.budgets(size.dense_steps)["passes"] * arm.layers_run):
                 for row in run(arm, size, seed, train, held_out, judge):
@@ -152,7 +157,7 @@ def measure(size: Size, seeds: tuple[int, ...]) -> None:
 
 def plot(size: Size, path: Path) -> None:
     """Draw a row of samples for each of some arms, two of each class, and of real digits."""
-    train, _ = load_digits()
+    train, _ = load_pictures("digits")
     rows = {}
     for arm in ARMS:
         if arm.name in SHOWN:
@@ -168,16 +173,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only print the table from the rows that exist")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds")
-    parser.add_argument("--steps", type=int, default=Size.dense_steps, help="steps of the dense model of all layers")
+    parser.add_argument("--data", default="digits", help="digits (default) or fashion-mnist[:FOLDER]")
+    parser.add_argument("--groups", type=int, action="append", help="arms of so many groups, and their dense models")
+    parser.add_argument("--steps", type=int, help="steps of the dense model of all layers")
     parser.add_argument("--plot", type=Path, help="draw samples of some arms, and do nothing else")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    name = arguments.data.partition(":")[0]
+    if name not in SIZES:
+        parser.error(f"--data {arguments.data}: one of {', '.join(SIZES)} is wanted")
+    size = SIZES[name] if arguments.steps is None else replace(SIZES[name], dense_steps=arguments.steps)
     if arguments.plot is not None:
         check_picture(arguments.plot)
-        plot(Size(dense_steps=arguments.steps), arguments.plot)
+        plot(size, arguments.plot)
         return
     if not arguments.report:
-        measure(Size(dense_steps=arguments.steps), SEEDS[: arguments.seeds])
+        arms = (
+            ARMS
+            if arguments.groups is None
+            else [ARMS[0], *(arm for many in arguments.groups for arm in arms_of(many))]
+        )
+        measure(size, SEEDS[: arguments.seeds], arguments.data, arms)
     report()
 
 

@@ -14,7 +14,10 @@ GROUPS = (3, 4)
 
 @dataclass(frozen=True)
 class Size:
-    """dense_steps: of the dense model of all layers; the others take as many, and then as many layer passes."""
+    """dense_steps: of the dense model of all layers; the others take as many, and then as many layer passes.
+
+    side and patch: of a picture and of a token, in pixels.
+    """
 
     dense_steps: int = 300
     batch: int = 64
@@ -22,10 +25,12 @@ class Size:
     heads: int = 4
     lr: float = 6e-3
     decay: float = 0.99
+    side: int = 8
+    patch: int = 2
 
     def key(self) -> dict[str, Any]:
-        """Return the values that rows of one experiment share."""
-        return asdict(self)
+        """Return the values that rows of one experiment share; the pictures are those of its file."""
+        return {name: value for name, value in asdict(self).items() if name not in ("side", "patch")}
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,10 @@ class Arm:
         )  # fmt: skip
 
     def model(self, size: Size) -> FlowTransformer:
-        """Return a model for images of 8 × 8 pixels in ten classes, with random weights."""
+        """Return a model for images in ten classes, with random weights."""
         shape = FlowShape(
-            1, 8, 8, 10, patch=2, hidden=size.hidden, layers=self.layers, heads=size.heads, reuse=self.reuse
+            1, size.side, size.side, 10, patch=size.patch, hidden=size.hidden, layers=self.layers, heads=size.heads,
+            reuse=self.reuse,
         )  # fmt: skip
         return FlowTransformer(shape, self.method().intervals())
 
@@ -64,7 +70,8 @@ class Arm:
         return {"steps": steps, "passes": steps * LAYERS // self.layers_run}
 
 
-def _arms(groups: int) -> list[Arm]:
+def arms_of(groups: int) -> list[Arm]:
+    """Return the arms of so many groups, the dense model of as many layers as one of them first."""
     run = LAYERS // groups
     return [
         Arm(f"B dense, {run} layers", layers=run),
@@ -81,7 +88,7 @@ def _arms(groups: int) -> list[Arm]:
 
 ARMS = [
     Arm(f"A dense, {LAYERS} layers"),
-    *_arms(3),
-    *_arms(4),
+    *arms_of(3),
+    *arms_of(4),
     Arm(f"A dense, {LAYERS} layers, logit-normal t", times="logit-normal"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from bench.held_bytes import saved_for_backward
 from lisa_kernels.flow import ExpertsAdamW
+from lisa_kernels.flow.data import load_images
 from lisa_kernels.flow.path import flow_loss, interpolate
 from lisa_kernels.flow.sample import sample
 from lisa_kernels.flow.transformer import FlowTransformer
@@ -21,34 +23,36 @@ PER_CLASS, SAMPLE_STEPS = 40, 20
 TIMED_BATCHES = (1, 256)
 
 
+# Pictures held out, and passes over those to train on that make a judge of them.
+HELD_OUT, PASSES = {"digits": 397, "fashion-mnist": 500}, {"digits": 400, "fashion-mnist": 12}
+
+
 @dataclass(frozen=True)
-class Digits:
-    """pixels: float32 [images, 1, 8, 8] from −1 to 1; labels: int64 [images]."""
+class Pictures:
+    """pixels: float32 [images, 1, side, side] from −1 to 1; labels: int64 [images], of ten classes."""
 
     pixels: Tensor
     labels: Tensor
 
 
-def load_digits(held_out: int = 397) -> tuple[Digits, Digits]:
-    """Return scikit-learn's 1,797 digits in a fixed random order: those to train on, and those held out."""
-    from sklearn.datasets import load_digits as load
-
-    found = load()
-    pixels = torch.from_numpy(found.images).to(torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.from_numpy(found.target).to(torch.int64)
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+def load_pictures(data: str) -> tuple[Pictures, Pictures]:
+    """Return the pictures of "digits" or "fashion-mnist[:FOLDER]" in a fixed random order: to train on, held out."""
+    found, held_out = load_images(data), HELD_OUT[data.partition(":")[0]]
+    order = torch.randperm(len(found.pixels), generator=torch.Generator().manual_seed(0))
     kept, out = order[held_out:], order[:held_out]
-    return Digits(pixels[kept], labels[kept]), Digits(pixels[out], labels[out])
+    return Pictures(found.pixels[kept], found.labels[kept]), Pictures(found.pixels[out], found.labels[out])
 
 
 class Judge:
-    """A classifier trained on real digits: its answers, and its 64 hidden numbers as features."""
+    """A classifier trained on real pictures: its answers, and its 64 hidden numbers as features."""
 
-    def __init__(self, train: Digits) -> None:
+    def __init__(self, train: Pictures, passes: int = PASSES["digits"]) -> None:
         from sklearn.neural_network import MLPClassifier
 
-        classifier = MLPClassifier((64,), max_iter=400, random_state=0, early_stopping=False)
-        classifier.fit(train.pixels.flatten(1).numpy(), train.labels.numpy())
+        classifier = MLPClassifier((64,), max_iter=passes, random_state=0, early_stopping=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it could learn on
+            classifier.fit(train.pixels.flatten(1).numpy(), train.labels.numpy())
         self._weights = [torch.from_numpy(each).double() for each in classifier.coefs_]
         self._biases = [torch.from_numpy(each).double() for each in classifier.intercepts_]
 
@@ -78,7 +82,7 @@ def nearest(pixels: Tensor, train: Tensor) -> float:
 
 
 @torch.no_grad()
-def losses_by_time(model: FlowTransformer, held_out: Digits) -> list[float]:
+def losses_by_time(model: FlowTransformer, held_out: Pictures) -> list[float]:
     """Return the flow loss in each of 12 equal parts of time, on noise and times that are the same for all models."""
     generator, found = torch.Generator().manual_seed(1), []
     for part in range(BINS):
@@ -92,7 +96,7 @@ def losses_by_time(model: FlowTransformer, held_out: Digits) -> list[float]:
 
 
 @torch.no_grad()
-def seams(model: FlowTransformer, held_out: Digits) -> list[float]:
+def seams(model: FlowTransformer, held_out: Pictures) -> list[float]:
     """Return ‖v_k − v_{k+1}‖ / ‖v_k‖ at each boundary between groups, over held-out images."""
     noise, found = torch.randn(held_out.pixels.shape, generator=torch.Generator().manual_seed(2)), []
     for group, bound in enumerate(model.route.intervals.bounds[1:-1]):
@@ -105,14 +109,18 @@ def seams(model: FlowTransformer, held_out: Digits) -> list[float]:
     return found
 
 
+def _picture(model: FlowTransformer) -> tuple[int, int, int]:
+    return model.shape.channels, model.shape.height, model.shape.width
+
+
 def samples(model: FlowTransformer) -> tuple[Tensor, Tensor]:
     """Return (images within [−1, 1], labels), as many of each class, from noise that is the same for all models."""
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
-    noise = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(len(labels), *_picture(model), generator=torch.Generator().manual_seed(3))
     return sample(model, model.route, noise, labels, steps=SAMPLE_STEPS).clamp(-1, 1), labels
 
 
-def quality(model: FlowTransformer, train: Digits, held_out: Digits, judge: Judge) -> dict[str, Any]:
+def quality(model: FlowTransformer, train: Pictures, held_out: Pictures, judge: Judge) -> dict[str, Any]:
     """Return everything that is said of a model's velocities and samples."""
     model.eval()
     losses = losses_by_time(model, held_out)
@@ -124,8 +132,8 @@ def quality(model: FlowTransformer, train: Digits, held_out: Digits, judge: Judg
     }  # fmt: skip
 
 
-def real_quality(train: Digits, held_out: Digits, judge: Judge) -> dict[str, Any]:
-    """Return the same of real digits: some of those to train on, as many as samples, against those held out."""
+def real_quality(train: Pictures, held_out: Pictures, judge: Judge) -> dict[str, Any]:
+    """Return the same of real pictures: some of those to train on, as many as samples, against those held out."""
     some = judge.features(train.pixels[: 10 * PER_CLASS])
     return {
         "accuracy": judge.accuracy(held_out.pixels, held_out.labels),
@@ -137,7 +145,7 @@ def layers_per_evaluation(model: FlowTransformer, labels: Tensor) -> int:
     """Return how many blocks a step of a solver runs, counted by hooks."""
     ran: list[int] = []
     hooks = [block.register_forward_hook(lambda *_: ran.append(1)) for block in model.blocks]
-    sample(model.eval(), model.route, torch.zeros(len(labels), 1, 8, 8), labels, steps=model.route.groups)
+    sample(model.eval(), model.route, torch.zeros(len(labels), *_picture(model)), labels, steps=model.route.groups)
     for hook in hooks:
         hook.remove()
     return len(ran) // model.route.groups
@@ -145,7 +153,7 @@ def layers_per_evaluation(model: FlowTransformer, labels: Tensor) -> int:
 
 def milliseconds_per_image(model: FlowTransformer, batch: int) -> float:
     """Return the processor's time for an image, the least of three runs of 20 steps."""
-    labels, noise, found = torch.arange(batch) % 10, torch.randn(batch, 1, 8, 8), []
+    labels, noise, found = torch.arange(batch) % 10, torch.randn(batch, *_picture(model)), []
     for _ in range(3):
         begin = time.process_time()
         sample(model.eval(), model.route, noise, labels, steps=SAMPLE_STEPS)

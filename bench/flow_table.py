@@ -13,6 +13,7 @@ from bench.rows import read_rows
 
 Row = dict[str, Any]
 REAL = "real digits"
+FILES = {"digits": "flow", "fashion-mnist": "flow_fashion"}
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -137,6 +138,7 @@ MEMORY_HEAD = ["run", "peak, GB", *(f"most {part}" for part in MOST), "peak with
 
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "flow": ("flow", flow_table), "flow differences": ("flow", differences_table),
+    "flow fashion": ("flow_fashion", flow_table), "flow fashion differences": ("flow_fashion", differences_table),
     "flow by time": ("flow", times_table), "flow seams": ("flow", seams_table),
     "flow memory": ("flow_memory", memory_table),
 }  # fmt: skip

@@ -54,14 +54,18 @@ def run(
     optimizer = contestant.start(model, lr, seed, calibration)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, size.steps))
     batches, cpu, wall, curve = task.batches(seed), 0.0, 0.0, []
+    average = _Average(model, min(contestant.averaged_steps, size.steps))
     for step in range(size.steps if lr else 0):
         begin = time.process_time(), time.perf_counter()
         train_step(model.train(), optimizer, next(batches))
         schedule.step()
         cpu, wall = cpu + time.process_time() - begin[0], wall + time.perf_counter() - begin[1]
         done = step + 1
+        if size.steps - done < contestant.averaged_steps:
+            average.add()
         if size.curve_every and done % size.curve_every == 0 and done < size.steps:
             curve.append([done, round(cpu, 2), round(task.answer_loss(model, size.curve_rows)[0], 5)])
+    average.take()
     outcome = task.outcome(model)
     if curve:
         curve.append([size.steps, round(cpu, 2), round(task.loss_of_some(outcome["nats"], size.curve_rows), 5)])
@@ -69,6 +73,25 @@ def run(
         "task": task.name, "contestant": contestant.name, "lr": lr, "seed": seed, **size.key(),
         **outcome, "curve": curve, "cpu_seconds": cpu, "wall_seconds": wall,
     }  # fmt: skip
+
+
+class _Average:
+    """The mean of a model's parameters after some steps."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self._steps = steps
+        self._params: list[Tensor] = list(model.parameters())
+        self._sums = [torch.zeros_like(param) for param in self._params] if steps else []
+
+    @torch.no_grad()
+    def add(self) -> None:
+        torch._foreach_add_(self._sums, self._params, alpha=1 / self._steps)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Make them the model's, where there are any."""
+        for param, mean in zip(self._params, self._sums):
+            param.copy_(mean)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -20,12 +20,16 @@ Start = Callable[[nn.Module, float, int, Iterable[dict[str, Tensor]]], torch.opt
 
 @dataclass(frozen=True)
 class Contestant:
-    """One line of the table: how a model is prepared for training, and the learning rates to begin with."""
+    """One line of the table: how a model is prepared for training, and the learning rates to begin with.
+
+    averaged_steps: the weights asked are the mean of those after each of the last so many steps; 0: the last ones.
+    """
 
     name: str
     start: Start
     rates: tuple[float, ...]
     method: Method | None = None
+    averaged_steps: int = 0
 
     @property
     def is_peer(self) -> bool:
@@ -83,6 +87,41 @@ def peft_lora_plus(name: str, ratio: float, *rates: float, **settings: Any) -> C
     return Contestant(name, start, rates)
 
 
+class _BegunAnew(torch.optim.AdamW):
+    """AdamW over peft's factors that adds their products to the weights every `period` steps and begins new ones."""
+
+    def __init__(self, model: nn.Module, period: int, **settings: Any) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self._adapters: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self._period, self._done = period, 0
+        super().__init__([param for param in model.parameters() if param.requires_grad], **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self._done += 1
+        if self._done % self._period == 0:
+            for adapter in self._adapters:
+                adapter.get_base_layer().weight.add_(adapter.get_delta_weight("default"))
+                adapter.reset_lora_parameters("default", True)
+            self.state.clear()
+        return loss
+
+
+def _lora_begun_anew(model: nn.Module, lr: float, seed: int, calibration: Any) -> torch.optim.Optimizer:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=16, lora_alpha=32))
+    return _BegunAnew(model, 20, lr=lr, weight_decay=WEIGHT_DECAY)
+
+
+def _averaged(contestant: Contestant, steps: int, *rates: float) -> Contestant:
+    name = f"{contestant.name}, weights averaged over the last {steps} steps"
+    return replace(contestant, name=name, rates=rates, averaged_steps=steps)
+
+
 def _galore_torch(model: nn.Module, lr: float, seed: int, calibration: Any) -> torch.optim.Optimizer:
     """galore-torch at its usual settings: the matrices of the blocks projected on 128 directions, scale 0.25."""
     decoder: Any = model.get_submodule("model.layers")
@@ -109,6 +148,8 @@ def _badam(model: nn.Module, lr: float, seed: int, calibration: Any) -> torch.op
     return optimizer
 
 
+OUR_LORA = ours('LoRA(rank=16, embeddings="low-rank")', LoRA(rank=16, embeddings="low-rank"), 5e-4, 1e-3, 2e-3)
+
 CONTESTANTS = (
     Contestant("before training", _as_it_is, (0.0,)),
     Contestant("full fine-tuning, torch AdamW fp32", _torch_adamw, (5e-5, 1e-4, 2e-4)),
@@ -117,9 +158,11 @@ CONTESTANTS = (
     peft_lora("peft LoRA r = 64", 1e-3, r=64, lora_alpha=128),
     peft_lora("peft rsLoRA r = 64", 5e-4, r=64, lora_alpha=32, use_rslora=True),
     peft_lora("peft DoRA r = 16", 1e-3, r=16, lora_alpha=32, use_dora=True),
-    Contestant("galore-torch GaLoreAdamW, r = 128", _galore_torch, (2e-4,)),
-    Contestant("badam BlockOptimizer, 2 steps a block", _badam, (5e-4,)),
-    ours('LoRA(rank=16, embeddings="low-rank")', LoRA(rank=16, embeddings="low-rank"), 5e-4, 1e-3, 2e-3),
+    Contestant("galore-torch GaLoreAdamW, r = 128", _galore_torch, (2e-4, 4e-4, 8e-4)),
+    Contestant("badam BlockOptimizer, 2 steps a block", _badam, (5e-4, 1e-3, 2e-3)),
+    Contestant("peft LoRA r = 16, merged and begun anew every 20 steps", _lora_begun_anew, (1e-3,)),
+    OUR_LORA,
+    _averaged(OUR_LORA, 20, 1e-3, 2e-3),
     ours(
         'LoRA(rank=16, embeddings="low-rank", rate_ratio=1)', LoRA(rank=16, embeddings="low-rank", rate_ratio=1.0),
         5e-4, 1e-3,
@@ -134,12 +177,14 @@ CONTESTANTS = (
         "OwLore(20, period=3, rank=32), uniform, state paged",
         OwLore(20, 3, rank=32, scores="uniform", retired_state="page"), 5e-4,
     ),
-    ours("OwLore(20, period=3, rank=32), uniform", OwLore(20, 3, rank=32, scores="uniform"), 1e-3),
+    ours("OwLore(20, period=3, rank=32), uniform", OwLore(20, 3, rank=32, scores="uniform"), 5e-4, 1e-3),
+    ours("OwLore(20, period=20, rank=32)", OwLore(20, 20, rank=32), 5e-4),
+    ours("OwLore(10, period=6, rank=64)", OwLore(10, 6, rank=64), 5e-4),
     ours("OwLore(5, period=5, rank=128)", OwLore(5, 5, rank=128), 5e-4, 1e-3),
     ours("OwLore(5, period=50, rank=128), as published", OwLore(5, 50, rank=128, embeddings="always"), 1e-3),
-    ours("LISA(2, period=6)", LISA(2, 6), 2e-4),
+    ours("LISA(2, period=6)", LISA(2, 6), 2e-4, 5e-4, 1e-3),
     ours("OWS(2, period=6)", OWS(2, 6), 2e-4),
     ours("BAdam(period=2)", BAdam(2), 2e-4),
-    ours("LoRAFA(rank=32, alpha=64)", LoRAFA(rank=32, alpha=64.0), 2e-3),
+    ours("LoRAFA(rank=32, alpha=64)", LoRAFA(rank=32, alpha=64.0), 1e-3, 2e-3),
     ours("FullFineTune()", FullFineTune(), 5e-5),
 )  # fmt: skip

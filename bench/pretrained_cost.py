@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,13 @@ Batches = Iterator[dict[str, Tensor]]
 class Trainee:
     """One contestant on its own copy of the base, a step at a time."""
 
-    def __init__(self, contestant: Contestant, task: Task, base: str) -> None:
-        self.model: nn.Module = load_model(base, torch.float32, 0)
+    def __init__(self, contestant: Contestant, task: Task, base: str, checkpointing: bool = False) -> None:
+        self.model: Any = load_model(base, torch.float32, 0)
         self.model.config.use_cache = False
+        if checkpointing:
+            self.model.gradient_checkpointing_enable()
+            # Without it the first of peft's adapters would see an input that needs no gradient.
+            self.model.enable_input_require_grads()
         self._batches: Batches = task.batches(SEED)
         calibration = [batch for batch, _ in zip(task.batches(SEED), range(4))]
         self._optimizer = contestant.start(self.model, LR, SEED, calibration)
@@ -52,17 +57,26 @@ class Trainee:
         return time.process_time() - begin
 
 
-def counted(contestant: Contestant, task: Task, base: str = BASE) -> dict[str, int]:
-    """Return operations and peak bytes over the base's weights of a step, means and most of some in a row."""
+def peak_over_weights(contestant: Contestant, task: Task, base: str = BASE, checkpointing: bool = False) -> int:
+    """Return the most bytes over the base's weights of the first steps."""
     weights = sum(param.numel() * param.element_size() for param in load_model(base, torch.float32, 0).parameters())
     held = StorageTracker("cpu")
     with held:
-        trainee = Trainee(contestant, task, base)
+        trainee = Trainee(contestant, task, base, checkpointing)
         held.recording = True
         held.label(_held_by(trainee.model), "weights")
         for _ in range(FIRST_STEPS):
             trainee.step()
-    # Apart from it, for a log of operations keeps tensors.
+    return held.trace().peak_bytes - int(weights)
+
+
+def counted(contestant: Contestant, task: Task, base: str = BASE) -> dict[str, int]:
+    """Return operations and peak bytes over the base's weights of a step, means and most of some in a row."""
+    peaks = [peak_over_weights(contestant, task, base, checkpointing) for checkpointing in (False, True)]
+    trainee = Trainee(contestant, task, base)
+    for _ in range(FIRST_STEPS):
+        trainee.step()
+    # Apart from the peak, for a log of operations keeps tensors.
     work = WorkLog()
     tracker = StorageTracker("cpu", watch=work)
     with tracker, tracker.phase(COUNTED):
@@ -75,7 +89,8 @@ def counted(contestant: Contestant, task: Task, base: str = BASE) -> dict[str, i
             operation = work.operations[key]
             products += 0 if operation is None else operation.products * count
     return {
-        "operations": products // COUNTED_STEPS, "peak_bytes_over_weights": held.trace().peak_bytes - weights,
+        "operations": products // COUNTED_STEPS, "peak_bytes_over_weights": peaks[0],
+        "peak_bytes_over_weights_checkpointed": peaks[1],
     }  # fmt: skip
 
 

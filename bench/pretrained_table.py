@@ -13,6 +13,7 @@ from bench.rows import read_rows
 
 GRID_SEED = 100
 FULL, BEFORE, PEER = "full fine-tuning, torch AdamW fp32", "before training", "peft LoRA r = 16"
+PEAKS = ("peak_bytes_over_weights", "peak_bytes_over_weights_checkpointed")
 Row = dict[str, Any]
 
 
@@ -61,7 +62,9 @@ def _crossing(curve: list[list[float]], peer: list[list[float]]) -> float:
 
 def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int], cost_rows: Sequence[Row] = ()) -> str:
     """Return the Markdown table, best mean first; cost_rows: of `bench.pretrained_cost`."""
-    costs = {row["contestant"]: row for row in cost_rows}
+    costs: dict[str, Row] = {}
+    for row in cost_rows:
+        costs.setdefault(row["contestant"], {}).update(row)
     full, peers, lines = counted_rows(rows, FULL, seeds), counted_rows(rows, PEER, seeds), []
     for name in dict.fromkeys((BEFORE, *names)):
         mine = counted_rows(rows, name, seeds)
@@ -76,8 +79,8 @@ def table(rows: list[Row], names: Sequence[str], seeds: Sequence[int], cost_rows
         ]))  # fmt: skip
     head = [
         "method", "answer loss", "against full fine-tuning", "seeds", "rate", "1e9 operations a step",
-        "CPU time, LoRA = 1", "peak over weights", "time / operations to LoRA's loss", "to full fine-tuning's",
-        "loss of what it knew", *(["accuracy"] if rows and "accuracies" in rows[-1] else []),
+        "CPU time, LoRA = 1", "peak over weights / checkpointed", "time / operations to LoRA's loss",
+        "to full fine-tuning's", "loss of what it knew", *(["accuracy"] if rows and "accuracies" in rows[-1] else []),
     ]  # fmt: skip
     return markdown(head, [line for _, line in sorted(lines)])
 
@@ -91,7 +94,7 @@ def _effort(mine: Sequence[Row], full: Sequence[Row], peers: Sequence[Row], cost
     if cost is not None:
         step = [
             f"{cost['operations'] / 1e9:.0f}", f"{cost['cpu_time_over_peer']:.2f}×",
-            f"{cost['peak_bytes_over_weights'] / 1e6:.0f} MB",
+            " / ".join(f"{cost[name] / 1e6:.0f} MB" for name in PEAKS if name in cost),
         ]  # fmt: skip
     spread = f" ± {against[1]:.1%}" if against is not None and len(mine) > 1 else ""
     return [

@@ -14,7 +14,7 @@ from bench.flow_measures import (
     Judge,
     frechet,
     layers_per_evaluation,
-    load_digits,
+    load_pictures,
     losses_by_time,
     nearest,
     seams,
@@ -46,7 +46,7 @@ def test_a_control_trains_every_group_on_all_times() -> None:
 def test_one_run_gives_a_row_for_each_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the quality of the averages at that step; the same numbers again."""
     monkeypatch.setattr("bench.flow_measures.PER_CLASS", 2)
-    train, held_out = load_digits()
+    train, held_out = load_pictures("digits")
     judge = Judge(train)
     found = [list(flow.run(EXPERTS, SIZE, 0, train, held_out, judge)) for _ in range(2)]
     assert [(row["budgets"], row["steps"], row["layer_passes"]) for row in found[0]] == [
@@ -70,7 +70,7 @@ def test_rows_that_exist_are_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     monkeypatch.setattr(flow, "ARMS", [EXPERTS])
     monkeypatch.setattr(flow, "cost", lambda arm, *_: {"arm": arm.name, "cost": True})
-    monkeypatch.setattr(flow, "Judge", lambda train: None)
+    monkeypatch.setattr(flow, "Judge", lambda *_: None)
     monkeypatch.setattr(flow, "real_quality", lambda *_: {})
     asked: list[str] = []
 
@@ -99,7 +99,7 @@ def test_an_evaluation_runs_a_groups_layers_only() -> None:
 
 def test_what_a_step_holds_is_counted() -> None:
     """A third of what the dense model of all layers holds, and what is shared."""
-    train, _ = load_digits()
+    train, _ = load_pictures("digits")
     size = Size(batch=8)
     found = []
     for name in ("A dense, 12 layers", "C 3 groups"):
@@ -122,7 +122,7 @@ def test_distances_are_those_of_their_definitions() -> None:
     other = 2 * torch.randn(20_000, 3, generator=generator, dtype=torch.float64) + 1
     assert frechet(one, other) == pytest.approx(3 * 1 + 3 * (1 - 2) ** 2, rel=0.03)
     assert frechet(one, one) == pytest.approx(0, abs=1e-9)
-    train, held_out = load_digits()
+    train, held_out = load_pictures("digits")
     assert nearest(train.pixels[:50], train.pixels) == pytest.approx(0, abs=2e-2)
     assert nearest(held_out.pixels, train.pixels) > 1
 
@@ -131,7 +131,7 @@ def test_groups_of_equal_weights_have_no_seam() -> None:
     """And groups of other weights do; losses are of velocities, 1 + the data's power for a model that says nothing."""
     torch.manual_seed(0)
     model = EXPERTS.model(SIZE).eval()
-    _, held_out = load_digits()
+    _, held_out = load_pictures("digits")
     # The head is zero until it has trained.
     silent = losses_by_time(model, held_out)
     power = 1 + float(held_out.pixels.square().mean())
