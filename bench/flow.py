@@ -43,6 +43,7 @@ from bench.rows import append_row, read_rows
 from lisa_kernels import attach
 from lisa_kernels.flow import ExpertsAdamW
 from lisa_kernels.flow.average import AveragedGroups
+from lisa_kernels.flow.begin import copy_groups
 from lisa_kernels.flow.path import flow_loss
 from lisa_kernels.flow.transformer import FlowTransformer
 
@@ -52,10 +53,14 @@ SIZES = {"digits": Size(), "fashion-mnist": Size(side=28, patch=4, dense_steps=6
 SHOWN = ("A dense, 12 layers", "B dense, 4 layers", "C 3 groups", "F 3 groups, each on all t")
 
 
-def start(arm: Arm, size: Size, seed: int, retired_state: str = "keep") -> tuple[FlowTransformer, ExpertsAdamW]:
-    """Return an arm's model, its random weights by the seed, and its optimizer."""
+def start(
+    arm: Arm, size: Size, seed: int, retired_state: str = "keep", source: FlowTransformer | None = None
+) -> tuple[FlowTransformer, ExpertsAdamW]:
+    """Return an arm's model, its weights random by the seed or those of `source`, and its optimizer."""
     torch.manual_seed(seed)
     model = arm.model(size)
+    if source is not None:
+        copy_groups(model, source)
     optimizer = attach(model, arm.method(retired_state), lr=size.lr, seed=seed)
     assert isinstance(optimizer, ExpertsAdamW)
     return model, optimizer
@@ -70,17 +75,31 @@ def batches(train: Pictures, size: Size, seed: int) -> Iterator[tuple[Tensor, Te
         yield train.pixels[rows], train.labels[rows], noise
 
 
-def trained(
-    arm: Arm, size: Size, seed: int, train: Pictures
-) -> Iterator[tuple[FlowTransformer, int, list[str], float]]:  # fmt: skip
+Trained = tuple[FlowTransformer, int, list[str], float]
+
+
+def trained(arm: Arm, size: Size, seed: int, train: Pictures) -> Iterator[Trained]:
     """Train an arm; yields (averaged model, steps, budgets that end here, CPU seconds of training) at each end."""
-    torch.manual_seed(seed)
-    judged = arm.model(size)
+    budgets, rows = arm.budgets(size.dense_steps), batches(train, size, seed)
+    source, first, seconds = None, 0, 0.0
+    if arm.copied_after:
+        first = round(arm.copied_after * max(budgets.values()))
+        *_, (source, _, _, seconds) = _trained(arm.dense(), size, seed, rows, {"copied": first})
+    for model, steps, ended, more in _trained(arm, size, seed, rows, budgets, source, first):
+        yield model, steps, ended, seconds + more
+
+
+def _trained(
+    arm: Arm, size: Size, seed: int, rows: Iterator[tuple[Tensor, Tensor, Tensor]], budgets: dict[str, int],
+    source: FlowTransformer | None = None, taken: int = 0,
+) -> Iterator[Trained]:  # fmt: skip
+    """Go on after `taken` steps, with the weights of `source` where it is given, to the ends of all budgets."""
+    model, optimizer = start(arm, size, seed, source=source)
+    judged, seconds = model.like(), 0.0
+    judged.load_state_dict(model.state_dict())
     average = AveragedGroups(judged, judged.route, size.decay)
-    model, optimizer = start(arm, size, seed)
-    budgets, seconds = arm.budgets(size.dense_steps), 0.0
     model.train()
-    for step, (pixels, labels, noise) in enumerate(batches(train, size, seed), 1):
+    for step, (pixels, labels, noise) in enumerate(rows, taken + 1):
         begin = time.process_time()
         group = optimizer.active_group
         flow_loss(model, pixels, optimizer.times(size.batch), labels, noise).backward()

@@ -35,7 +35,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the table; groups: 1 is a dense model of `layers` layers."""
+    """One line of the table; groups: 1 is a dense model of `layers` layers.
+
+    copied_after: the share of its steps that a dense model of a group's layers takes, of which all groups then begin as
+    copies.
+    """
 
     name: str
     layers: int = LAYERS
@@ -44,6 +48,7 @@ class Arm:
     boundaries: str = "uniform"
     times: str = "uniform"
     overlap: float = 0.0
+    copied_after: float = 0.0
 
     @property
     def layers_run(self) -> int:
@@ -66,8 +71,16 @@ class Arm:
         return FlowTransformer(shape, self.method().intervals())
 
     def budgets(self, steps: int) -> dict[str, int]:
-        """Return the steps of each budget: as many as the dense model of all layers takes, or as many layer passes."""
-        return {"steps": steps, "passes": steps * LAYERS // self.layers_run}
+        """Return the steps of each budget: as many as the dense model of all layers takes, or as many layer passes.
+
+        Where a share of them comes first there is one budget, the second.
+        """
+        passes = {"passes": steps * LAYERS // self.layers_run}
+        return passes if self.copied_after else {"steps": steps, **passes}
+
+    def dense(self) -> Arm:
+        """Return a dense model of as many layers as a group has."""
+        return Arm(self.name, self.layers_run)
 
 
 def arms_of(groups: int) -> list[Arm]:
@@ -83,6 +96,7 @@ def arms_of(groups: int) -> list[Arm]:
         ),
         # An overlap of as many intervals as there are is all of time.
         Arm(f"F {groups} groups, each on all t", groups=groups, overlap=float(groups)),
+        Arm(f"G {groups} groups, copies of one after 2/3", groups=groups, copied_after=2 / 3),
     ]  # fmt: skip
 
 

@@ -85,6 +85,7 @@ def _compared() -> list[tuple[Arm, Arm]]:
     pairs = []
     for groups in GROUPS:
         experts, extended = letters["C", groups], letters["E", groups]
+        pairs += [(letters["G", groups], letters["B", LAYERS // groups]), (letters["G", groups], letters["F", groups])]
         pairs += [(experts, letters["B", LAYERS // groups]), (experts, letters["F", groups]), (experts, dense)]
         pairs += [(letters["D", groups], experts), (extended, experts), (extended, dense_twin)]
     return pairs

@@ -22,6 +22,7 @@ from bench.flow_measures import (
 from bench.flow_memory import RUNS, planned
 from bench.flow_table import REAL, TABLES, differences_table, flow_table, report, rows_of, seams_table
 from bench.readme import README as PAGE
+from lisa_kernels.flow.begin import copy_groups
 
 SIZE = Size(dense_steps=3, batch=8, hidden=16, heads=2)
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -32,7 +33,7 @@ def test_budgets_are_equal_in_steps_or_in_layer_passes() -> None:
     """Whatever an arm's layers are, it passes through as many as the dense model of all layers."""
     for arm in ARMS:
         budgets = arm.budgets(400)
-        assert budgets["steps"] == 400
+        assert budgets.get("steps", 400) == 400
         assert budgets["passes"] * arm.layers_run == 400 * 12
 
 
@@ -55,6 +56,18 @@ def test_one_run_gives_a_row_for_each_budget(monkeypatch: pytest.MonkeyPatch) ->
     assert len(found[0][0]["seams"]) == 2
     for one, other in zip(*found):
         assert {**one, "training_cpu_seconds": 0} == {**other, "training_cpu_seconds": 0}
+
+
+def test_copies_of_one_go_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thirds of the steps are a dense model's; what all groups begin with is its average."""
+    train, _ = load_pictures("digits")
+    begun: list[Any] = []
+    monkeypatch.setattr(flow, "copy_groups", lambda model, source: begun.append(source) or copy_groups(model, source))
+    found = list(flow.trained(BY_NAME["G 3 groups, copies of one after 2/3"], SIZE, 0, train))
+    assert [(steps, ended) for _, steps, ended, _ in found] == [(9, ["passes"])]
+    *_, (dense, _, _, _) = flow._trained(EXPERTS.dense(), SIZE, 0, flow.batches(train, SIZE, 0), {"all": 6})
+    for name, weight in dense.state_dict().items():
+        assert torch.equal(weight, begun[0].state_dict()[name])
 
 
 def test_samples_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ def _add_train(actions: Any) -> None:
     add("--groups", type=int, default=4, help="of layers, each the expert for an interval of time")
     add("--backbone", help="a language model, as --model of finetune, that stays as it is: it reads what to draw (a "
         "handwritten seven), and copies of its layers are trained to draw it")  # fmt: skip
+    add("--begin-from", help="--output of an earlier run: of one group, whose layers each group here begins as a copy "
+        "of, or of as many groups")  # fmt: skip
     add("--layers", type=int, help="of all groups together (default: 8, or the backbone's)")
     add("--hidden", type=int, help="numbers of a token (default: 128, or the backbone's)")
     add("--heads", type=int, help="of attention (default: 4, or the backbone's)")

@@ -30,6 +30,7 @@ class FlowOptions:
     output: Path
     image_size: int | None = None
     backbone: str | None = None
+    begin_from: str | None = None
     groups: int = 4
     layers: int | None = None
     hidden: int | None = None
@@ -110,7 +111,8 @@ class FlowOptions:
     def sources(self) -> list[tuple[str, str]]:
         """Return each (flag, value) that may name a file which the run reads."""
         folder = self.data.partition(":")[2] or self.data
-        return [("--data", folder), *([("--backbone", self.backbone)] if self.backbone else [])]
+        read = {"--backbone": self.backbone, "--begin-from": self.begin_from}
+        return [("--data", folder), *((flag, value) for flag, value in read.items() if value)]
 
     def fixed(self) -> dict[str, Any]:
         """Return the options that a resumed run must share with the one it continues, as plain values."""

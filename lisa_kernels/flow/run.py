@@ -17,6 +17,7 @@ from lisa_kernels.errors import NotRehearsedError
 from lisa_kernels.files import written_whole
 from lisa_kernels.flow.average import AveragedGroups
 from lisa_kernels.flow.batches import Batches
+from lisa_kernels.flow.begin import begin_from
 from lisa_kernels.flow.build import HIDDEN, new_model
 from lisa_kernels.flow.data import Images, load_images
 from lisa_kernels.flow.evaluation import HeldOutLoss, held_out_loss
@@ -86,7 +87,7 @@ def _train(
     planned = None if plan is None else _planned(options, train, device, plan, console)
     if device.type == "cuda" and planned is not None:
         check_room(planned, Memory.of(device), device)
-    run = FlowRun(options, train, held_out, device, console)
+    run = FlowRun(options, train, held_out, device, console, fresh=checkpoint is None)
     if checkpoint is None:
         before = run.held_out_loss(averaged=False)
         facts = {"eval_loss_before": before and before.mean, "began": began, "taken": {}}
@@ -130,12 +131,16 @@ class FlowRun:
     """Model, optimizer and averages of a run, and the number of steps taken."""
 
     def __init__(
-        self, options: FlowOptions, train: Images, held_out: Images, device: torch.device, console: Console
+        self, options: FlowOptions, train: Images, held_out: Images, device: torch.device, console: Console,
+        fresh: bool = True,
     ) -> None:  # fmt: skip
         self.options, self.device, self.console = options, device, console
         self.held_out, self.classes = held_out, Classes(train.names, train.kind)
         method, self.meter = options.build_method(), MemoryMeter.start(device)
-        self.model = new_model(options, train, method.intervals()).to(device)
+        model = new_model(options, train, method.intervals())
+        if fresh and options.begin_from is not None:
+            begin_from(model, self.classes, Path(options.begin_from).expanduser())
+        self.model = model.to(device)
         self.lr = options.lr or LR * HIDDEN / self.model.shape.hidden
         self.average = AveragedGroups(
             self.model, self.model.route, options.average, paged=options.resting_weights == "page"
