@@ -76,6 +76,19 @@ def frechet(one: Tensor, other: Tensor) -> float:
     return float(apart + first.trace() + second.trace() - 2 * shared)
 
 
+def kernel_distance(one: Tensor, other: Tensor) -> float:
+    """Return the squared kernel distance of two sets of features, [n, d] and [m, d], cubic kernel, without bias."""
+    width = one.shape[1]
+
+    def mean(first: Tensor, second: Tensor, itself: bool = False) -> Tensor:
+        values = (first @ second.T / width + 1) ** 3
+        if not itself:
+            return values.mean()
+        return (values.sum() - values.trace()) / (len(first) * (len(first) - 1))
+
+    return float(mean(one, one, True) + mean(other, other, True) - 2 * mean(one, other))
+
+
 def nearest(pixels: Tensor, train: Tensor) -> float:
     """Return the median distance of images to the nearest one in training, in pixels' units from −1 to 1."""
     return float(torch.cdist(pixels.flatten(1), train.flatten(1)).amin(1).median())
@@ -125,9 +138,10 @@ def quality(model: FlowTransformer, train: Pictures, held_out: Pictures, judge: 
     model.eval()
     losses = losses_by_time(model, held_out)
     images, labels = samples(model)
+    drawn, real = judge.features(images), judge.features(held_out.pixels)
     return {
         "loss": sum(losses) / BINS, "losses": losses, "accuracy": judge.accuracy(images, labels),
-        "frechet": frechet(judge.features(images), judge.features(held_out.pixels)),
+        "frechet": frechet(drawn, real), "kernel": kernel_distance(drawn, real),
         "nearest": nearest(images, train.pixels), "seams": seams(model, held_out),
     }  # fmt: skip
 
@@ -137,7 +151,9 @@ def real_quality(train: Pictures, held_out: Pictures, judge: Judge) -> dict[str,
     some = judge.features(train.pixels[: 10 * PER_CLASS])
     return {
         "accuracy": judge.accuracy(held_out.pixels, held_out.labels),
-        "frechet": frechet(some, judge.features(held_out.pixels)), "nearest": nearest(held_out.pixels, train.pixels),
+        "frechet": frechet(some, judge.features(held_out.pixels)),
+        "kernel": kernel_distance(some, judge.features(held_out.pixels)),
+        "nearest": nearest(held_out.pixels, train.pixels),
     }  # fmt: skip
 
 

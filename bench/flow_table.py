@@ -39,20 +39,20 @@ def flow_table(rows: list[Row]) -> str:
         if not passes and not equal_steps:
             continue
         cells = [spread([row["loss"] for row in equal_steps])]
-        cells += [spread([row[name] for row in passes], digits) for name, digits in QUALITY.items()]
+        cells += [spread([row[name] for row in passes if name in row], digits) for name, digits in QUALITY.items()]
         lines.append([arm.name, *cells, *(_cost(costs[-1]) if costs else ["-"] * 6)])
     real = [row for row in rows if row["arm"] == REAL]
     if real:
         cells = [spread([real[-1][name]], digits) if name in real[-1] else "-" for name, digits in QUALITY.items()]
         lines.append([REAL, "-", *cells, *["-"] * 6])
     head = [
-        "arm", "loss, equal steps", "loss, equal layer passes", "accuracy", "Fréchet", "nearest", "layers run",
-        "ms an image, 1", "256", "saved, MB", "gradients, MB", "moments, MB",
+        "arm", "loss, equal steps", "loss, equal layer passes", "accuracy", "Fréchet", "kernel", "nearest",
+        "layers run", "ms an image, 1", "256", "saved, MB", "gradients, MB", "moments, MB",
     ]  # fmt: skip
     return markdown(head, lines)
 
 
-QUALITY = {"loss": 3, "accuracy": 3, "frechet": 2, "nearest": 2}
+QUALITY = {"loss": 3, "accuracy": 3, "frechet": 2, "kernel": 2, "nearest": 2}
 
 
 def _cost(row: Row) -> list[str]:

@@ -13,6 +13,7 @@ from bench.flow_arms import ARMS, Arm, Size
 from bench.flow_measures import (
     Judge,
     frechet,
+    kernel_distance,
     layers_per_evaluation,
     load_pictures,
     losses_by_time,
@@ -135,6 +136,9 @@ def test_distances_are_those_of_their_definitions() -> None:
     other = 2 * torch.randn(20_000, 3, generator=generator, dtype=torch.float64) + 1
     assert frechet(one, other) == pytest.approx(3 * 1 + 3 * (1 - 2) ** 2, rel=0.03)
     assert frechet(one, one) == pytest.approx(0, abs=1e-9)
+    # By hand: k(a, b) = (a b + 1)³ of {0, 1} and {1, 2}.
+    points = [torch.tensor(each, dtype=torch.float64)[:, None] for each in ([0.0, 1.0], [1.0, 2.0])]
+    assert kernel_distance(*points) == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4)
     train, held_out = load_pictures("digits")
     assert nearest(train.pixels[:50], train.pixels) == pytest.approx(0, abs=2e-2)
     assert nearest(held_out.pixels, train.pixels) > 1
@@ -172,8 +176,8 @@ def test_the_table_shows_means_and_deviations_of_seeds() -> None:
     ]  # fmt: skip
     assert [each["loss"] for each in rows_of(found, EXPERTS, "passes")] == [0.5, 0.7]
     lines = flow_table(found).splitlines()
-    assert lines[2].startswith("| C 3 groups | - | 0.600 ± 0.141 | 0.500 ± 0.000 | 4.00 ± 0.00 |")
-    assert lines[3].startswith(f"| {REAL} | - | - | 0.980 | 1.60 | 2.10 |")
+    assert lines[2].startswith("| C 3 groups | - | 0.600 ± 0.141 | 0.500 ± 0.000 | 4.00 ± 0.00 | - | 3.00 ± 0.00 |")
+    assert lines[3].startswith(f"| {REAL} | - | - | 0.980 | 1.60 | - | 2.10 |")
     assert "| 0.25 ± 0.00 | 0.50 ± 0.00 | - |" in seams_table(found)
 
 
