@@ -160,8 +160,8 @@ def measure(size: Size, seeds: tuple[int, ...], data: str = "digits", arms: Sequ
         append_row(file, {**size.key(), **row})
         print({name: row.get(name) for name in ("arm", "seed", "budgets", "loss", "accuracy", "frechet")}, flush=True)
 
-    if missing(arm=REAL):
-        add({"arm": REAL, **real_quality(train, held_out, judge)})
+    if missing(arm=REAL[name]):
+        add({"arm": REAL[name], **real_quality(train, held_out, judge)})
     for arm in arms:
         if missing(arm=arm.name, cost=True):
             add(cost(arm, size, train))
@@ -183,7 +183,7 @@ def plot(size: Size, path: Path) -> None:
             *_, (model, _, _, _) = trained(arm, size, SEEDS[0], train)
             images, labels = samples(model.eval())
             rows[arm.name] = images[torch.argsort(labels, stable=True)].unflatten(0, (10, -1))[:, :2].flatten(0, 1)
-    rows[REAL] = torch.cat([train.pixels[train.labels == label][:2] for label in range(10)])
+    rows[REAL["digits"]] = torch.cat([train.pixels[train.labels == label][:2] for label in range(10)])
     plot_digits({name: images[:, 0] for name, images in rows.items()}, path)
 
 
