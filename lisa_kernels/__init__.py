@@ -2,7 +2,7 @@
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.flow import TimestepExperts
-from lisa_kernels.layers import checkpoint_blocks
+from lisa_kernels.layers import checkpoint_blocks, compile_blocks
 from lisa_kernels.methods import (
     LISA,
     OWS,
@@ -34,6 +34,7 @@ __all__ = [
     "TimestepExperts",
     "attach",
     "checkpoint_blocks",
+    "compile_blocks",
     "layer_scores",
     "plan",
 ]

@@ -3,6 +3,7 @@
 from lisa_kernels.layers.attachable import check_attachable, without_compiler
 from lisa_kernels.layers.blocks import ModelParts, find_blocks, no_ones, split_model
 from lisa_kernels.layers.checkpointing import checkpoint_blocks
+from lisa_kernels.layers.compiling import compile_blocks
 from lisa_kernels.layers.embedding import (
     LowRankEmbedding,
     OrderedTables,
@@ -37,6 +38,7 @@ __all__ = [
     "check_attachable",
     "check_untied",
     "checkpoint_blocks",
+    "compile_blocks",
     "find_blocks",
     "find_linears",
     "is_conv1d",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from types import MethodType
 
 from torch import Tensor, nn
 
@@ -16,19 +16,25 @@ from lisa_kernels.ops.lowrank_linear import linear
 MIN_SIDE = 8
 
 
-class PlainForward(partial[Tensor]):
-    """The forward of a linear layer with products of our own, put on the layer itself: the layer computes the same."""
+def plain_forward(layer: nn.Module) -> MethodType:
+    """Return a forward for a linear layer, to be put on the layer itself, that is its own but for the products."""
+    return MethodType(_forward_transposed if is_conv1d(layer) else _forward, layer)
 
 
-def plain_forward(layer: nn.Module) -> PlainForward:
-    """Return a forward for a linear layer that is its own but for the products."""
-    return PlainForward(_forward, layer, is_conv1d(layer))
-
-
-def _forward(layer: nn.Module, transposed: bool, x: Tensor) -> Tensor:
+def _forward(layer: nn.Module, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    return linear(x, weight.t() if transposed else weight, bias)  # type: ignore[arg-type]
+    return linear(x, weight, bias)  # type: ignore[arg-type]
+
+
+def _forward_transposed(layer: nn.Module, x: Tensor) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    return linear(x, weight.t(), bias)  # type: ignore[arg-type]
+
+
+def _is_plain(forward: object) -> bool:
+    return isinstance(forward, MethodType) and forward.__func__ in (_forward, _forward_transposed)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -45,7 +51,7 @@ def is_linear(module: nn.Module) -> bool:
     the module by someone else, and weights that are made anew by a hook or a parametrization are not understood.
     """
     forward = vars(module).get("forward")
-    if forward is not None and not isinstance(forward, PlainForward):
+    if forward is not None and not _is_plain(forward):
         return False
     if type(module).forward is not nn.Linear.forward and not is_conv1d(module):
         return False

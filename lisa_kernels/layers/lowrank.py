@@ -15,7 +15,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.layers.freezing import replica_advice
 from lisa_kernels.layers.linears import Place, is_conv1d, linear_shape
 from lisa_kernels.layers.slot import BESIDE, SlotModule
-from lisa_kernels.ops.lowrank_linear import capture_linear, linear, lowrank_linear
+from lisa_kernels.ops.lowrank_linear import capture_linear, linear, lowrank_linear, number_of
 from lisa_kernels.ops.lowrank_linear.whole_weight import whole_weight
 from lisa_kernels.uncompiled import uncompiled
 
@@ -40,6 +40,8 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
         assert isinstance(original.weight, nn.Parameter)
         super().__init__(linear_shape(original), original.weight.device, rank, scale, tracker)
         self.transposed = is_conv1d(original)
+        # Of `_choose_basis`, once a basis was due.
+        self._number: Tensor | None = None
         # One table with the swapped layer's: FSDP2 puts whole weights and shards in there by turns, and knows that one.
         own, self._parameters = self._parameters, original._parameters
         self._parameters.update(own)
@@ -81,11 +83,19 @@ class LowRankLinear(SlotModule, nn.Linear):  # type: ignore[misc]
             return linear(x, self.matrix, self.bias)
         # As rows: of three dimensions torch's biased linear is itself a view, which no model could change in place.
         rows = x.reshape(-1, self.in_features)
-        if self.capturing:
-            y = capture_linear(rows, self.matrix, self.bias, self.slot, self._choose_basis)
+        # Compiled, all layers of a block take one way: refreshes come to them one by one, each would be a graph more.
+        # One that finds no basis then keeps its input for the basis that it has.
+        if self.capturing or (self.beside_capturing and torch.compiler.is_compiling()):
+            y = capture_linear(rows, self.matrix, self.bias, self.slot, self._choose_basis, self._number)
         else:
             y = lowrank_linear(rows, self.matrix, self.bias, self.slot, self.basis, self.scale, folds)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def arm(self) -> None:
+        """Settle whether backwards until the next step find a basis."""
+        super().arm()
+        if self.active and self.tracker is not None and self._number is None:
+            self._number = number_of(self._choose_basis)
 
     def _choose_basis(self, dy: Tensor, x: Tensor) -> Tensor:
         assert self.tracker is not None

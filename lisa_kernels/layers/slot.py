@@ -46,6 +46,8 @@ class SlotModule(nn.Module):
         # Whether the weight is stored [n, m].
         self.transposed = False
         self.capturing = False
+        # Whether a layer of the same block does.
+        self.beside_capturing = False
         self.exact_master = False
         # Whether weights were loaded in the place of an adapter that had been trained.
         self.restarted = False

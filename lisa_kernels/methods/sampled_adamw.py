@@ -238,8 +238,8 @@ class SampledAdamW(RankAccess):
         return [self.layout.drawn[index] for index in drawn if index not in self._active]
 
     def _arm(self) -> None:
-        for layer in self._active_slots():
-            layer.arm()
+        for unit in self._active_units():
+            unit.arm()
 
     # The step
 

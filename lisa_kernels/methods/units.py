@@ -29,6 +29,14 @@ class Unit:
         """Return all parameters that train while the unit is active."""
         return self.full + [param for layer in self.lowrank.values() for param in layer.trained]
 
+    def arm(self) -> None:
+        """Settle which layers' backwards find a basis until the next step, and tell all whether any of them does."""
+        for layer in self.lowrank.values():
+            layer.arm()
+        capturing = any(layer.capturing for layer in self.lowrank.values())
+        for layer in self.lowrank.values():
+            layer.beside_capturing = capturing
+
 
 @dataclass
 class Layout:

@@ -7,7 +7,6 @@ backward, when a basis is due; `linear` is the same layer without a slot, frozen
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from lisa_kernels.ops.autocast import autocast_dtype, no_autocast
 from lisa_kernels.ops.lowrank_linear import reference
-from lisa_kernels.ops.lowrank_linear.products import is_slow, matmul
-from lisa_kernels.uncompiled import uncompiled
+from lisa_kernels.ops.lowrank_linear.capture import Choose, bias_gradient, gradients, number_of, numbered_capture
+from lisa_kernels.ops.lowrank_linear.products import is_slow
 
-__all__ = ["DEFINITIONS", "capture_linear", "linear", "lowrank_linear"]
+__all__ = ["DEFINITIONS", "capture_linear", "linear", "lowrank_linear", "number_of"]
 
 
 def _forward_definition(
@@ -78,10 +77,6 @@ def _(
     return dx, dy.new_empty((projected.shape[-1], weight.shape[0]), dtype=torch.float32), dp
 
 
-def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, slot, basis, scale, slot_is_zero = inputs
     kept = x if ctx.needs_input_grad[4] and not slot_is_zero else None
@@ -97,7 +92,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | N
     weight, projected, slot, basis, x = ctx.saved_tensors
     needs_dx, _, needs_bias, *_ = ctx.needs_input_grad
     dx, db, dp = _lowrank_linear_backward(dy, weight, projected, slot, basis, ctx.scale, needs_dx, x)
-    dbias = _bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
+    dbias = bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
     return (dx if needs_dx else None), None, dbias, db, (None if x is None else dp), None, None
 
 
@@ -135,7 +130,7 @@ class _CaptureLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         slot: Tensor,
-        choose: Callable[[Tensor, Tensor], Tensor],
+        choose: Choose,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.choose = choose
@@ -146,27 +141,23 @@ class _CaptureLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs_dx, _, needs_bias, needs_slot, _ = ctx.needs_input_grad
-        dslot = None
-        with no_autocast(dy.device.type):
-            # The basis first: what it takes to find one is gone when dX comes.
-            if needs_slot:
-                basis = ctx.choose(dy, x)
-                dslot = reference.slot_gradient(dy, matmul(x, basis.t().to(x.dtype)), 1.0)
-            dx = reference.input_gradient(dy, weight, None, None, 1.0) if needs_dx else None
-        dbias = _bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
+        dx, dslot = gradients(dy, x, weight, ctx.choose, needs_dx, needs_slot)
+        dbias = bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
         return dx, None, dbias, dslot, None
 
 
-@uncompiled
 def capture_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, choose: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, choose: Choose, number: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Return y = x Wᵀ + b; the backward asks `choose(dY, x)` for a basis P [r, n] and gives dB = P Gᵀ for G = dYᵀ x.
 
-    x: [tokens, n]; the slot B must be zero. `choose` decides whether G is ever formed. Runs uncompiled in a compiled
-    model, for it is rare.
+    x: [tokens, n]; the slot B must be zero. `choose` decides whether G is ever formed; `number` is its own, by which a
+    compiled model asks it.
     """
     x_, weight_, bias_ = _autocast(x, weight, bias)
+    if torch.compiler.is_compiling():
+        assert number is not None
+        return numbered_capture(x_, weight_, bias_, slot, number)  # type: ignore[no-any-return]
     return _CaptureLinear.apply(x_, weight_, bias_, slot, choose)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -210,7 +201,7 @@ def _linear_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (
         dx if needs_dx else None,
         dw if needs_dw else None,
-        _bias_gradient(dy, ctx.bias_dtype) if needs_bias else None,
+        bias_gradient(dy, ctx.bias_dtype) if needs_bias else None,
     )
 
 
