@@ -12,6 +12,7 @@ from lisa_kernels.distributed.launcher import Launch, check_one_launched, read_l
 from lisa_kernels.distributed.processes import Sharing, check_one_process, process_count
 from lisa_kernels.distributed.ranks import LostRankError, Ranks, join, on_first, others_heard, part, ranks_of, together
 from lisa_kernels.distributed.reduction import GradientReduction, check_wire_dtype
+from lisa_kernels.distributed.shard_files import read_state, read_tensors, write_together
 from lisa_kernels.distributed.shards import first_element, first_row, is_sharded, local, total_norm, whole
 from lisa_kernels.distributed.wrappers import REPLACED, check_not_shared_out, check_not_wrapped
 
@@ -43,9 +44,12 @@ __all__ = [
     "ranks_of",
     "read_launch",
     "read_launcher",
+    "read_state",
+    "read_tensors",
     "settle",
     "together",
     "total_norm",
     "units_of",
     "whole",
+    "write_together",
 ]

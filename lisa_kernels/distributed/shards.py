@@ -66,6 +66,26 @@ def group_of_shards(tensor: DTensor) -> dist.ProcessGroup:
     return tensor.device_mesh.get_group()
 
 
+def shard_like(tensor: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """Return the tensor of `shape` of which this rank's rows are these, shared out as `tensor` is, if it is."""
+    if not is_sharded(tensor):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        rows, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=strides
+    )  # fmt: skip
+
+
+def rows_like(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return of a value of a tensor's shape the rows that this rank holds of the tensor; a shard's own, or cut out."""
+    if is_sharded(value) or not is_sharded(tensor):
+        return local(value)
+    start = first_row(tensor)
+    return value[start : start + len(local(tensor))]
+
+
 def check_placement(name: str, tensor: DTensor) -> None:
     """Raise InputError unless ranks hold rows of the tensor, in their order, where they compute."""
     placements = tensor.placements

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lisa_kernels.basis import BasisTracker
-from lisa_kernels.distributed import is_sharded
+from lisa_kernels.distributed import is_sharded, is_unit
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding, ordered_embedding
@@ -147,6 +147,11 @@ def lookup_factor(embedding: nn.Embedding) -> float:
         raise InputError(
             "an embedding with max_norm or scale_grad_by_freq cannot carry a low-rank slot; use "
             'embeddings="always", "frozen" or "sampled".'
+        )
+    if is_unit(embedding):
+        raise InputError(
+            "the token embedding is under fully_shard by itself, where it can carry no slot; share it out with what is "
+            "around the blocks: fully_shard(model)."
         )
     table = embedding.weight
     if table.is_meta:  # a plan's: no values, and the factor decides no bytes

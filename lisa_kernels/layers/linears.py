@@ -9,6 +9,7 @@ from types import MethodType
 
 from torch import Tensor, nn
 
+from lisa_kernels.distributed import is_unit
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.lowrank_linear import linear
 
@@ -105,6 +106,11 @@ def find_linears(
                 if is_linear(child) and min(linear_shape(child)) >= MIN_SIDE and wanted(path, child):
                     found.append(Place(path, root, parent, name, child))
     for place in found:
+        if is_unit(place.layer):
+            raise InputError(
+                f"{place.path} is under fully_shard by itself, where it can carry no slot; call fully_shard on blocks "
+                "and on the model, not on single layers."
+            )
         m, n = linear_shape(place.layer)
         if rank > min(m, n):
             raise InputError(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.distributed import at_rest
+from lisa_kernels.distributed import at_rest, is_sharded, is_unit
+from lisa_kernels.errors import InputError
 from lisa_kernels.layers.linears import is_linear, linear_shape
 from lisa_kernels.layers.logits_on_demand import can_form_on_demand, form_logits_on_demand
 from lisa_kernels.layers.loss_probe import IGNORED, MISFITS, PROBED_TOKENS, Probe, is_plain_loss
@@ -166,6 +167,11 @@ class LossWithoutLogits:
 
     def _logits(self, hidden: Tensor, autocast: torch.dtype | None) -> Tensor:
         """Return the logits as the forward would have formed them: in its graph, under its autocast."""
+        if any(map(is_sharded, self.layer.parameters())):
+            raise InputError(
+                "the logits are read after the forward, when the output layer's weight is shared out again; let the "
+                "model keep it: fully_shard(model, reshard_after_forward=False), or attach with keep_logits=True."
+            )
         with torch.autocast(hidden.device.type, dtype=autocast) if autocast else nullcontext():
             logits: Tensor = self.layer(hidden)
         if self.curve.cap is not None:
@@ -213,6 +219,14 @@ def leave_out_logits(model: nn.Module) -> LossWithoutLogits | None:
     layer = get_output() if callable(get_output) else None
     has_loss = isinstance(getattr(type(model), "loss_function", None), property)
     if not has_loss or not isinstance(layer, nn.Module) or not (isinstance(layer, LowRankLinear) or is_linear(layer)):
+        return None
+    if is_unit(layer):
+        # Its weight is there in its own forward only.
+        warnings.warn(
+            "the output layer is under fully_shard by itself, so that the loss forms the logits of all tokens; share "
+            "it out with what is around the blocks.",
+            stacklevel=4,
+        )
         return None
     if is_plain_loss(model.loss_function, linear_shape(layer)[0]):  # type: ignore[arg-type]
         without = LossWithoutLogits(model, layer)

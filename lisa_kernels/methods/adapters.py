@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lisa_kernels.distributed import local
 from lisa_kernels.layers import SlotModule
 from lisa_kernels.methods.adapter_layout import new_head
 from lisa_kernels.methods.definitions import AdapterMethod
@@ -44,7 +45,7 @@ class Adapters:
         if self.merged:
             return
         self.aside = {
-            path: (layer.stored_weight.detach().to("cpu", copy=True), layer.slot.detach().clone())
+            path: (local(layer.stored_weight).to("cpu", copy=True), layer.slot.detach().clone())
             for path, layer in self.layers.items()
         }
         self._add_to_weights()
@@ -60,7 +61,7 @@ class Adapters:
     def unmerge(self) -> None:
         """Put weights and slots back bit for bit."""
         for path, (weight, slot) in self.aside.items():
-            self.layers[path].stored_weight.data.copy_(weight)
+            local(self.layers[path].stored_weight).copy_(weight)
             self.layers[path].slot.data = slot
         self.aside = {}
 

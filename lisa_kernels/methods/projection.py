@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.basis import BasisTracker, transport_moments
+from lisa_kernels.distributed import is_sharded
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.ops.project import project
 
@@ -56,6 +57,11 @@ def check_matrices(group: dict[str, Any]) -> None:
     """Raise InputError unless every parameter of a projected group is a matrix that its rank fits."""
     rank = group["rank"]
     for param in group["params"]:
+        if is_sharded(param):
+            raise InputError(
+                f"a parameter {list(param.shape)} in a group with rank {rank} is sharded, and a projection is of the "
+                "whole gradient: attach(model, GaLore(...)) trains sharded models."
+            )
         if param.dim() != 2:
             raise InputError(
                 f"a parameter of shape {list(param.shape)} is in a group with rank {rank}; only matrices can be "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from lisa_kernels.distributed import GradientReduction, gradients_at_home, is_sharded
 from lisa_kernels.methods.adapter_access import AdapterAccess
+from lisa_kernels.methods.shared_folder import load_shards, save_shards
 from lisa_kernels.methods.units import Unit
 
 # Between two comparisons of weights that train all the time.
@@ -41,6 +44,20 @@ class RankAccess(AdapterAccess):
             return
         with self._reduction.no_sync(), gradients_at_home(self.model):
             yield
+
+    def save_shards(self, folder: str | os.PathLike[str]) -> None:
+        """Write model and optimizer into a folder, each rank its own shards, by torch.distributed.checkpoint.
+
+        Every rank calls it; they need a disk that all of them see. An earlier folder is replaced when all is written.
+        """
+        save_shards(Path(folder), self.model, self)  # type: ignore[arg-type]
+
+    def load_shards(self, folder: str | os.PathLike[str]) -> None:
+        """Continue where `save_shards` was called, on any number of ranks: the model is attached alike, sharded or not.
+
+        Every rank calls it.
+        """
+        load_shards(Path(folder), self.model, self)  # type: ignore[arg-type]
 
     def _join(self, reduction: GradientReduction | None) -> None:
         """Train with other ranks from now on."""

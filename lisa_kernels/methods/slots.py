@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.basis import transport_many
+from lisa_kernels.distributed.shards import local, rows_like, shard_like
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import SlotModule
 from lisa_kernels.optim import AdamW8bit
@@ -150,6 +151,9 @@ def slots_state(
     state: dict[str, dict[str, Any]] = {}
     for path, layer in layers.items():
         entry: dict[str, Any] = dict(paged.get(path) or kept_buffers(layer))
+        if "remainder" in entry:
+            weight = layer.stored_weight
+            entry["remainder"] = shard_like(weight, entry["remainder"], weight.shape)
         if "basis" in entry:
             if layer.tracker is None:
                 entry["slot"], entry["weight"] = layer.slot.detach(), layer.stored_weight.detach()
@@ -187,12 +191,13 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
         layer.hold_basis(entry["basis"])
         if layer.tracker is None:
             layer.slot.data.copy_(entry["slot"])
-            layer.stored_weight.data.copy_(entry["weight"])
+            local(layer.stored_weight).copy_(rows_like(layer.stored_weight, entry["weight"]))
             layer.restarted = False
         else:
             layer.tracker.load_state_dict(entry["tracker"])
         if "remainder" in entry and layer.exact_master and layer.stored_weight.dtype == torch.bfloat16:
-            layer.remainder = entry["remainder"].to(layer.stored_weight.device, copy=True)
+            rows = rows_like(layer.stored_weight, entry["remainder"])
+            layer.remainder = rows.to(layer.stored_weight.device, copy=True)
 
 
 @contextmanager

@@ -20,7 +20,15 @@ from lisa_kernels.optim.batches import Batch, KeyBases, by_device, gather, input
 from lisa_kernels.optim.moments import read_moments, write_moments
 from lisa_kernels.optim.paged import PagedStates
 from lisa_kernels.optim.settings import check_hyper, check_settings
-from lisa_kernels.optim.sharded import check_steppable, joined, measure_shards
+from lisa_kernels.optim.sharded import (
+    check_own,
+    check_steppable,
+    joined,
+    measure_shards,
+    place_among,
+    state_for_all,
+    state_from_all,
+)
 from lisa_kernels.paging import Store, open_store
 
 # Tensors below this many elements, and all 1-D tensors, keep 32-bit moments: they are few bytes and the most sensitive.
@@ -377,9 +385,14 @@ class AdamW8bit(Optimizer):
         """Return the state as plain tensors and numbers: codes stay uint8, scales float32."""
         self._bring_home()
         packed = super().state_dict()
+        params = self._saved_params(packed)
+        for number, state in packed["state"].items():
+            param = params[str(number)]
+            if is_sharded(param):
+                packed["state"][number] = state_for_all(param, state, self.block_size)
         names = ("steps", "skipped")
         packed["counters"] = dict(zip(names, self._counters)) if self._counters else {}
-        packed["format"] = {"block_size": self.block_size, "seed": self.seed}
+        packed["format"] = {"block_size": self.block_size, "seed": self.seed, **place_among(self._params())}
         return packed
 
     @torch.no_grad()
@@ -415,6 +428,7 @@ class AdamW8bit(Optimizer):
         params = self._saved_params(state_dict)
         for number, values in state_dict["state"].items():
             param = params[str(number)]
+            values = state_from_all(param, values, self.block_size)
             # Those that get a page are copied into it.
             move = self._paged is None
             self.state[param] = {n: value.to(param.device, copy=True) if move else value for n, value in values.items()}
@@ -434,6 +448,7 @@ class AdamW8bit(Optimizer):
             raise InputError(
                 f"the state was saved with block_size={saved_block_size}; this optimizer has {self.block_size}."
             )
+        check_own(state_dict.get("format", {}), self._params())
         saved = [len(group["params"]) for group in state_dict["param_groups"]]
         here = [len(group["params"]) for group in self.param_groups]
         if saved != here:
@@ -445,6 +460,7 @@ class AdamW8bit(Optimizer):
             if str(number) not in params:
                 raise InputError(f"the state is of a parameter {number} that is in none of its groups.")
             expected = self._new_state(params[str(number)], torch.device("meta"))
+            values = state_from_all(params[str(number)], values, self.block_size)
             given = {name: (tuple(value.shape), value.dtype) for name, value in values.items()}
             wanted = {name: (tuple(value.shape), value.dtype) for name, value in expected.items()}
             if given and given != wanted:
