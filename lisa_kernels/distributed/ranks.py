@@ -99,8 +99,9 @@ class Ranks:
 
     def take_first_(self, tensor: Tensor) -> Tensor:
         """Put rank 0's values into a contiguous tensor of all ranks, in place."""
+        group = self._between_cpus if tensor.device.type == "cpu" else self.group
         with _heard():
-            dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
+            dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=group)
         return tensor
 
     @contextmanager

@@ -41,6 +41,14 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return [_join(value, tensors) for value in tree] if isinstance(tree, list) else tree
 
 
+def tensors_of(tree: Any, path: str) -> dict[str, Tensor]:
+    """Return the tensors of a tree by their paths, themselves and no copies."""
+    if isinstance(tree, Tensor):
+        return {path: tree}
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {name: tensor for key, value in inner for name, tensor in tensors_of(value, f"{path}/{key}").items()}
+
+
 def save_tree(tree: dict[str, Any], folder: Path, name: str) -> None:
     """Write a tree of dicts, lists, numbers, strings and tensors as `name.json` and `name.safetensors`.
 

@@ -32,6 +32,7 @@ from lisa_kernels.train.answers import Question, answers, held_out_questions, pr
 from lisa_kernels.train.checkpoint import checkpoint_step, find_checkpoints
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
+from lisa_kernels.train.lent_checkpoint import on_every_machine
 from lisa_kernels.train.memory import PlannedMemory, describe_held
 from lisa_kernels.train.options import AUTO, AUTOMATIC, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
@@ -225,8 +226,8 @@ def _run(
             _ask(model, run.tokenizer, questions, history, 0, console)
     if len(held_out):
         console.print(f"held-out loss before: {facts['eval_loss_before']:.4f}", highlight=False)
-    with interrupt:
-        trainer.train_on(run.checkpoint)
+    with on_every_machine(run.checkpoint, ranks) as checkpoint, interrupt:
+        trainer.train_on(checkpoint)
     steps = trainer.state.global_step
     if interrupt.interrupted and steps < arguments.max_steps:
         where = options.output / f"checkpoint-{steps}"

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 
 from lisa_kernels.distributed import Ranks, on_first, together
-from lisa_kernels.errors import InputError
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, planned_memory
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.placement import Memory, check_room, settled_dtype
@@ -54,8 +53,6 @@ def prepare_run(
     check_reporters(options)
     facts, checkpoint = on_first(ranks, lambda: open_run(options))
     with together(ranks):
-        if checkpoint is not None and not checkpoint.is_dir():
-            raise InputError(f"{checkpoint} is not there on every machine; give an --output on a disk that they share.")
         # What a mistake may be in comes before what takes long.
         dtype = settled_dtype(options, facts, device)
         settled = dataclasses.replace(options, dtype=dtype)

@@ -102,19 +102,23 @@ def test_ctrl_c_stops_all_of_them_and_they_go_on(folder: Path, text: Path, whole
     assert same(output, folder / "owlore-2")
 
 
-def test_another_number_of_processes_goes_on(folder: Path, text: Path, whole: dict[str, Any]) -> None:
-    """From the checkpoint of two processes on one; what it ends with differs by rounding."""
-    output = folder / "alone"
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(
+    before: int, after: int, folder: Path, text: Path, whole: dict[str, Any]
+) -> None:
+    """From the checkpoint of two processes on one, and the other way round; the ends differ by rounding."""
+    output = folder / f"{before}-{after}"
     argv = arguments(text, output, *USUAL, method="owlore")
-    first = subprocess.Popen(command(2, argv), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    first = subprocess.Popen(command(before, argv), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert first.stderr is not None
     for line in first.stderr:
         if line.startswith("step 6/"):
             first.send_signal(signal.SIGINT)
     first.wait()
-    assert run(1, [*argv, "--resume"]).returncode == 0
-    wanted = summary(folder / "owlore-1")["eval_loss_after"]
-    assert summary(output)["eval_loss_after"] == pytest.approx(wanted, rel=1e-3)
+    assert run(after, [*argv, "--resume"]).returncode == 0
+    wanted = summary(folder / "owlore-1")
+    assert summary(output)["layer_history"] == wanted["layer_history"]
+    assert summary(output)["eval_loss_after"] == pytest.approx(wanted["eval_loss_after"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
