@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -58,12 +61,19 @@ def _plain(value: Any) -> Any:
 
 
 def _check_folders(ranks: Ranks, paging: str | None) -> None:
-    """Raise InputError where ranks of one machine would keep their pages in one folder."""
+    """Raise InputError where several ranks would keep their pages in one folder, of one machine or a shared disk."""
     if paging is None or not paging.startswith("file:"):
         return
-    machines = ranks.tell(platform.node())
-    if len(set(machines)) < len(machines):
+    folder = Path(paging.removeprefix("file:")).expanduser()
+    with ExitStack() as marks:
+        with ranks.together():
+            folder.mkdir(parents=True, exist_ok=True)
+            mark = Path(marks.enter_context(NamedTemporaryFile(prefix=".rank-", dir=folder)).name).name
+        others = [name for rank, name in enumerate(ranks.tell(mark)) if rank != ranks.rank]
+        # Told while all marks are there.
+        shared = ranks.any_has([any((folder / name).exists() for name in others)])[0]
+    if shared:
         raise InputError(
-            f'paging is "{paging}" on several ranks of one machine, and a folder holds the pages of one; use paging='
-            '"host" there.'
+            f'paging is "{paging}", one folder for several ranks, and a folder holds the pages of one; use paging='
+            '"host", or on each machine a folder of a disk of its own, for one rank there.'
         )

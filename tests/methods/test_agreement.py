@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from lisa_kernels import LISA, OWS, InputError, LoRAFA, OwLore, attach
 from lisa_kernels.methods.agreement import agree
 
 METHOD = LISA(active_layers=1, period=2)
+PAGES = Path(tempfile.gettempdir()) / "pages-of-ranks"
 
 
 def with_other_weight() -> Any:
@@ -72,9 +77,14 @@ CASES: dict[str, tuple[Attempt, Attempt, str]] = {
         "(rank 0 stopped: )?scores of kind 'outlier' need calibration batches",
     ),
     "one folder": (
-        usual(paging="file:pages"),
-        usual(paging="file:pages"),
-        'paging is "file:pages" on several ranks of one machine',
+        usual(paging=f"file:{PAGES}"),
+        usual(paging=f"file:{PAGES}"),
+        'paging is "file:.*pages-of-ranks", one folder for several ranks, and a folder holds the pages of one',
+    ),
+    "no folder": (
+        usual(paging=f"file:{PAGES}"),
+        usual(paging="file:/dev/null/pages"),
+        r"ranks differ in paging: rank 0 has 'file:.*', rank 1 'file:/dev/null/pages'",
     ),
 }
 
@@ -109,6 +119,28 @@ def draws(rank: int) -> dict[str, Any]:
     return found
 
 
+def versions(rank: int) -> dict[str, str]:
+    """Return what is said where rank 1 has another version of a package."""
+    found = {}
+    for name, owner, attribute, other in (
+        ("lisa_kernels", importlib.metadata, "version", lambda package: "0.0.1"),
+        ("torch", torch, "__version__", "1.0"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(owner, attribute, other)
+            with pytest.raises(InputError) as caught:
+                attach(llama(), METHOD)
+        found[name] = str(caught.value)
+    return found
+
+
+def own_folders(rank: int, folder: str) -> int:
+    """Return how many layers train where pages have a folder on a disk of each rank."""
+    os.chdir(Path(folder) / str(rank))
+    return len(attach(llama(), METHOD, paging="file:pages").active_layers)
+
+
 def both(rank: int) -> tuple[dict[str, tuple[str, bool]], dict[str, Any]]:
     return attempts(rank), draws(rank)
 
@@ -126,6 +158,22 @@ def test_what_differs_is_named_on_all_ranks(case: str, found: list[Any]) -> None
         assert "\n" not in sentence
         with pytest.raises(InputError, match=f"^({CASES[case][2]})"):
             raise InputError(sentence)
+
+
+def test_other_versions_are_named() -> None:
+    """On both ranks, before anything is compared that they may have otherwise."""
+    for each in on_ranks(versions):
+        assert each["lisa_kernels"].startswith("ranks differ in the version of lisa_kernels: rank 0 has ")
+        assert each["torch"].startswith("ranks differ in the version of torch: rank 0 has ")
+        assert each["torch"].endswith(", rank 1 '1.0'.")
+
+
+def test_pages_may_have_a_folder_on_each_machine(tmp_path: Path) -> None:
+    """Of one name, on disks that are not shared; no mark is left there."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    assert on_ranks(own_folders, str(tmp_path)) == [1, 1]
+    assert not list(tmp_path.rglob(".rank-*"))
 
 
 def test_the_scores_are_those_of_rank_0(found: list[Any]) -> None:
