@@ -33,7 +33,7 @@ def add_command(commands: Any) -> None:
         "plan", formatter_class=Formatter, help="tell a fine-tuning run's peak memory and time without running it",
         description="Rehearse a fine-tuning run on tensors without storage and tell its peak memory, where it goes and "
         "which cards hold it, and how long its steps take. Options are named as in finetune. No weights are read, no "
-        "GPU is needed; --data is read where --epochs asks how many steps there are.",
+        "GPU is needed; --data is read for the lengths of its rows, and for how many steps --epochs are.",
     )  # fmt: skip
     # What only finetune needs may be in the file.
     parser.alternatives = (frozenset({"steps", "epochs"}),)

@@ -45,7 +45,7 @@ def attend_by_segments(model: Any, longest: int, answers: AbstractContextManager
     dropout, a cap or anything else that borders do not tell; a GPU needs 16-bit weights and compute capability 8.0.
     Rows without borders are attended to as before.
     """
-    if _implementation(model) != "sdpa" or not _has_kernel(next(model.parameters())):
+    if _implementation(model) not in ("sdpa", NAME) or not _has_kernel(next(model.parameters())):
         return False
     watch = _Watch()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), answers:

@@ -29,7 +29,7 @@ from lisa_kernels.plan.times import (
     is_asked,
     machine_of,
     print_times,
-    with_steps_of_data,
+    with_data,
 )
 from lisa_kernels.plan.trace import CATEGORIES, Trace
 from lisa_kernels.plan.travel_report import check_ranks, print_travel
@@ -57,10 +57,12 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     options = _options(arguments)
     if isinstance(options.gradient_checkpointing, str):
         device_bytes = _size_for_recomputation(options.gradient_checkpointing, device_bytes)
-    if options.epochs is not None and options.data:
-        options = with_steps_of_data(options, empty_model(options.model, options.dtype))
+    data = None
+    if options.data:
+        options, data = with_data(options, empty_model(options.model, options.dtype))
     rows, micro_batches = share_of_rank(options.batch_size, options.accumulate, arguments.ranks)
-    workload = workload_of(dataclasses.replace(options, batch_size=rows, accumulate=micro_batches), arguments.ranks)
+    of_rank = dataclasses.replace(options, batch_size=rows, accumulate=micro_batches)
+    workload = workload_of(of_rank, arguments.ranks, data)
     workload = dataclasses.replace(workload, mixed_cards=arguments.mixed_cards)
     steps = None if options.epochs is not None else run_steps(options, 0)
     free = options.gradient_checkpointing is None or isinstance(options.gradient_checkpointing, str)

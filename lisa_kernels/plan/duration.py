@@ -123,7 +123,7 @@ def _on(
         parts[part] += behind
         shares["launches"] += sum(behind) / 2
     whole = sum(shares.values()) or 1.0
-    tokens = workload.batch_size * workload.seq_len * workload.accumulate
+    tokens = sum(map(sum, workload.rows(typical=True))) * workload.accumulate
     counted = [(work.operations[key], count) for (_, key), count in always.items()]
     launches, products, moved = (
         round(sum(of(operation) * count for operation, count in counted if operation is not None))

@@ -16,6 +16,7 @@ from lisa_kernels.train.options import DEFAULT_STEPS, FineTuneOptions
 from lisa_kernels.train.recomputation import checkpointed_blocks
 
 if TYPE_CHECKING:
+    from lisa_kernels.plan.data_rows import DataRows
     from lisa_kernels.plan.rehearsal import Workload
 
 # Said even where they are the method's defaults: they are what decides the memory.
@@ -23,10 +24,10 @@ _ALWAYS_SAID = ("active_layers", "rank", "embeddings")
 _SAID = (*_ALWAYS_SAID, "alpha", "targets", "master", "scores", "retired_state", "design")
 
 
-def workload_of(options: FineTuneOptions, ranks: int = 1) -> Workload:
+def workload_of(options: FineTuneOptions, ranks: int = 1, data: DataRows | None = None) -> Workload:
     """Return what a run with `options` puts into memory; defaults that depend on the model are settled on it.
 
-    ranks: processes of which each has rows and micro-batches as the options say.
+    ranks: processes of which each has rows and micro-batches as the options say. data: the rows, where they are read.
     """
     from lisa_kernels.plan.rehearsal import Workload
 
@@ -43,6 +44,7 @@ def workload_of(options: FineTuneOptions, ranks: int = 1) -> Workload:
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
         seed=options.seed, length=RunLength.of(options, method, model), ranks=ranks, wire_dtype=options.wire_dtype,
+        data=data,
     )  # fmt: skip
 
 

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from lisa_kernels.distributed import GradientReduction, check_wire_dtype
 from lisa_kernels.errors import InputError, NotRehearsedError
-from lisa_kernels.layers import SlotModule, checkpoint_blocks, offload_checkpoints
+from lisa_kernels.layers import SlotModule, attend_by_segments, checkpoint_blocks, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import make_layout
 from lisa_kernels.paging import check_paging
 from lisa_kernels.paging.host import HostStore
+from lisa_kernels.plan.data_rows import DataRows, Rows, packed_batch
 from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer, mean_draws
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.length import RunLength
 from lisa_kernels.plan.ranks import RehearsedRanks, travel_of
-from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
+from lisa_kernels.plan.stand_ins import META, Answers, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
 from lisa_kernels.plan.work import WorkLog
@@ -44,8 +45,8 @@ class Workload:
     transformers. dtype: "fp32", "bf16" or "fp16". checkpointed_blocks: how many are recomputed where activations are,
     None for all. length: of the run, where its method's period is the published one
     and the run's follows from it; no bytes depend on it. ranks: processes that train one model, all others as this one,
-    with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards. Raises InputError for values
-    out of range.
+    with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards. data: rows whose examples
+    share them, None: a row is one sequence of seq_len tokens. Raises InputError for values out of range.
     """
 
     model: Any
@@ -66,6 +67,7 @@ class Workload:
     ranks: int = 1
     wire_dtype: str | None = None
     mixed_cards: bool = False
+    data: DataRows | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""
@@ -81,6 +83,12 @@ class Workload:
                 f"method {self.method.name!r} trains models that are told a time, and not language models; plan it "
                 "with plan_flow of lisa_kernels.plan.flow."
             )
+
+    def rows(self, typical: bool = False) -> Rows:
+        """Return the tokens of each example of each row of a micro-batch: the largest, or one of mean size."""
+        if self.data is None:
+            return ((self.seq_len,),) * self.batch_size
+        return self.data.typical(self.batch_size) if typical else self.data.fullest(self.batch_size)
 
     def steps_between(self) -> int | None:
         """Return the steps between switches; None where no layers are drawn: refreshes are in every step."""
@@ -102,17 +110,22 @@ def rehearse(
     operation, and layers are then drawn that cost what draws do on average. Raises InputError for what the run itself
     would refuse.
     """
+    model = empty_model(workload.model, workload.dtype)
+    rows, by_segments = workload.rows(typical=work is not None), keeps_segments(model, workload, gpu)
     # The last token of a row is no label, for nothing follows it; on a GPU nobody asks, and its row stays.
-    operations = EmptyOperations(workload.batch_size * (workload.seq_len - (gpu is None)))
+    tokens, ends = sum(map(sum, rows)), sum(map(len, rows))
+    operations = EmptyOperations(tokens - (gpu is None) * ends, workload.data is None or by_segments)
     tracker = StorageTracker("meta", operations, watch=work)
     if gpu is not None:
         tracker = StorageTracker("meta", operations, gpu.inside, gpu.definitions, work)
-    model = empty_model(workload.model, workload.dtype)
+    make_batch = partial(empty_batch, workload, META)
+    if workload.data is not None:
+        make_batch = partial(packed_batch, rows, by_segments, META)
     try:
         with FusedAttention(), tracker:
             reduction = _reduction(workload, tracker)
             optimizer = prepare(model, workload, draws, mean=work is not None, reduction=reduction)
-            take_steps(model, optimizer, workload, tracker, lambda: empty_batch(workload, META), gpu)
+            take_steps(model, optimizer, workload, tracker, make_batch, gpu)
             if work is not None and reduction is not None and isinstance(reduction.ranks, RehearsedRanks):
                 work.travel = travel_of(reduction.ranks, optimizer, workload.steps_between())
     except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -122,6 +135,13 @@ def rehearse(
             "and see the peak that is logged."
         ) from error
     return tracker.trace()
+
+
+def keeps_segments(model: nn.Module, workload: Workload, gpu: GpuMemory | None) -> bool:
+    """Have the model attend by the borders of examples where the run's would, and return whether it does."""
+    if workload.data is None or (gpu is not None and workload.dtype == "fp32"):
+        return False
+    return attend_by_segments(model, workload.data.longest, Answers())
 
 
 def _reduction(workload: Workload, tracker: StorageTracker) -> GradientReduction | None:

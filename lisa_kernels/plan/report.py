@@ -33,6 +33,17 @@ def headline(plan: Plan) -> str:
     )
 
 
+def rows_sentence(plan: Plan) -> str:
+    """Return what the data's rows hold, and of how many tokens the largest micro-batch is."""
+    workload = plan.workload
+    told, rows = workload.data.as_dict(workload.seq_len), workload.rows()
+    return (
+        f"{told['examples']:,} examples in {told['rows']:,} rows of up to {workload.seq_len} tokens, "
+        f"{told['empty_share']:.1%} of these empty; the largest batch has {sum(map(len, rows))} examples of "
+        f"{sum(map(sum, rows)):,} tokens"
+    )
+
+
 def moment(peak: Moment) -> str:
     """Return a moment as words."""
     at = f", {peak.operation}" if peak.operation else ""
@@ -42,6 +53,8 @@ def moment(peak: Moment) -> str:
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the sentence, the split at the peak and the cards."""
     console.print(headline(plan), style="bold", markup=False, highlight=False, soft_wrap=True)
+    if getattr(plan.workload, "data", None) is not None:
+        console.print(rows_sentence(plan), highlight=False, soft_wrap=True)
     split = Table("alive at the peak", box=None)
     for _ in ("bytes", "share"):
         split.add_column(justify="right")

@@ -16,6 +16,7 @@ from lisa_kernels.plan.cards import CARDS_GB, CONTEXT_BYTES, card_bytes
 from lisa_kernels.plan.trace import Trace
 
 if TYPE_CHECKING:
+    from lisa_kernels.plan.data_rows import DataRows
     from lisa_kernels.plan.duration import Duration, Machine
     from lisa_kernels.plan.flow import FlowWorkload
     from lisa_kernels.plan.gpu_memory import GpuMemory
@@ -186,6 +187,8 @@ def _plain(workload: Workload | FlowWorkload) -> dict[str, Any]:
     settings = (workload.method if length is None else length.applied_to(workload.method)).settings()
     if length is not None and length.steps is None:
         settings["period"] = "auto"
+    data: DataRows | None = values.pop("data", None)
+    told = {} if data is None else {"data_rows": data.as_dict(values["seq_len"])}
     named = isinstance(workload.model, (str, os.PathLike))
     model = str(workload.model) if named else type(workload.model).__name__
-    return {**values, "model": model, "method": settings}
+    return {**values, **told, "model": model, "method": settings}

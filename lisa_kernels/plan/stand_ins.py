@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lisa_kernels.ops.linear_cross_entropy  # noqa: F401  (defines an operation that is answered here)
 
@@ -59,19 +60,19 @@ class EmptyOperations:
     """Runs operations on tensors without values, each shape once: torch's own way takes half a millisecond each.
 
     An operation that neither changes nor returns what it was given is a function of shapes here; its results are made
-    anew from the shapes that it returned the first time. Questions of the host are answered with `one_sequence`, and
-    of a batch's labels as many count as it is told.
+    anew from the shapes that it returned the first time. Questions of the host are answered with `one_sequence`, or
+    for rows that hold several with no, and of a batch's labels as many count as it is told.
     """
 
-    def __init__(self, counted_labels: int) -> None:
-        self.counted_labels = counted_labels
+    def __init__(self, counted_labels: int, one_sequence: bool = True) -> None:
+        self.counted_labels, self.one_sequence = counted_labels, one_sequence
         self._pure: dict[Any, bool] = {}
         self._known: dict[Any, _Shape | tuple[_Shape, ...] | None] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what `func` returns."""
         if func is READ_VALUE and args[0].is_meta:
-            return one_sequence(*args)
+            return one_sequence(*args) if self.one_sequence else False
         if func is COUNTED_ROWS:
             return torch.empty(self.counted_labels, dtype=torch.int64, device=META)
         pure = self._pure.get(func)
@@ -88,6 +89,18 @@ class EmptyOperations:
         if known is None:
             return func(*args, **kwargs)
         return known.make() if isinstance(known, _Shape) else tuple(shape.make() for shape in known)
+
+
+class Answers(TorchDispatchMode):
+    """Answers what the host asks of tensors without values, and runs the operations on them fast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._call = EmptyOperations(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return what `func` returns."""
+        return self._call(func, args, kwargs or {})
 
 
 def one_sequence(question: Tensor) -> bool | int:

@@ -140,6 +140,8 @@ def _product_of(func: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, Tensor
 def _real(value: Any) -> Any:
     """Return an argument with real tensors of zeros, or of small numbers where they are multiplied, for empty ones."""
     if isinstance(value, Tensor):
+        if not value.is_meta:
+            return value
         made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
         return made.fill_(0.01) if value.is_floating_point() else made.zero_()
     if isinstance(value, torch.device):

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.plan.cards import card_bytes
+from lisa_kernels.plan.data_rows import DataRows
 from lisa_kernels.plan.duration import Duration, Machine
 from lisa_kernels.plan.machines import CARDS, Seconds, card_by_name
 from lisa_kernels.plan.result import Plan
@@ -69,17 +70,19 @@ def machine_of(arguments: argparse.Namespace, device_bytes: int) -> Machine:
     return next((card for card in sizes if card_bytes(card.memory_gb) >= SAME_SIZE * device_bytes), sizes[-1])
 
 
-def with_steps_of_data(options: FineTuneOptions, model: Any) -> FineTuneOptions:
-    """Return the options with the steps of their passes over the data, which are read for it.
+def with_data(options: FineTuneOptions, model: Any) -> tuple[FineTuneOptions, DataRows | None]:
+    """Return (the options with the steps of their passes over the data, their rows of examples; None for plain text).
 
-    A model without weights cannot be asked whether it keeps packed examples apart; one that takes position_ids is
-    taken to.
+    The data are read for it. A model without weights cannot be asked whether it keeps packed examples apart; one whose
+    attention takes their borders does, and others that take position_ids are taken to.
     """
     data = read_data(options, Console(file=io.StringIO()))
     rows = data.train
     if data.may_pack and accepts_position_ids(model):
         rows = packed(rows, options.seq_len)
-    return dataclasses.replace(options, steps=run_steps(options, len(rows)), epochs=None)
+    if options.epochs is not None:
+        options = dataclasses.replace(options, steps=run_steps(options, len(rows)), epochs=None)
+    return options, None if data.is_text else DataRows.of(rows.rows)
 
 
 def as_dict(found: list[Duration], plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:

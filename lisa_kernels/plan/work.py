@@ -13,7 +13,8 @@ from torch.utils.flop_counter import flop_registry
 
 import lisa_kernels.ops.fold
 import lisa_kernels.ops.lowrank_linear
-import lisa_kernels.ops.project  # noqa: F401  (all define operations that are named here)
+import lisa_kernels.ops.project
+import lisa_kernels.ops.segment_attention  # noqa: F401  (all define operations that are named here)
 from lisa_kernels.plan.stand_ins import FUSED_ATTENTION, META, shape_key, tensors_in
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ PARTS = ("forward", "recomputation", "backward", "optimizer", "switch")
 ATTENTION = FUSED_ATTENTION.default
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 FOLD, PROJECT = torch.ops.lisa_kernels.fold_.default, torch.ops.lisa_kernels.project.default
+SEGMENTS = torch.ops.lisa_kernels.segment_attention.default
+SEGMENTS_BACKWARD = torch.ops.lisa_kernels.segment_attention_backward.default
 # Not taken apart into `mm` where they run below autograd.
 WHOLE_PRODUCTS = frozenset({torch.ops.aten.linear, torch.ops.aten.matmul})
 LOWRANK = torch.ops.lisa_kernels.lowrank_linear.default
@@ -108,6 +111,9 @@ def _measure(
 def _shapes_of(value: Any) -> Any:
     """Return arguments with tensors of their own: those given would live for as long as they are kept as examples."""
     if isinstance(value, Tensor):
+        if value.dtype == torch.int32 and not value.is_meta:
+            # The borders of segments: what they hold decides how much there is to do.
+            return value
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
     if isinstance(value, (tuple, list)):
         return type(value)(_shapes_of(item) for item in value)
@@ -121,6 +127,10 @@ def products_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
     own = _OWN.get(func)
     if own is not None:
         return 2 * own(*args)
+    if func is SEGMENTS:
+        return _segments(args[0], args[3])
+    if func is SEGMENTS_BACKWARD:
+        return int(BACKWARD_PRODUCTS * _segments(args[1], args[6]))
     if func is ATTENTION:
         return _attention(args[0], args[1], bool(args[4]) if len(args) > 4 else bool(kwargs.get("is_causal")))
     if func is ATTENTION_BACKWARD:
@@ -169,6 +179,12 @@ _OWN: dict[Any, Callable[..., int]] = {
 def _attention(query: Tensor, key: Tensor, causal: bool) -> int:
     batch, heads, rows, width = query.shape
     return 4 * batch * heads * rows * key.shape[2] * width // (2 if causal else 1)
+
+
+def _segments(query: Tensor, borders: Tensor) -> int:
+    tokens, heads, width = query.shape
+    squares = tokens**2 if borders.is_meta else int(borders.diff().long().square().sum())
+    return 2 * heads * width * squares
 
 
 def _mutated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -84,6 +84,9 @@ def test_a_model_that_sees_less_far_than_the_longest_segment_is_left_alone(famil
     assert not attend_by_segments(model, window + 1)
     assert (model.config._attn_implementation, model.training) == ("sdpa", True)
     assert attend_by_segments(model, window)
+    # Asked again, with longer segments.
+    assert not attend_by_segments(model, window + 1)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("family", sorted(OTHERS))
