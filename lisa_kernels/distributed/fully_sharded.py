@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lisa_kernels.distributed.ranks import Ranks
-from lisa_kernels.distributed.shards import check_cut, check_placement, is_sharded
+from lisa_kernels.distributed.shards import check_cut, check_placement, group_of_shards, is_sharded
 from lisa_kernels.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,6 +82,12 @@ def check_fully_sharded(model: nn.Module, ranks: Ranks | None) -> None:
             "parts of the model are under fully_shard (FSDP2) and the model itself is not; call fully_shard on each "
             "block and then on the model, and attach that."
         )
+    for unit in units_of(model):
+        if any(group.gradient_divide_factor is not None for group in unit._get_fsdp_state()._fsdp_param_groups):
+            raise InputError(
+                "gradients of the shards are divided by a factor of their own (set_gradient_divide_factor), and those "
+                "of slots by the number of ranks; leave the factor out."
+            )
     for name, param in model.named_parameters():
         if not is_sharded(param):
             raise InputError(
@@ -88,10 +95,11 @@ def check_fully_sharded(model: nn.Module, ranks: Ranks | None) -> None:
                 "of it, without ignored_params."
             )
         check_placement(name, param)
-        if param.device_mesh.size() != ranks.count:
+        holders = dist.get_process_group_ranks(group_of_shards(param))
+        if sorted(holders) != sorted(dist.get_process_group_ranks(ranks.group)):
             raise InputError(
-                f"{name} is shared out among {param.device_mesh.size()} ranks, and {ranks.count} train together; use "
-                "one mesh of all ranks."
+                f"{name} is shared out among the ranks {holders}, and others train together "
+                f"({dist.get_process_group_ranks(ranks.group)}); use one mesh of all ranks."
             )
         if param.dtype != torch.float32:
             check_cut(name, param, FOUR, "fours", "use another number of ranks, or float32 weights.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.distributed import local
+from lisa_kernels.distributed import at_rest, local
 from lisa_kernels.layers import SlotModule
 from lisa_kernels.methods.adapter_layout import new_head
 from lisa_kernels.methods.definitions import AdapterMethod
@@ -44,6 +44,7 @@ class Adapters:
         """W ← W + scale · Bᵀ A; the layers are then plain linears."""
         if self.merged:
             return
+        at_rest(self.model)
         self.aside = {
             path: (local(layer.stored_weight).to("cpu", copy=True), layer.slot.detach().clone())
             for path, layer in self.layers.items()
@@ -55,11 +56,13 @@ class Adapters:
     def merge_for_good(self) -> None:
         """Leave the adapters in the weights; a copy from `merge` is freed."""
         if not self.merged:
+            at_rest(self.model)
             self._add_to_weights()
         self.aside = {}
 
     def unmerge(self) -> None:
         """Put weights and slots back bit for bit."""
+        at_rest(self.model)
         for path, (weight, slot) in self.aside.items():
             local(self.layers[path].stored_weight).copy_(weight)
             self.layers[path].slot.data = slot

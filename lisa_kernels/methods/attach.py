@@ -57,10 +57,11 @@ def attach(
     model the one inside is attached.
 
     ranks: "auto" is the default process group of torch.distributed, where it has several processes; another group; or
-    None for a caller who reduces gradients. Each process (rank) has the whole model and attaches it with the same
-    settings; layer scores are those of rank 0. Gradients of what trains are averaged at the end of each backward, and
-    so are the sketches that bases are made of within it, so that all ranks do the same step; what trained is compared
-    at every switch. Ranks that differ all raise InputError. wire_dtype="bf16" rounds gradients on their way.
+    None for a caller who reduces gradients. Each process (rank) has the whole model, or its rows of one that was given
+    to `fully_shard` (FSDP2) before, and attaches it with the same settings; layer scores are those of rank 0. Gradients
+    of what trains are averaged at the end of each backward, and so are the sketches that bases are made of within it,
+    so that all ranks do the same step; what trained is compared at every switch. Ranks that differ all raise
+    InputError. wire_dtype="bf16" rounds gradients on their way.
     Raises InputError, the model untouched, for anything that cannot work.
     """
     sharing = ranks_of(ranks)

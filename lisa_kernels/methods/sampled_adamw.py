@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.distributed import GradientReduction, Sharing
+from lisa_kernels.distributed import GradientReduction, Sharing, at_rest
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import (
     FreezeGuard,
@@ -313,6 +313,7 @@ class SampledAdamW(RankAccess):
         Adapters come with the weights beneath them, those of the model and no copies; what is saved is larger by them.
         """
         self._check_unmerged()
+        at_rest(self.model)
         return {**super().state_dict(), "attachment": attachment_state(self)}
 
     @torch.no_grad()
@@ -327,6 +328,7 @@ class SampledAdamW(RankAccess):
         if self._guard is None:
             raise InputError("this optimizer was detached; attach the model again to load a state.")
         self._check_unmerged()
+        at_rest(self.model)
         sampler = check_attachment(self, saved)
         layers = self._layers()
         with slots_in_shape(layers.values()):

@@ -196,7 +196,12 @@ def refused(rank: int) -> dict[str, str]:
         logits: Tensor = model(**batch(0, rank)).logits
         return logits
 
+    def divided(model: Any) -> Any:
+        model.set_gradient_divide_factor(3.0)
+        return model
+
     found = {
+        "a factor": said(lambda: attach(divided(sharded(model_of())), LOW_RANK)),
         "without ranks": said(lambda: attach(sharded(model_of()), LOW_RANK, ranks=None)),
         "a part": said(lambda: attach(root_only_around(model_of()), LOW_RANK)),
         "a head alone": said(lambda: attach(head_alone(model_of()), LOW_RANK)),
@@ -211,6 +216,29 @@ def refused(rank: int) -> dict[str, str]:
     optimizer.model(**batch(0, rank)).loss.backward()
     optimizer.step()
     return found
+
+
+def merged(rank: int) -> list[str]:
+    """Merge adapters of a model that is one unit, whose whole weights are still there after an evaluation."""
+    from torch.distributed.fsdp import fully_shard
+
+    runs = [
+        train(LoRA(rank=8), False, rank, steps=2, prepare=prepare, dtype=torch.bfloat16)
+        for prepare in (fully_shard, lambda model: model)
+    ]
+    found = []
+    for use in ("as it is", "merge", "unmerge", "detach"):
+        logits = []
+        for run in runs:
+            run.model.eval()
+            for used in (False, True):
+                with torch.no_grad():
+                    before = run.model(**batch(9, rank)).logits
+                if use != "as it is" and not used:
+                    getattr(run.optimizer, use)()
+            logits.append(before)
+        found += [] if torch.equal(*logits) else [use]
+    return found + unequal(*runs)
 
 
 def of_all(rank: int, uses: list[Callable[[int], Any]]) -> dict[str, Any]:
@@ -229,9 +257,9 @@ def test_evaluation_between_steps_changes_nothing(uses: list[dict[str, Any]]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use", [accumulated, recomputed, mixed_otherwise])
+@pytest.mark.parametrize("use", [accumulated, recomputed, merged, mixed_otherwise])
 def test_uses_of_shards_are_those_of_whole_models(use: Callable[[int], Any]) -> None:
-    """Bit for bit: micro-batches under no_sync, and blocks that are recomputed. Under a policy to rounding."""
+    """Bit for bit: micro-batches under no_sync, recomputed blocks, merged adapters. Under a policy to rounding."""
     for found in on_ranks(of_all, [use]):
         if use is mixed_otherwise:
             check_mixed(found[use.__name__])
@@ -260,6 +288,7 @@ def test_states_of_the_model_are_ordinary(uses: list[dict[str, Any]]) -> None:
 
 REASONS = {
     "without ranks": 'attach with ranks="auto"',
+    "a factor": "divided by a factor of their own",
     "a part": "parts of the model are under fully_shard",
     "a head alone": "lm_head is under fully_shard by itself|token embedding is under",
     "ignored": "lm_head.weight is on every rank whole",
