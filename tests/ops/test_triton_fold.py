@@ -339,7 +339,7 @@ DEFECTS: dict[str, tuple[str, str, str, Callable[[Machine], None]]] = {
     "inclusive end of rows": ("fold", "tl.arange(0, M) < rows", "tl.arange(0, M) <= rows", loops),
     "inclusive end of columns": ("fold", "tl.arange(0, N) < columns", "tl.arange(0, N) <= columns", loops),
     "steps overlap": ("fold", "rows.to(tl.int64) * K", "rows.to(tl.int64) * (K // 2)", loops),
-    "words of the tile, not of the weight": ("fold", "tl.load(key), start, ", "tl.load(key), row * 0, ", loops),
+    "words of the tile, not of the weight": ("fold", "tl.load(key), element, ", "tl.load(key), row * 0, ", loops),
     "decay of the update too": (
         "fold", "* tl.load(decay) + product", "* tl.load(decay) + product * tl.load(decay)", loops,
     ),

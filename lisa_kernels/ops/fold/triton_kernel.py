@@ -97,13 +97,13 @@ def store_master(weight, remainder, values, bits16, mask, STOCHASTIC: tl.constex
     do_not_specialize_on_alignment=["weight", "remainder", "left", "right", "decay", "key"],
 )
 def fold_tile(
-    weight, remainder, left, right, decay, key, rows: tl.int64, columns: tl.int64, rank: tl.int64, first,
-    STOCHASTIC: tl.constexpr, FAR: tl.constexpr, ACCESS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    K: tl.constexpr,
+    weight, remainder, left, right, decay, key, rows: tl.int64, columns: tl.int64, rank: tl.int64, first: tl.int64,
+    STOCHASTIC: tl.constexpr, FAR: tl.constexpr, PART: tl.constexpr, ACCESS: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of a dense weight [rows, columns]; left [rank, rows] and right [rank, columns] are dense too.
 
-    first: of a weight that is a part of a whole the index of its first element there, else None.
+    first: of a PART of a weight the index of its first element in the whole.
     """
     across = tl.cdiv(columns, N)
     row, column = tl.program_id(0) // across * M, tl.program_id(0) % across * N
@@ -121,7 +121,7 @@ def fold_tile(
         rests = advance(remainder, start, ACCESS) + offsets
     new = load_master(places, rests, mask) * tl.load(decay) + product
     element = start
-    if first is not None:
+    if PART:
         element += first
     bits16 = weight_bits(random_words_at(tl.load(key), element, offsets, FAR))
     store_master(places, rests, new, bits16, mask, STOCHASTIC)
@@ -140,13 +140,12 @@ def fold_launch(
     constants: dict[str, Any] = {
         "STOCHASTIC": stochastic and remainder is None and weight.dtype in STOCHASTIC_ROUNDINGS,
         "FAR": start + weight.numel() > 1 << 32, "ACCESS": ELEMENT if odd else VECTOR,
-        "M": tile.M, "N": tile.N, "K": tile.K,
+        # A whole weight does not pay for what parts need.
+        "PART": start > 0, "M": tile.M, "N": tile.N, "K": tile.K,
     }  # fmt: skip
     (constants if remainder is None else arguments)["remainder"] = remainder
     programs = -(-rows // tile.M) * -(-columns // tile.N)
-    arguments = {**arguments, "rows": rows, "columns": columns, "rank": rank}
-    # A weight that is whole does not pay for what others need.
-    (arguments if start else constants)["first"] = start or None
+    arguments = {**arguments, "rows": rows, "columns": columns, "rank": rank, "first": start}
     return Launch(fold_tile, arguments, constants, programs, tile.threads // warp)
 
 
