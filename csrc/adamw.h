@@ -164,6 +164,13 @@ void copy_results(const Block8<Weight, Grad>& from, const Block8<Weight, Grad>& 
   std::memcpy(to.v_codes, from.v_codes, to.count);
 }
 
+// Has the memory's lines on their way while the roots and quotients of the block before are waited for.
+template <class Value>
+inline void prefetch(const Value* from, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(Value);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
+}
+
 template <class Weight, class Grad, bool stochastic>
 void adamw8(const AdamW8Task& task, const Scratch& scratch, int64_t begin, int64_t end) {
   const AdamW8Row& row = task.row;
@@ -176,6 +183,13 @@ void adamw8(const AdamW8Task& task, const Scratch& scratch, int64_t begin, int64
                                      static_cast<const typename Grad::Storage*>(row.grad) + start, row.m_codes + start,
                                      row.v_codes + start,
                                      static_cast<int>(smaller(task.block_size, row.count - start))};
+    if (const int64_t next = start + task.block_size; next < row.count) {
+      const int64_t count = smaller(task.block_size, row.count - next);
+      prefetch(block.grad + task.block_size, count);
+      prefetch(block.m_codes + task.block_size, count);
+      prefetch(block.v_codes + task.block_size, count);
+      prefetch(block.weight + task.block_size, count);
+    }
     const bool is_whole = block.count % kUnit == 0;
     const Block8<Weight, Grad> padded = is_whole ? block : padded_copy(block, scratch);
     update_block8<Weight, Grad, stochastic>(padded, row.m_absmax[index], row.v_absmax[index], scratch, task, rates,

@@ -88,12 +88,15 @@ class ScratchMemory {
   char* bytes_;
 };
 
+// Where the parts of a piece of work begin.
+enum class From { kFirst, kLast };
+
 // Call run(index, begin, end, scratch) for the blocks of k tensors, in parts of equally many elements, which threads
 // take as they become free: a core that others use too would else hold up the rest. A block belongs to the part in
-// which it starts; no block is split, and no result depends on the parts.
+// which it starts; no block is split, and no result depends on the parts, nor on which of them are first.
 template <class Row, class Run>
 void run_tensors(const Row* table, int64_t k, int64_t block_size, int64_t scratch_elements, int64_t threads,
-                 const Run& run) {
+                 const Run& run, From from = From::kFirst) {
   int64_t total = 0;
   for (int64_t index = 0; index < k; ++index) total += table[index].count;
   std::atomic<int64_t> next{0};
@@ -102,9 +105,11 @@ void run_tensors(const Row* table, int64_t k, int64_t block_size, int64_t scratc
     const int64_t parts = team * std::max(int64_t{1}, total / (kElementsPerPart * team));
     const auto start_of = [&](int64_t part) { return total / parts * part + total % parts * part / parts; };
     int64_t index = 0, first = 0;  // a tensor, and its first element among those of all
-    for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+    for (int64_t taken; (taken = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+      const int64_t part = from == From::kLast ? parts - 1 - taken : taken;
       const int64_t part_begin = start_of(part), part_end = start_of(part + 1);
       while (index < k && first + table[index].count <= part_begin) first += table[index++].count;
+      while (first > part_begin) first -= table[--index].count;
       int64_t own = first;
       for (int64_t i = index; i < k && own < part_end; own += table[i++].count) {
         const auto block_at = [&](int64_t element) {
@@ -178,6 +183,7 @@ void lisa_kernels_step_inputs(const int64_t* const* steps, const uint64_t* bases
   }
 }
 
+// Steps begin with the last gradients: those are what the caches still hold of the pass that measures all of them.
 void lisa_kernels_adamw8(const AdamW8Row* table, int64_t k, const Scalars* scalars, const uint64_t* keys,
                          int64_t block_size, int32_t stochastic, int32_t threads, int32_t instruction_set) {
   const KernelTable& kernels = kernels_for(instruction_set);
@@ -186,17 +192,20 @@ void lisa_kernels_adamw8(const AdamW8Row* table, int64_t k, const Scalars* scala
                 const AdamW8Row& row = table[index];
                 const AdamW8Task task{row, scalars[index], keys[index], block_size};
                 kernels.adamw8[row.weight_dtype][row.grad_dtype][stochastic != 0](task, scratch, begin, end);
-              });
+              },
+              From::kLast);
 }
 
 void lisa_kernels_adamw32(const AdamW32Row* table, int64_t k, const Scalars* scalars, const uint64_t* keys,
                           int32_t stochastic, int32_t threads, int32_t instruction_set) {
   const KernelTable& kernels = kernels_for(instruction_set);
-  run_tensors(table, k, kSpan, 0, threads, [&](int64_t index, int64_t begin, int64_t end, const Scratch& scratch) {
-    const AdamW32Row& row = table[index];
-    const AdamW32Task task{row, scalars[index], keys[index]};
-    kernels.adamw32[row.weight_dtype][row.grad_dtype][stochastic != 0](task, scratch, begin, end);
-  });
+  run_tensors(table, k, kSpan, 0, threads,
+              [&](int64_t index, int64_t begin, int64_t end, const Scratch& scratch) {
+                const AdamW32Row& row = table[index];
+                const AdamW32Task task{row, scalars[index], keys[index]};
+                kernels.adamw32[row.weight_dtype][row.grad_dtype][stochastic != 0](task, scratch, begin, end);
+              },
+              From::kLast);
 }
 
 void lisa_kernels_grad_norm(const GradRow* table, int64_t k, int32_t squares, double* out, int32_t threads,
