@@ -31,8 +31,9 @@ from lisa_kernels.optim.sharded import (
 )
 from lisa_kernels.paging import Store, open_store
 
-# Tensors below this many elements, and all 1-D tensors, keep 32-bit moments: they are few bytes and the most sensitive.
-MIN_8BIT_ELEMENTS = 4096
+# Tensors of fewer elements keep 32-bit moments, and 1-D ones unless they are so long that they can be no bias and no
+# norm but only matrices laid flat: they are few bytes and the most sensitive.
+MIN_8BIT_ELEMENTS, MIN_8BIT_VECTOR = 4096, 1 << 20
 # The sum of a much larger gradient's squares, v / (1 − β₂), overflows float32 (for β₂ up to 1 − 3e-7), and an infinite
 # scale would spoil its whole block.
 LARGEST_GRADIENT = 1e16
@@ -41,7 +42,8 @@ LARGEST_GRADIENT = 1e16
 class AdamW8bit(Optimizer):
     """AdamW whose moments take one byte each: `torch.optim.AdamW`'s update on E4M3 / E5M3 codes with block scales.
 
-    Bytes of state per element: 2 + 8 / block_size (2.03 at 256); 8 for tensors that are 1-D or below 4,096 elements.
+    Bytes of state per element: 2 + 8 / block_size (2.03 at 256); 8 for tensors below 4,096 elements, of one
+    dimension below 2²⁰.
     Weights may be float32, bfloat16 or float16; those of 16 bits and both moments are rounded stochastically by
     default, with random numbers that depend on (seed, step, parameter index, element index) only. A step that meets a
     NaN, an infinity or a magnitude above 1e16 in any gradient changes nothing and is counted in `skipped_steps`.
@@ -170,7 +172,7 @@ class AdamW8bit(Optimizer):
     def _in_8_bits(self, param: Tensor) -> bool:
         """Return whether the moments are codes: of a sharded parameter as of the whole."""
         shape = param.shape if is_sharded(param) else self._moment_shape(param)
-        return len(shape) >= 2 and shape.numel() >= MIN_8BIT_ELEMENTS
+        return shape.numel() >= (MIN_8BIT_ELEMENTS if len(shape) >= 2 else MIN_8BIT_VECTOR)
 
     def _new_state(self, param: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
         shape, device = self._moment_shape(param), device or param.device

@@ -54,12 +54,16 @@ def test_states_have_the_promised_form_and_size() -> None:
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(4096,), (63, 65), (64, 64)], ids=["vector", "one-below", "at-the-limit"])
+@pytest.mark.parametrize(
+    "shape",
+    [(4096,), ((1 << 20) - 1,), (1 << 20,), (63, 65), (64, 64)],
+    ids=["vector", "longest-vector", "matrices-laid-flat", "one-below", "at-the-limit"],
+)
 def test_vectors_and_small_matrices_keep_32_bits(shape: tuple[int, ...]) -> None:
     param = nn.Parameter(torch.zeros(shape))
     optimizer = AdamW8bit([param])
     run(optimizer, [param], range(1))
-    assert ("m_codes" in optimizer.state[param]) is (shape == (64, 64))
+    assert ("m_codes" in optimizer.state[param]) is (shape in ((64, 64), (1 << 20,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
