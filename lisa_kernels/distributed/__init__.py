@@ -3,6 +3,7 @@
 from lisa_kernels.distributed.fully_sharded import (
     at_rest,
     check_fully_sharded,
+    check_sent,
     gradients_at_home,
     is_unit,
     settle,
@@ -29,6 +30,7 @@ __all__ = [
     "check_not_wrapped",
     "check_one_launched",
     "check_one_process",
+    "check_sent",
     "check_wire_dtype",
     "first_element",
     "first_row",

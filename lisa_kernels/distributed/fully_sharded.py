@@ -57,6 +57,19 @@ def gradients_at_home(model: nn.Module) -> Iterator[None]:
             unit.set_requires_gradient_sync(True, recurse=False)
 
 
+def check_sent(model: nn.Module) -> None:
+    """Raise InputError where gradients of the last backward are still this rank's own: a step would go without them."""
+    for unit in units_of(model):
+        for group in unit._get_fsdp_state()._fsdp_param_groups:
+            for param in group.fsdp_params:
+                gathered = getattr(param, "_unsharded_param", None)
+                if param.unsharded_accumulated_grad is not None or (gathered is not None and gathered.grad is not None):
+                    raise InputError(
+                        "the last backward before step() was under no_sync() or set_requires_gradient_sync(False): its "
+                        "gradients are this rank's own; leave the last micro-batch of each step out of it."
+                    )
+
+
 def settle(model: nn.Module) -> None:
     """Have FSDP note the dtypes of gradients now, where all trains that ever will.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lisa_kernels.distributed import GradientReduction, gradients_at_home, is_sharded
+from lisa_kernels.distributed import GradientReduction, check_sent, gradients_at_home, is_sharded
 from lisa_kernels.methods.adapter_access import AdapterAccess
 from lisa_kernels.methods.shared_folder import load_shards, save_shards
 from lisa_kernels.methods.units import Unit
@@ -78,6 +78,7 @@ class RankAccess(AdapterAccess):
     def _share_gradients(self) -> None:
         """See to it that the step that begins uses gradients that all ranks share."""
         if self._reduction is not None:
+            check_sent(self.model)
             self._reduction.before_step()
 
     def _share_bases(self) -> None:

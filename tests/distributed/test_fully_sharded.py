@@ -200,7 +200,14 @@ def refused(rank: int) -> dict[str, str]:
         model.set_gradient_divide_factor(3.0)
         return model
 
+    def unsent(model: Any) -> None:
+        optimizer = attach(model, FULL_RANK)
+        with optimizer.no_sync():
+            model(**batch(0, rank)).loss.backward()
+        optimizer.step()
+
     found = {
+        "unsent": said(lambda: unsent(sharded(model_of()))),
         "a factor": said(lambda: attach(divided(sharded(model_of())), LOW_RANK)),
         "without ranks": said(lambda: attach(sharded(model_of()), LOW_RANK, ranks=None)),
         "a part": said(lambda: attach(root_only_around(model_of()), LOW_RANK)),
@@ -288,6 +295,7 @@ def test_states_of_the_model_are_ordinary(uses: list[dict[str, Any]]) -> None:
 
 REASONS = {
     "without ranks": 'attach with ranks="auto"',
+    "unsent": "gradients are this rank's own; leave the last micro-batch",
     "a factor": "divided by a factor of their own",
     "a part": "parts of the model are under fully_shard",
     "a head alone": "lm_head is under fully_shard by itself|token embedding is under",
