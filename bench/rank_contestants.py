@@ -137,13 +137,12 @@ class Wire(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent, self.seen = 0.0, set[str]()
+        self.sent = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation; of a collective note its bytes."""
         name = str(func)
         if name.startswith("c10d."):
-            self.seen.add(name)
             count = dist.get_world_size()
             share = (count - 1) / count
             bytes_in = sum(tensor.nbytes for tensor in _tensors(args))
@@ -222,18 +221,13 @@ def planned_seconds(name: str, setting: Setting) -> tuple[float, float] | None:
     return gradients.low, gradients.high
 
 
-def main(told: str) -> None:
-    """Be one rank; rank 0 prints its figures as JSON."""
-    values = json.loads(told)
-    name = values.pop("contestant")
-    setting = Setting(**values)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def measure_one(name: str, setting: Setting) -> dict[str, Any]:
+    """Train one contestant for a few steps; returns what it sends and takes in one of them."""
     contestant = CONTESTANTS[name](setting)
     generator = torch.Generator().manual_seed(dist.get_rank())
     ids = torch.randint(3, setting.vocabulary, (setting.rows, setting.columns), generator=generator)
     batch = {"input_ids": ids, "labels": ids}
-    # The first step finds bases and makes the state.
+    # The first step finds bases and makes the state; a switch's bases come once in a period, and are not counted here.
     take_step(contestant, batch)
     with Wire() as wire:
         take_step(contestant, batch)
@@ -247,24 +241,24 @@ def main(told: str) -> None:
             cpu.append(_cpu_seconds() - used)
             summing.append(clock.seconds)
             clock.seconds = 0.0
-    if dist.get_rank() == 0:
-        # What each peer of ours counts apart: a switch's bases come once in a period.
-        print(
-            json.dumps(
-                {
-                    "sent": wire.sent,
-                    "formula_7b": contestant.formula_7b,
-                    "seconds": seconds,
-                    "cpu": cpu,
-                    "summing": summing,
-                    "planned": planned_seconds(name, setting),
-                    "seen": sorted(wire.seen),
-                }
-            )
-        )
-    dist.barrier()
     if isinstance(contestant.optimizer, SampledAdamW):
         contestant.optimizer.detach()
+    return {
+        "sent": wire.sent, "formula_7b": contestant.formula_7b, "seconds": seconds, "cpu": cpu, "summing": summing,
+        "planned": planned_seconds(name, setting),
+    }  # fmt: skip
+
+
+def main(told: str) -> None:
+    """Be one rank of each contestant in turn; rank 0 prints the figures of all as JSON."""
+    values = json.loads(told)
+    names, setting = values.pop("contestants"), Setting(**values)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = [measure_one(name, setting) for name in names]
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
 
 

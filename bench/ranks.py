@@ -47,13 +47,15 @@ class Row:
     planned_seconds: tuple[float, float] | None = None
 
 
-def run_ranks(contestant: str, count: int, setting: Setting, ends: tuple[End, End] | None = None) -> dict[str, Any]:
-    """Run one contestant on so many processes; returns rank 0's figures, and of a link what left its end."""
+def run_ranks(
+    contestants: Sequence[str], count: int, setting: Setting, ends: tuple[End, End] | None = None
+) -> list[dict[str, Any]]:
+    """Run contestants in turn on so many processes; returns rank 0's figures of each."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
     address = "127.0.0.1" if ends is None else ends[0].address
-    told = json.dumps({"contestant": contestant, **asdict(setting)})
+    told = json.dumps({"contestants": contestants, **asdict(setting)})
     processes = []
     for rank in range(count):
         words = [sys.executable, "-m", "bench.rank_contestants", told]
@@ -65,19 +67,23 @@ def run_ranks(contestant: str, count: int, setting: Setting, ends: tuple[End, En
     answers = [process.communicate()[0] for process in processes]
     for process in processes:
         if process.returncode:
-            raise RuntimeError(f"{contestant} on {count} ranks ended with {process.returncode}")
-    found: dict[str, Any] = json.loads(answers[0].splitlines()[-1])
+            raise RuntimeError(f"{count} ranks of {', '.join(contestants)} ended with {process.returncode}")
+    found: list[dict[str, Any]] = json.loads(answers[0].splitlines()[-1])
     return found
 
 
-def measure(contestant: str, count: int, setting: Setting, rate: str | None = None) -> Row:
-    """Return the figures of one contestant, over a limited link if a rate is given."""
+def measure(contestants: Sequence[str], count: int, setting: Setting, rate: str | None = None) -> list[Row]:
+    """Return the figures of contestants, over a limited link if a rate is given."""
     with nullcontext() if rate is None else limited_link(rate) as ends:
-        found = run_ranks(contestant, count, setting, ends)
-    seconds = statistics.median(found["seconds"])
+        found = run_ranks(contestants, count, setting, ends)
+    return [_row(name, count, setting, each, rate) for name, each in zip(contestants, found)]
+
+
+def _row(name: str, count: int, setting: Setting, found: dict[str, Any], rate: str | None) -> Row:
+    seconds, cpu, summing = (statistics.median(found[kind]) for kind in ("seconds", "cpu", "summing"))
+    tokens = count * setting.rows * setting.columns / seconds
     return Row(
-        contestant, count, found["sent"], found["formula_7b"], seconds, statistics.median(found["cpu"]),
-        statistics.median(found["summing"]), count * setting.rows * setting.columns / seconds, rate,
+        name, count, found["sent"], found["formula_7b"], seconds, cpu, summing, tokens, rate,
         planned_seconds=found["planned"],
     )  # fmt: skip
 
@@ -101,14 +107,13 @@ def run(arguments: argparse.Namespace, console: Console) -> Sequence[Row]:
     setting = Setting(**{name: getattr(arguments, name) for name in names})
     chosen = arguments.only or (list(CONTESTANTS) if arguments.what == "bytes" else ["OwLore"])
     if arguments.what == "bytes":
-        rows = [measure(name, 2, setting) for name in chosen]
+        rows = measure(chosen, 2, setting)
         if not arguments.json:
             print_bytes(rows, table_console())
         return rows
     rows = []
-    for name in chosen:
-        for _ in range(arguments.rounds):
-            rows += [measure(name, 1, setting), measure(name, 2, setting, arguments.rate)]
+    for _ in range(arguments.rounds):
+        rows += [*measure(chosen, 1, setting), *measure(chosen, 2, setting, arguments.rate)]
     if not arguments.json:
         print_speed(rows, table_console())
     return rows

@@ -239,19 +239,19 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None:
             return
         tree = load_tree(Path(checkpoint), TRAINING_STATE)
-        self._check_same(tree, Path(checkpoint).name)
+        self._check_same(tree)
         self._base_optimizer().load_state_dict(tree["optimizer"])
         self.lr_scheduler.load_state_dict(tree["scheduler"])
         if tree["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.scaler.load_state_dict(tree["scaler"])
 
-    def _check_same(self, tree: dict[str, Any], name: str) -> None:
+    def _check_same(self, tree: dict[str, Any]) -> None:
         """Raise InputError on all ranks unless they have read the same from their disks, the model's weights too."""
         if self._ranks is None:
             return
         read = {**dict(self.model.named_parameters()), **tensors_of(tree["optimizer"], "optimizer")}
-        self._ranks.check_alike({f"the tensors of {name}": len(read)})
-        self._ranks.check_equal(read, f"in {name}")
+        self._ranks.check_alike({"the number of tensors in the checkpoint": len(read)})
+        self._ranks.check_equal(read, "in the checkpoint that the run goes on from")
 
     def train_on(self, checkpoint: Path | None) -> None:
         """Train to the last step, from `checkpoint` if there is one.

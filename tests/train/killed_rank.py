@@ -16,9 +16,9 @@ from typing import Any
 
 PLACES = {
     "forward": ("lisa_kernels.train.trainer", "FineTuneTrainer", "training_step"),
-    "backward": ("lisa_kernels.distributed.reduction", "GradientReduction", "_arrived"),
+    "backward": ("lisa_kernels.distributed.reduction", "GradientReduction", "_end_of_backward"),
     "sum": ("lisa_kernels.distributed.ranks", "Ranks", "sum_"),
-    "sketch": ("lisa_kernels.methods.rank_access", "RankAccess", "_sum_sketch"),
+    "basis": ("lisa_kernels.basis.range_finder", None, "whitened_rows"),
     "step": ("lisa_kernels.methods.sampled_adamw", "SampledAdamW", "_take_step"),
     "switch": ("lisa_kernels.methods.sampled_adamw", "SampledAdamW", "_begin_period"),
     "comparison": ("lisa_kernels.distributed.ranks", "Ranks", "check_equal"),

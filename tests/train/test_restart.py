@@ -22,7 +22,7 @@ STEPS = 28
 # Rank, place, which call of it in that start, and how many seconds later.
 Trap = tuple[int, str, int, float]
 PLACES: list[Trap] = [
-    (0, "begin", 1, 0.0), (0, "backward", 40, 0.0), (1, "sum", 9, 0.0), (0, "sketch", 3, 0.0), (1, "step", 4, 0.0),
+    (0, "begin", 1, 0.0), (0, "backward", 2, 0.0), (1, "sum", 9, 0.0), (0, "basis", 3, 0.0), (1, "step", 4, 0.0),
     (0, "switch", 2, 0.0), (1, "save", 1, 0.0), (0, "files", 1, 0.0), (1, "comparison", 2, 0.0),
     (0, "last save", 1, 0.0),
 ]  # fmt: skip
