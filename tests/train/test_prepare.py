@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from families import llama
 from rich.console import Console
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers import attends_by_segments
 from lisa_kernels.train.finetune import finetune
 from lisa_kernels.train.models import train_tokenizer
 from lisa_kernels.train.options import FineTuneOptions
@@ -60,6 +62,23 @@ def test_rows_share_rows_once_the_model_is_known(base: Path, tmp_path: Path) -> 
     assert tokens[0] == tokens[1]
     _, alone, _ = load_model_for(options(base, tmp_path, packing=False), data_of(base, tmp_path), CPU, console())
     assert [len(row["input_ids"]) for row in alone.rows] == [len(row["input_ids"]) for row in data.train.rows]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_is_empty_of_rows_is_told(dropout: float, base: Path, tmp_path: Path) -> None:
+    """With how many tokens no batch computes, where attention takes the borders of examples."""
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    # Which borders do not tell.
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": dropout}))
+    given, out = options(folder, tmp_path), io.StringIO()
+    model, train, _ = load_model_for(given, read_data(given, console()), CPU, Console(file=out, width=200))
+    empty = 1 - train.tokens / (32 * len(train))
+    assert 0 < empty < 1
+    told = f"{len(train)} rows of up to 32 tokens, {empty:.1%} of their tokens empty"
+    assert told + (";" if dropout else " and left out;") in out.getvalue()
+    assert attends_by_segments(model) == (dropout == 0)
 
 
 def data_of(base: Path, folder: Path) -> Any:
