@@ -45,7 +45,11 @@ def limited_link(rate: str) -> Iterator[tuple[End, End]]:
     """Make two namespaces and a link of this rate each way, such as 1gbit, and take them away again."""
     ends = tuple(End(f"lk-{name}", f"lk-{name}0", address) for name, address in zip("ab", ADDRESSES))
     made = []
+    left = [end for end in ends if end.namespace in _run(["ip", "netns", "list"])]
     try:
+        for end in left:
+            # Of a run that was killed.
+            _run(["ip", "netns", "delete", end.namespace])
         for end in ends:
             _run(["ip", "netns", "add", end.namespace])
             made.append(end)

@@ -121,7 +121,7 @@ CONTESTANTS: dict[str, Callable[[Setting], Contestant]] = {
     "BAdam": Ours(BAdam(), 405e6),
     "LoRA r = 16": Ours(LoRA(rank=16), 160e6),
     "LoRA r = 16, bf16 wire": Ours(LoRA(rank=16), 80e6, "bf16"),
-    "LoRA-FA r = 16": Ours(LoRAFA(rank=16), None),
+    "LoRA-FA r = 16": Ours(LoRAFA(rank=16), 87e6),
     "GaLore": Ours(GALORE, 183e6),
     "GaLore, bf16 wire": Ours(GALORE, 92e6, "bf16"),
     "OwLore": Ours(OWLORE, 141.6e6),

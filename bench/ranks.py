@@ -27,6 +27,7 @@ from rich.table import Table
 from bench.command import main_of, table_console
 from bench.link import End, limited_link
 from bench.rank_contestants import CONTESTANTS, Setting
+from lisa_kernels.errors import unknown_name
 
 DEFAULTS = Setting()
 
@@ -106,6 +107,9 @@ def run(arguments: argparse.Namespace, console: Console) -> Sequence[Row]:
     names = ("layers", "width", "intermediate", "vocabulary", "rows", "columns", "steps")
     setting = Setting(**{name: getattr(arguments, name) for name in names})
     chosen = arguments.only or (list(CONTESTANTS) if arguments.what == "bytes" else ["OwLore"])
+    for name in chosen:
+        if name not in CONTESTANTS:
+            raise unknown_name("contestant", name, CONTESTANTS)
     if arguments.what == "bytes":
         rows = measure(chosen, 2, setting)
         if not arguments.json:
