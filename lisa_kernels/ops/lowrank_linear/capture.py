@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +27,11 @@ _methods: dict[int, weakref.WeakMethod[Choose]] = {}
 
 
 def number_of(choose: Choose) -> Tensor:
-    """Return the number, int64 [] on the host, of a method `choose(dY, x)` of a layer, for as long as the layer is."""
+    """Return the number, int64 [1] on the host, of a method `choose(dY, x)` of a layer, for as long as the layer is."""
     number = next(_numbers)
     _methods[number] = weakref.WeakMethod(choose, lambda _: _methods.pop(number, None))
-    return torch.tensor(number, device="cpu")
+    # Made by no operation: a plan counts those of a device, and here the host may be it.
+    return torch.frombuffer(array("q", [number]), dtype=torch.int64)
 
 
 def gradients(
