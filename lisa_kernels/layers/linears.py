@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,6 +38,19 @@ def _forward_transposed(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _is_plain(forward: object) -> bool:
     return isinstance(forward, MethodType) and forward.__func__ in (_forward, _forward_transposed)
+
+
+def _reduced(method: MethodType) -> str | tuple[Any, ...]:
+    """Return what a pickle holds of a method: of ours the function, for which no layer could be asked by name."""
+    return (_bound, (method.__func__, method.__self__)) if _is_plain(method) else method.__reduce__()
+
+
+def _bound(function: Callable[..., Tensor], layer: nn.Module) -> MethodType:
+    return MethodType(function, layer)
+
+
+# What a whole model is saved by, and sent to other processes.
+copyreg.pickle(MethodType, _reduced)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -158,6 +158,7 @@ def swap_linears(places: Iterable[Place], make: Callable[[nn.Module, str], LowRa
 
     When `make` raises, everything is put back.
     """
+    places = list(places)
     swaps: list[Swap] = []
     made: dict[nn.Module, LowRankLinear] = {}
     try:
@@ -169,6 +170,10 @@ def swap_linears(places: Iterable[Place], make: Callable[[nn.Module, str], LowRa
     except BaseException:
         for swap in swaps:
             swap.undo()
+        for place in places:
+            # Of one that was being made when it failed.
+            for name in BESIDE:
+                place.layer._parameters.pop(name, None)
         raise
     return swaps
 
