@@ -42,6 +42,8 @@ def on_every_machine(checkpoint: Path | None, ranks: Ranks | None) -> Iterator[P
             if machine is not None and not copy.is_dir():
                 raise InputError(f"{copy}, which rank {lacking.index(machine)} has written, is not on this machine.")
         yield checkpoint if machine is None else copy
+        # The machine's other ranks may be reading still.
+        ranks.tell(None)
     finally:
         if writes:
             shutil.rmtree(copy, ignore_errors=True)
