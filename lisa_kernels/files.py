@@ -30,6 +30,11 @@ def written_whole(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    put_in_place(partial, target)
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Make a folder that is written `target`, in the place of what is there; each is whole at any moment."""
     for path in partial.rglob("*"):
         if path.is_file():
             _sync(path)

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "samplers": {"errors", "samplers"},
     # What ranks share out is gathered to be looked at.
     "scores": {"errors", "distributed", "scores"},
-    "distributed": {"errors", "distributed"},
+    "distributed": {"errors", "files", "distributed"},
     # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
     "layers": {"errors", "uncompiled", "ops", "basis", "distributed", "layers"},
     "methods": {"errors", "files", "ops", "paging", *MIDDLE, "methods"},

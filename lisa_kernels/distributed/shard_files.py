@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lisa_kernels.distributed.shards import is_sharded
 from lisa_kernels.errors import InputError
+from lisa_kernels.files import PARTIAL, put_in_place
 
 # Stands in a state for a tensor of which ranks hold shards.
 SHARD = "lisa_kernels shard"
@@ -30,14 +31,19 @@ def write_together(folder: Path, weights: Mapping[str, Tensor], state: Any) -> N
     shards: dict[str, Tensor] = {}
     rest = io.BytesIO()
     torch.save(_without_shards(state, shards), rest)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
+    alone = not dist.is_initialized()
+    writes = alone or dist.get_rank() == 0
+    if writes:
+        # Of more ranks that were killed some files would stay.
+        shutil.rmtree(partial, ignore_errors=True)
+    if not alone:
+        dist.barrier()
     held = {"model": dict(weights), "shards": shards, "rest": rest.getvalue()}
-    save(held, checkpoint_id=os.fspath(partial), no_dist=not dist.is_initialized())
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    if dist.is_initialized():
+    save(held, checkpoint_id=os.fspath(partial), no_dist=alone)
+    if writes:
+        put_in_place(partial, folder)
+    if not alone:
         dist.barrier()
 
 

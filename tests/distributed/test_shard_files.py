@@ -38,8 +38,11 @@ def write(rank: int, folder: Path) -> bool:
 
 
 def test_what_ranks_wrote_is_read_by_them_and_by_one_process(tmp_path: Path) -> None:
-    """The newer in the place of the older; everything else of the state comes back as it was."""
+    """The newer in the place of the older, with nothing of more ranks that were killed; all else is as it was."""
     folder = tmp_path / "together"
+    left = tmp_path / ".together.partial" / "__7_0.distcp"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
     assert on_ranks(write, folder) == [True, True]
     weight, asked = torch.zeros(5, 3), list[tuple[Any, ...]]()
 
@@ -53,6 +56,7 @@ def test_what_ranks_wrote_is_read_by_them_and_by_one_process(tmp_path: Path) -> 
     assert torch.equal(state["state"]["0"]["m"], 6 * TABLE)
     assert (int(state["state"]["0"]["step"]), state["names"], state["none"]) == (7, ["a", "b"], None)
     assert [path.name for path in tmp_path.iterdir()] == ["together"]
+    assert not (folder / left.name).exists()
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
