@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.pretrained_ideas import FlooredOwLore, RankedGaLore, WarmedOwLore, WeighedOwLore, by_spectrum
 from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore, attach
 from lisa_kernels.methods import Method
 
@@ -46,6 +47,18 @@ def ours(name: str, method: Method, *rates: float) -> Contestant:
         return attach(model, method, lr=lr, seed=seed, weight_decay=WEIGHT_DECAY, calibration=calibration)
 
     return Contestant(name, start, rates, method)
+
+
+def _by_spectrum(method: RankedGaLore) -> Contestant:
+    """Return GaLore with ranks by the spectra of the first gradients, at the bytes of `method.rank` everywhere."""
+
+    def start(
+        model: nn.Module, lr: float, seed: int, calibration: Iterable[dict[str, Tensor]]
+    ) -> torch.optim.Optimizer:
+        ranked = by_spectrum(method, model, calibration)
+        return attach(model, ranked, lr=lr, seed=seed, weight_decay=WEIGHT_DECAY)
+
+    return Contestant(f"GaLore(rank={method.rank}), ranks by spectrum at the same bytes", start, (2.5e-4,), method)
 
 
 def _torch_adamw(model: nn.Module, lr: float, seed: int, calibration: Any) -> torch.optim.Optimizer:
@@ -172,7 +185,20 @@ CONTESTANTS = (
     ),
     ours('GaLore(rank=32, embeddings="frozen")', GaLore(rank=32, scale=1.0, embeddings="frozen"), 5e-4),
     ours('GaLore(rank=8, embeddings="low-rank")', GaLore(rank=8, scale=1.0, embeddings="low-rank"), 5e-4),
+    *(
+        ours(
+            f'GaLore(rank=32, embeddings="low-rank"), bases refreshed every {gap} steps',
+            GaLore(rank=32, scale=1.0, embeddings="low-rank", gap=gap), 2.5e-4,
+        )
+        for gap in (3, 10)
+    ),
+    _by_spectrum(RankedGaLore(rank=32, scale=1.0, embeddings="low-rank")),
     ours("OwLore(20, period=3, rank=32)", OwLore(20, 3, rank=32), 2.5e-4, 5e-4, 1e-3),
+    ours("OwLore(5, period=5, rank=128), the others in rank 8", FlooredOwLore(5, 5, rank=32), 2.5e-4, 5e-4),
+    ours("OwLore(2, period=6), two layers in all directions, the others in rank 8",
+         FlooredOwLore(2, 6, rank=32, above=1 << 20), 2.5e-4, 5e-4),
+    ours("OwLore(5, period=5, rank=128), a warm-up of 3 steps at each switch", WarmedOwLore(5, 5, rank=128), 1e-3),
+    ours("OwLore(10, period=6, rank=64), importance weights", WeighedOwLore(10, 6, rank=64), 5e-4),
     ours(
         "OwLore(20, period=3, rank=32), uniform, state paged",
         OwLore(20, 3, rank=32, scores="uniform", retired_state="page"), 5e-4,
