@@ -163,7 +163,8 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     add("--master", help="of 16-bit low-rank matrices while they train: remainder keeps 16 more bits (default: none)")
     add(
         "--embeddings",
-        help="embedding and head: always, low-rank, frozen or sampled (default: always; owlore low-rank, badam frozen)",
+        help="embedding and head: always, low-rank, with-first-block (low-rank, the embedding while the first layer is "
+        "drawn), frozen or sampled (default: always; owlore low-rank, badam frozen)",
     )
     add(
         "--design",

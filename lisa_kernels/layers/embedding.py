@@ -45,18 +45,20 @@ class EmbeddingTap:
     """A forward hook that takes the gradient of looked-up rows into the slot of `layer`.
 
     `layer` is the embedding's own slot or, where the table is tied to the output layer's weight, the slot of that
-    layer: both uses then add up in one gradient, in one basis.
+    layer: both uses then add up in one gradient, in one basis. While it rests, the rows pass as they are, and nothing
+    below the blocks is in the graph.
     """
 
     def __init__(self, embedding: nn.Embedding, layer: SlotModule) -> None:
         self.layer = layer
         self.factor = lookup_factor(embedding)
         self.padding = _padding(embedding)
+        self.rests = False
 
     def __call__(self, embedding: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         """Return the rows with the slot in their graph, as a forward hook is called."""
         layer = self.layer
-        if not layer.active or not torch.is_grad_enabled():
+        if self.rests or not layer.active or not torch.is_grad_enabled():
             return y
         ids = _ids(args, kwargs)
         if layer.capturing and layer.shares_basis:
@@ -115,12 +117,17 @@ class OrderedTables:
 
 @dataclass
 class TappedEmbedding:
-    """An embedding that was given a slot: where it sits, the layer that holds the slot, and how to take it off."""
+    """An embedding that was given a slot: where it sits, the layer that holds the slot, the hook and its handle."""
 
     path: str
     embedding: nn.Embedding
     layer: SlotModule
+    tap: EmbeddingTap
     handle: RemovableHandle
+
+    def rest(self, rests: bool) -> None:
+        """Leave the lookups out of the slot's gradient, or take them in again."""
+        self.tap.rests = rests
 
     def undo(self) -> None:
         """Take hook and slot off; the embedding is as it was, with its table as it is now."""
@@ -181,4 +188,4 @@ def tap_embedding(path: str, embedding: nn.Embedding, layer: SlotModule) -> Tapp
     handle = embedding.register_forward_hook(tap, with_kwargs=True)
     if isinstance(layer, LowRankEmbedding):
         embedding.add_module(CHILD, layer)
-    return TappedEmbedding(path, embedding, layer, handle)
+    return TappedEmbedding(path, embedding, layer, tap, handle)

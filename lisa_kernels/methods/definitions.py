@@ -13,7 +13,7 @@ from lisa_kernels.samplers import AdaptiveSampler, CyclicSampler, Sampler, Unifo
 from lisa_kernels.scores import SCORE_KINDS
 
 CHOICES = {
-    "embeddings": ("always", "low-rank", "frozen", "sampled"),
+    "embeddings": ("always", "low-rank", "with-first-block", "frozen", "sampled"),
     "retired_state": ("drop", "keep", "page"),
     "design": ("marginals", "sequential", "shallow"),
     "order": ("random", "ascending", "descending"),
@@ -34,7 +34,10 @@ class Method:
     `form` is how an active layer trains: "full" (its weights), "low-rank" (a slot folded into the weight after each
     step) or "adapter" (a slot that stays). embeddings: "always" trains embedding, head and final norm all the time,
     "low-rank" too, embedding and head through slots of `rank` (one where they are tied), "frozen" never, "sampled"
-    makes embedding and head two more layers of the draw (one where they are tied).
+    makes embedding and head two more layers of the draw (one where they are tied). "with-first-block" is "low-rank"
+    with a token embedding, and what else lies before the blocks, that train while the first block is drawn and rest
+    otherwise, so that a backward ends at the lowest layer drawn; where embedding and head are tied, their one slot
+    trains always, and while the first block rests without the lookup's part of its gradient.
     retired_state: "drop" frees a layer's moments, basis and remainder when it leaves; "page" moves them to the store
     that `attach(paging=...)` names, else to host memory, and back when it is drawn again; "keep" does the same on the
     device. around: what counts as embedding and head, the parameters of the "language" model, or "all" that are no one

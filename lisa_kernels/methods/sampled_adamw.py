@@ -167,7 +167,7 @@ class SampledAdamW(RankAccess):
         self.history.append(self.active_layers)
 
     def _active_units(self) -> list[Unit]:
-        return [*(self.layout.drawn[index] for index in self._active), self.layout.always]
+        return [*self.layout.units_of(self._active), self.layout.always]
 
     def _active_slots(self) -> list[SlotModule]:
         return [layer for unit in self._active_units() for layer in unit.lowrank.values()]
@@ -183,8 +183,8 @@ class SampledAdamW(RankAccess):
 
     def _switch_to(self, layers: list[int]) -> None:
         """Retire the layers that leave, give those that come their slots, and freeze all others."""
-        leaving = [self.layout.drawn[index] for index in self._active if index not in layers]
-        coming = [self.layout.drawn[index] for index in layers if index not in self._active]
+        leaving = self.layout.units_of(index for index in self._active if index not in layers)
+        coming = self.layout.units_of(index for index in layers if index not in self._active)
         if self._retired_state == "page":
             # All of them before any is given up: a page that cannot be written stops the run with nothing lost.
             for unit in leaving:
@@ -194,6 +194,7 @@ class SampledAdamW(RankAccess):
                 self.retire(unit.params())
             for layer in unit.lowrank.values():
                 layer.deactivate(keep=self._retired_state == "keep")
+            unit.rest_lookups(True)
         for unit in coming:
             paged = self._shelf.take(unit)
             for path, layer in unit.lowrank.items():
@@ -203,6 +204,7 @@ class SampledAdamW(RankAccess):
                     layer.tracker.start(self.calls)
                 elif layer.tracker is not None:
                     layer.tracker.due = True
+            unit.rest_lookups(False)
         self._active = sorted(layers)
         stagger(self._active_slots())
         self._arm()
@@ -235,7 +237,7 @@ class SampledAdamW(RankAccess):
         if isinstance(self.sampler, AdaptiveSampler):
             return []
         drawn = self._drawn_in((self.calls + 1) // self.period)
-        return [self.layout.drawn[index] for index in drawn if index not in self._active]
+        return self.layout.units_of(index for index in drawn if index not in self._active)
 
     def _arm(self) -> None:
         for unit in self._active_units():

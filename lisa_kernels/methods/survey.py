@@ -35,6 +35,8 @@ class Survey:
 
     blocks: the decoder blocks, none for adapters. drawn: one plan for each block and, where they are sampled, for
     embedding and head; always: what trains beside the draw; outer: embedding and head, where they get slots.
+    with_first: what trains at full rank while the first block does; slot_with_first: whether the token embedding's does
+    so too. below: whether something before the blocks trains always, down to which every backward reaches.
     frozen: what the method would train, had the user not frozen it. beyond: the paths of matrices that adapters on all
     linear layers do not reach.
     """
@@ -45,6 +47,9 @@ class Survey:
     drawn: list[UnitPlan] = field(default_factory=list)
     always: UnitPlan = field(default_factory=lambda: UnitPlan("always"))
     outer: OuterPlaces | None = None
+    with_first: UnitPlan = field(default_factory=lambda: UnitPlan("with-first-block"))
+    slot_with_first: bool = False
+    below: bool = False
     frozen: list[nn.Parameter] = field(default_factory=list)
     beyond: list[str] = field(default_factory=list)
 
@@ -64,7 +69,7 @@ class Survey:
 
     def resting_head(self) -> list[str]:
         """Return the paths of a task's own head, such as a classifier's, that this method never trains."""
-        trained = {param for plan in (*self.drawn, self.always) for param in plan.full}
+        trained = {param for plan in (*self.drawn, self.with_first, self.always) for param in plan.full}
         trained.update(self.outer.weights() if self.outer else ())
         trained.update(place.layer.weight for place in self.places())  # type: ignore[misc]
         left = {
@@ -138,14 +143,29 @@ def _layered_survey(model: nn.Module, method: Method, blocks: str | None) -> Sur
         shares.take(place.layer.weight for place in inside)  # type: ignore[misc]
         survey.drawn.append(UnitPlan(name, shares.take(block.parameters()), inside))
     embeddings = method.get("embeddings", "always")
-    if embeddings == "low-rank":
+    if embeddings in ("low-rank", "with-first-block"):
         survey.outer = find_outer(model, parts)
         shares.take(survey.outer.weights() if survey.outer else ())
     if embeddings == "sampled":
         survey.drawn += [UnitPlan(name, shares.take(params)) for name, params in _outer_units(parts)]
+    elif embeddings == "with-first-block":
+        _rest_with_first_block(survey, shares, parts)
     elif embeddings != "frozen" and method.around == "language":
+        survey.below = any(param.requires_grad for param in parts.embeddings)
         survey.always.full = shares.take(parts.outer)
     return survey
+
+
+def _rest_with_first_block(survey: Survey, shares: _Shares, parts: ModelParts) -> None:
+    """Have what lies before the blocks train while the first of them does; refuses a first block that never does."""
+    survey.with_first.full = shares.take(parts.embeddings)
+    survey.slot_with_first = survey.outer is not None and survey.outer.embedding is not None
+    survey.always.full = shares.take(parts.head)
+    if not survey.drawn[0].trains and (survey.with_first.full or survey.slot_with_first):
+        raise InputError(
+            f"{survey.drawn[0].name} is frozen whole (requires_grad=False), and the token embedding would train with "
+            'it, which is never; unfreeze one of its parameters, or use embeddings="low-rank" or "frozen".'
+        )
 
 
 def _block_places(model: nn.Module, method: Method, parts: ModelParts) -> list[Place]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker, RandomRows, random_basis
-from lisa_kernels.layers import LowRankLinear, SlotModule, TappedEmbedding, TrainedBasisLinear, swap_linears
+from lisa_kernels.layers import (
+    LowRankEmbedding,
+    LowRankLinear,
+    SlotModule,
+    TappedEmbedding,
+    TrainedBasisLinear,
+    swap_linears,
+)
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.definitions import LoRA
 from lisa_kernels.methods.outer_slots import add_outer_slots
@@ -19,15 +27,24 @@ DEFAULT_GAP = 200
 
 @dataclass
 class Unit:
-    """Something that is active as a whole: parameters trained at full rank, and layers trained through their slots."""
+    """Something that is active as a whole: parameters trained at full rank, and layers trained through their slots.
+
+    taps: what leads the gradients of lookups into a slot of its own or another unit's, while this one is active.
+    """
 
     name: str
     full: list[nn.Parameter] = field(default_factory=list)
     lowrank: dict[str, SlotModule] = field(default_factory=dict)
+    taps: list[TappedEmbedding] = field(default_factory=list)
 
     def params(self) -> list[nn.Parameter]:
         """Return all parameters that train while the unit is active."""
         return self.full + [param for layer in self.lowrank.values() for param in layer.trained]
+
+    def rest_lookups(self, rests: bool) -> None:
+        """Leave the lookups that train with this unit out of their slot's gradient, or take them in again."""
+        for tap in self.taps:
+            tap.rest(rests)
 
     def arm(self) -> None:
         """Settle which layers' backwards find a basis until the next step, and tell all whether any of them does."""
@@ -42,17 +59,26 @@ class Unit:
 class Layout:
     """A model prepared for a method: the units that have a number, the one that always trains, and what was swapped.
 
-    drawable: the numbers of the units that can be drawn; the others were frozen whole before.
+    drawable: the numbers of the units that can be drawn; the others were frozen whole before. with_first: what is
+    active while unit 0 is and has no number of its own. below: whether every backward reaches below the blocks.
     """
 
     drawn: list[Unit]
     always: Unit
     swaps: list[Swap | TappedEmbedding]
     drawable: list[int]
+    with_first: Unit | None = None
+    below: bool = False
 
     def units(self) -> list[Unit]:
         """Return every unit, the drawn ones first."""
-        return [*self.drawn, self.always]
+        return [*self.drawn, *([self.with_first] if self.with_first else []), self.always]
+
+    def units_of(self, layers: Iterable[int]) -> list[Unit]:
+        """Return the units that are active because those with these numbers are."""
+        numbers = list(layers)
+        beside = [self.with_first] if self.with_first and 0 in numbers else []
+        return [*(self.drawn[number] for number in numbers), *beside]
 
 
 class _SlotMaker:
@@ -92,12 +118,25 @@ def make_layout(survey: Survey, seed: int = 0) -> Layout:
     # One in several places belongs to the first unit that has it.
     drawn = [_make_unit(plan, made) for plan in survey.drawn]
     always = _make_unit(survey.always, made)
-    layout = Layout(drawn, always, [*swaps], survey.drawable)
+    layout = Layout(drawn, always, [*swaps], survey.drawable, below=survey.below)
+    if survey.with_first.full or survey.slot_with_first:
+        layout.with_first = _make_unit(survey.with_first, made)
     if survey.outer is not None:
         layers, heads, taps = add_outer_slots(survey.outer, survey.method.get("rank", 0), maker.tracker)
-        always.lowrank.update(layers)
         layout.swaps += [*heads, *taps]
+        _share_out(layout, layers, taps)
     return layout
+
+
+def _share_out(layout: Layout, layers: Mapping[str, SlotModule], taps: list[TappedEmbedding]) -> None:
+    """Give the slots of embedding and head to the units with which they train."""
+    rests = layout.with_first
+    for path, layer in layers.items():
+        owner = rests if rests is not None and isinstance(layer, LowRankEmbedding) else layout.always
+        owner.lowrank[path] = layer
+    if rests is not None:
+        rests.taps = taps
+        rests.rest_lookups(True)
 
 
 def _make_unit(plan: UnitPlan, made: dict[nn.Module, LowRankLinear]) -> Unit:

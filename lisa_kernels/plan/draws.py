@@ -41,11 +41,11 @@ def draws_of(layout: Layout, active: int) -> list[list[int]]:
     """Return the draw that costs most, twice, and one of layers evenly apart.
 
     The first is of the largest units, of equal ones the highest: their backwards run while most of the graph is still
-    there. Where nothing below the blocks trains, the lowest layer is among them, so that the graph is as long as it
-    can be.
+    there. Where nothing below the blocks trains always, the lowest layer is among them, so that the graph is as long as
+    it can be.
     """
     drawn = layout.drawn
-    lowest = [] if layout.always.params() else [0]
+    lowest = [] if layout.below else [0]
     largest = sorted(range(len(drawn)), key=lambda index: (_trained_elements(drawn[index]), index), reverse=True)
     most = [*lowest, *(index for index in largest if index not in lowest)][:active]
     between = [round((place + 1) * (len(drawn) + 1) / (active + 1)) - 1 for place in range(active)]
@@ -55,11 +55,11 @@ def draws_of(layout: Layout, active: int) -> list[list[int]]:
 def mean_draws(layout: Layout, method: Method) -> list[list[int]]:
     """Return a draw as deep as one is on average, twice, and another just as deep: what steps take in the long run.
 
-    How far down a backward goes matters where nothing below the blocks trains. Scores are taken to be equal.
+    How far down a backward goes matters where nothing below the blocks trains always. Scores are taken to be equal.
     """
     layers, active = len(layout.drawn), method.get("active_layers", 1)
     lowest = 0
-    if not layout.always.params():
+    if not layout.below:
         sampler = method.make_sampler(layers, 0, [1.0] * layers)
         assert sampler is not None
         lowest = round(statistics.mean(min(sampler.draw(k)) for k in range(MEAN_DRAWS)))

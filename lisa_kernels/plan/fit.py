@@ -183,7 +183,7 @@ def lighter_methods(method: Method) -> Iterator[Method]:
     if method.get("active_layers", 0) > 1:
         method = _with(method, active_layers=1)
         yield method
-    if method.get("embeddings", None) == "low-rank":
+    if method.get("embeddings", None) in ("low-rank", "with-first-block"):
         yield _with(method, embeddings="frozen")
 
 
@@ -192,7 +192,7 @@ def _with(method: Method, **settings: object) -> Method:
 
 
 def _uses_rank(method: Method) -> bool:
-    return method.form != "full" or method.get("embeddings", None) == "low-rank"
+    return method.form != "full" or method.get("embeddings", None) in ("low-rank", "with-first-block")
 
 
 def _smaller_batches(workload: Workload) -> Iterator[Workload]:

@@ -156,7 +156,7 @@ class FineTuneOptions:
         if self.method != AUTO:
             return self
         draws = any(getattr(self, name) is not None for name in _OF_LAYERS_THAT_REST)
-        if draws or self.embeddings in ("always", "sampled"):
+        if draws or self.embeddings in ("always", "with-first-block", "sampled"):
             return dataclasses.replace(self, method="owlore")
         if not adaptable and self.targets is None and self.alpha is None:
             return dataclasses.replace(self, method="owlore")

@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[Callable[[], Method], bool]] = {
     "OWS, gradient norms": (lambda: OWS(active_layers=2, period=5, scores="gradient-norm"), False),
     "OwLore": (lambda: OwLore(**LOW_RANK), False),
     "OwLore, tied": (lambda: OwLore(**LOW_RANK), True),
+    "OwLore, with first block": (lambda: OwLore(**{**LOW_RANK, "embeddings": "with-first-block"}), False),
     "OwLore, pages": (lambda: OwLore(**LOW_RANK, retired_state="page", embeddings="always"), False),
     "BAdam": (lambda: BAdam(period=5), False),
     "GaLore": (lambda: GaLore(rank=8, gap=5, embeddings="low-rank"), False),

@@ -23,6 +23,9 @@ METHODS: dict[str, Method] = {
     # The stop is in mid-period, with refreshes due before, at and after it.
     "owlore": OwLore(active_layers=2, period=7, gap=3, rank=4, scores="weight-norm"),
     "owlore-low-rank": OwLore(active_layers=1, period=2, gap=3, rank=4, scores="uniform", embeddings="low-rank"),
+    "owlore-with-first-block": OwLore(
+        active_layers=1, period=2, gap=3, rank=4, scores="uniform", embeddings="with-first-block"
+    ),
     "lisa-low-rank": LISA(active_layers=1, period=4, rank=4, embeddings="low-rank"),
     "owlore-keep": OwLore(active_layers=1, period=2, gap=3, rank=4, scores="uniform", retired_state="keep"),
     "ows-gradient-norm": OWS(active_layers=1, period=3, scores="gradient-norm"),

@@ -12,7 +12,7 @@ from lisa_kernels.methods.units import make_layout
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("embeddings", ["always", "low-rank", "frozen", "sampled"])
+@pytest.mark.parametrize("embeddings", ["always", "low-rank", "with-first-block", "frozen", "sampled"])
 def test_every_language_parameter_is_in_one_unit(name: str, embeddings: str) -> None:
     """Weights under slots, full parameters and what stands around: each once; nothing of other towers."""
     family = DECODERS[name]

@@ -14,7 +14,7 @@ from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
 
 VOCABULARY, LAYERS = 96, 4
-EMBEDDINGS = ("always", "low-rank", "frozen", "sampled")
+EMBEDDINGS = ("always", "low-rank", "with-first-block", "frozen", "sampled")
 
 METHODS: dict[str, Method] = {
     "lisa": LISA(),

@@ -19,6 +19,7 @@ from .small_runs import LAYERS, real_model, workload
         (LISA(), [[3, 2], [1, 2]]),
         (LISA(embeddings="frozen"), [[0, 3], [1, 2]]),
         (LISA(embeddings="low-rank", rank=4), [[3, 2], [1, 2]]),
+        (LISA(embeddings="with-first-block", rank=4), [[0, 3], [1, 2]]),
         (LISA(embeddings="sampled"), [[0, 3], [1, 4]]),
         (OwLore(active_layers=4, rank=4, embeddings="frozen"), [[0, 3, 2, 1], [0, 1, 2, 3]]),
     ],

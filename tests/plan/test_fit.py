@@ -218,6 +218,13 @@ LADDERS: dict[str, tuple[Method, list[Method]]] = {
             LISA(active_layers=1, embeddings="frozen"),
         ],
     ),
+    "an embedding that trains with the first block": (
+        OwLore(active_layers=1, rank=32, embeddings="with-first-block"),
+        [
+            OwLore(active_layers=1, rank=32, embeddings="with-first-block"),
+            OwLore(active_layers=1, rank=32, embeddings="frozen"),
+        ],
+    ),
     "badam": (BAdam(), [BAdam()]),
     "galore": (
         GaLore(rank=64, embeddings="low-rank"),

@@ -48,8 +48,8 @@ def test_a_rehearsal_equals_the_real_run(name: str) -> None:
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("qwen2", "owlore-low-rank"), ("qwen2", "lisa"), ("gpt2", "owlore-always"), ("gpt2", "lisa"),
-        ("gemma2", "owlore-low-rank"),
+        ("qwen2", "owlore-low-rank"), ("qwen2", "owlore-with-first-block"), ("qwen2", "lisa"),
+        ("gpt2", "owlore-always"), ("gpt2", "lisa"), ("gemma2", "owlore-low-rank"),
     ],
 )  # fmt: skip
 def test_other_models_are_rehearsed(family: str, name: str) -> None:

@@ -84,6 +84,7 @@ def test_where_state_rests_is_told_by_names() -> None:
         ({"active_layers": 3}, OwLore(3)),
         ({"scores": "uniform", "rank": 8}, OwLore(rank=8, scores="uniform")),
         ({"embeddings": "always"}, OwLore(embeddings="always")),
+        ({"embeddings": "with-first-block"}, OwLore(embeddings="with-first-block")),
     ],
 )
 def test_the_method_follows_where_it_is_not_given(given: dict[str, Any], taken: Method) -> None:
