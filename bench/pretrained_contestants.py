@@ -206,6 +206,18 @@ CONTESTANTS = (
     ours("OwLore(20, period=3, rank=32), uniform", OwLore(20, 3, rank=32, scores="uniform"), 5e-4, 1e-3),
     ours("OwLore(20, period=20, rank=32)", OwLore(20, 20, rank=32), 5e-4),
     ours("OwLore(10, period=6, rank=64)", OwLore(10, 6, rank=64), 5e-4),
+    *(
+        ours(
+            f'OwLore({layers}, period={period}, rank={rank}, design="{design}", embeddings="{embeddings}")',
+            OwLore(layers, period, rank=rank, design=design, embeddings=embeddings), 5e-4,
+        )
+        for layers, period, rank, design, embeddings in (
+            (20, 3, 32, "marginals", "frozen"),
+            (20, 3, 32, "shallow", "frozen"),
+            (20, 3, 32, "shallow", "with-first-block"),
+            (10, 6, 64, "shallow", "with-first-block"),
+        )
+    ),
     ours("OwLore(5, period=5, rank=128)", OwLore(5, 5, rank=128), 5e-4, 1e-3),
     ours("OwLore(5, period=50, rank=128), as published", OwLore(5, 50, rank=128, embeddings="always"), 1e-3),
     ours("LISA(2, period=6)", LISA(2, 6), 2e-4, 5e-4, 1e-3),
