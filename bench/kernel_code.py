@@ -321,6 +321,22 @@ def _codec(name: str, signed: bool) -> Callable[[int], Launch]:
     return make
 
 
+def _resting(name: str, dtype: torch.dtype, kind: str) -> Callable[[int], Launch]:
+    kernels = importlib.import_module("lisa_kernels.ops.resting.triton_kernel")
+    n = WHOLE_TILES
+    values, codes = _zeros(n, dtype), _zeros(n if kind == "int8" else n // 2, torch.uint8)
+    absmax = _zeros(n // 64, torch.float32)
+
+    def make(warp: int) -> Launch:
+        if name == "quantize":
+            launch: Launch = kernels.quantize_launch(values, codes, absmax, kind, warp)
+        else:
+            launch = kernels.dequantize_launch(codes, absmax, values, kind, warp)
+        return launch
+
+    return make
+
+
 # The matrix of which dot kernels' traffic is told, and its rank.
 ROWS, COLUMNS, RANK = 4096, 11008, 128
 
@@ -402,6 +418,15 @@ def _variants() -> Iterator[KernelVariant]:
     for kind, signed in (("m", True), ("v", False)):
         yield KernelVariant(f"quantize/{kind}", _codec("quantize", signed), 9 + 4 / 256)
         yield KernelVariant(f"dequantize/{kind}", _codec("dequantize", signed), 5 + 4 / 256)
+    for dtype in (bf16, fp32):
+        for kind, size in (("int8", 1.0), ("nf4", 0.5)):
+            traffic = dtype.itemsize + size + 4 / 64
+            yield KernelVariant(
+                f"resting/quantize/{kind}/{TYPES[dtype]}", _resting("quantize", dtype, kind), dtype.itemsize + traffic
+            )
+            yield KernelVariant(
+                f"resting/dequantize/{kind}/{TYPES[dtype]}", _resting("dequantize", dtype, kind), traffic
+            )
     yield from _fold_variants()
     yield from _project_variants()
 

@@ -20,7 +20,7 @@
 namespace lisa {
 namespace {
 
-constexpr int32_t kAbiVersion = 7;
+constexpr int32_t kAbiVersion = 8;
 
 #ifdef LISA_X86_64
 // Not every compiler's __builtin_cpu_supports knows this one.
@@ -243,6 +243,18 @@ void lisa_kernels_dequantize_blockwise(const uint8_t* codes, const float* absmax
                                        int32_t instruction_set) {
   const DequantizeTask task{codes, absmax, values, count, block_size};
   run_tensor(kernels_for(instruction_set).dequantize[is_signed != 0], task, count, block_size, threads);
+}
+
+void lisa_kernels_quantize_resting(const void* values, uint8_t* codes, float* absmax, int64_t count, int32_t dtype,
+                                   int32_t four_bits, int32_t threads, int32_t instruction_set) {
+  const RestTask task{values, codes, absmax, count};
+  run_tensor(kernels_for(instruction_set).rest[dtype][four_bits != 0], task, count, kRestBlock, threads);
+}
+
+void lisa_kernels_dequantize_resting(const uint8_t* codes, const float* absmax, void* values, int64_t count,
+                                     int32_t dtype, int32_t four_bits, int32_t threads, int32_t instruction_set) {
+  const WakeTask task{codes, absmax, values, count};
+  run_tensor(kernels_for(instruction_set).wake[dtype][four_bits != 0], task, count, kRestBlock, threads);
 }
 
 void lisa_kernels_fold(void* weight, uint16_t* remainder, const float* update, int64_t count, int64_t first_element,

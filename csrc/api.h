@@ -90,6 +90,15 @@ LISA_EXPORT void lisa_kernels_dequantize_blockwise(const uint8_t* codes, const f
                                                    int64_t count, int64_t block_size, int32_t is_signed,
                                                    int32_t threads, int32_t instruction_set);
 
+// Encode `count` weights of a dtype in 8 bits, or with `four_bits` two to a byte, with one absmax for each 64.
+LISA_EXPORT void lisa_kernels_quantize_resting(const void* values, uint8_t* codes, float* absmax, int64_t count,
+                                               int32_t dtype, int32_t four_bits, int32_t threads,
+                                               int32_t instruction_set);
+
+LISA_EXPORT void lisa_kernels_dequantize_resting(const uint8_t* codes, const float* absmax, void* values, int64_t count,
+                                                 int32_t dtype, int32_t four_bits, int32_t threads,
+                                                 int32_t instruction_set);
+
 // weight <- decay * weight + update, rounded once. `first_element`: the index of weight[0] in the whole tensor, a
 // multiple of 4. `remainder`: null, or the lower halves of the float32 masters of which a bfloat16 weight holds the
 // upper ones; these are then what is updated, and nothing is rounded at random.

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "adamw.h"
+#include "resting.h"
 #include "units.h"
 
 namespace lisa {
@@ -190,6 +191,8 @@ extern const KernelTable LISA_KERNEL_TABLE = {
     {LISA_BOTH(grad_norm, Float32), LISA_BOTH(grad_norm, BFloat16), LISA_BOTH(grad_norm, Float16)},
     {LISA_BOTH(quantize, false), LISA_BOTH(quantize, true)},
     {dequantize<false>, dequantize<true>},
+    {LISA_BOTH(rest, Float32), LISA_BOTH(rest, BFloat16), LISA_BOTH(rest, Float16)},
+    {LISA_BOTH(wake, Float32), LISA_BOTH(wake, BFloat16), LISA_BOTH(wake, Float16)},
     {LISA_BOTH(fold, Float32), LISA_BOTH(fold, BFloat16), LISA_BOTH(fold, Float16)},
     fold_master,
 };

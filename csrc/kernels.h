@@ -58,6 +58,23 @@ struct DequantizeTask {
   int64_t count, block_size;
 };
 
+// Of a weight at rest: elements that share an absmax.
+constexpr int64_t kRestBlock = 64;
+
+struct RestTask {
+  const void* values;
+  uint8_t* codes;
+  float* absmax;
+  int64_t count;
+};
+
+struct WakeTask {
+  const uint8_t* codes;
+  const float* absmax;
+  void* values;
+  int64_t count;
+};
+
 struct FoldTask {
   void* weight;
   uint16_t* remainder;  // null if the weight is all there is
@@ -77,6 +94,8 @@ struct KernelTable {
   Kernel<NormTask> grad_norm[3][2];      // [dtype][squares]
   Kernel<QuantizeTask> quantize[2][2];   // [signed][stochastic]
   Kernel<DequantizeTask> dequantize[2];  // [signed]
+  Kernel<RestTask> rest[3][2];           // [dtype][four bits]
+  Kernel<WakeTask> wake[3][2];           // likewise
   Kernel<FoldTask> fold[3][2];           // [weight dtype][stochastic]
   Kernel<FoldTask> fold_master;          // of a bfloat16 weight with a remainder
 };

@@ -66,6 +66,13 @@ inline Shorts signed_of(UnsignedShorts shorts) { return reinterpret_cast<Shorts>
 inline Words first_words(Shorts halves) { return reinterpret_cast<Words>(halves) << 16; }
 inline Words second_words(Shorts halves) { return reinterpret_cast<Words>(halves) & 0xffff0000; }
 
+// The first half of one vector and the second of another.
+LISA_INLINE Words first_half(Words a, Words b) {
+  Words second{};
+  for (int lane = kLanes / 2; lane < kLanes; ++lane) second[lane] = 0xffffffff;
+  return (a & ~second) | (b & second);
+}
+
 // Vectors for a unit of elements.
 struct UnitWords {
   Words at[kVectors];
@@ -139,6 +146,11 @@ inline void store_float16(uint16_t* to, Floats values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// The numbers at some places, below 16, of a table.
+inline Floats looked_up(const float* table, Words places) {
+  return _mm512_permutexvar_ps(raw(places), load<Floats>(table));
+}
+
 inline Doubles first_doubles(Floats values) { return _mm512_cvtps_pd(_mm512_castps512_ps256(values)); }
 inline Doubles second_doubles(Floats values) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)); }
 
@@ -207,6 +219,12 @@ inline Floats load_float16(const uint16_t* from) {
 }
 inline void store_float16(uint16_t* to, Floats values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline Floats looked_up(const float* table, Words places) {
+  const __m256 lower = _mm256_permutevar8x32_ps(load<Floats>(table), raw(places));
+  const __m256 upper = _mm256_permutevar8x32_ps(load<Floats>(table + 8), raw(places));
+  return _mm256_blendv_ps(lower, upper, float_of(places << 28));
 }
 
 inline Doubles first_doubles(Floats values) { return _mm256_cvtps_pd(_mm256_castps256_ps128(values)); }
@@ -293,6 +311,12 @@ inline void store_float16(uint16_t* to, Floats values) {
   half = magnitude >= (143u << 23) ? broadcast(0x7c00u) : half;
   half = (magnitude > 0x7f800000 ? broadcast(0x7e00u) : half) | sign;
   for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<uint16_t>(half[lane]);
+}
+
+inline Floats looked_up(const float* table, Words places) {
+  Floats found{};
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = table[places[lane]];
+  return found;
 }
 
 inline Doubles first_doubles(Floats values) { return Doubles{values[0], values[1]}; }

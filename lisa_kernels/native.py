@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lisa_kernels.errors import InputError
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 FILE_NAME = "liblisa_kernels.dylib" if sys.platform == "darwin" else "liblisa_kernels.so"
 INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -38,6 +38,8 @@ _SIGNATURES: dict[str, list[object]] = {
     "grad_norm": [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32],
     "quantize_blockwise": [*[c_void_p] * 3, c_int64, c_int64, c_int32, c_int32, c_uint64, c_int32, c_int32],
     "dequantize_blockwise": [*[c_void_p] * 3, c_int64, c_int64, *[c_int32] * 3],
+    "quantize_resting": [*[c_void_p] * 3, c_int64, *[c_int32] * 4],
+    "dequantize_resting": [*[c_void_p] * 3, c_int64, *[c_int32] * 4],
     "fold": [*[c_void_p] * 3, c_int64, c_int64, c_float, c_uint64, *[c_int32] * 4],
     # Of csrc/managed.h; the last two arguments take the words of an error.
     "managed_open": [c_char_p, c_int32, c_void_p, c_char_p, c_int64],

@@ -10,7 +10,16 @@ from lisa_kernels import native
 from lisa_kernels.ops.library import triton_present
 
 # Operations with kernels of their own, in C++ for CPUs and in Triton for GPUs …
-KERNEL_OPS = ("quantize_blockwise", "dequantize_blockwise", "adamw8_", "adamw32_", "grad_norm", "fold_")
+KERNEL_OPS = (
+    "quantize_blockwise",
+    "dequantize_blockwise",
+    "adamw8_",
+    "adamw32_",
+    "grad_norm",
+    "fold_",
+    "quantize_resting",
+    "dequantize_resting_",
+)
 # … with kernels of their own on CPUs only, numbers and not tensors being their work …
 CPU_OPS = ("step_inputs",)
 # … that are torch's matrix products on CPUs and Triton's on GPUs …

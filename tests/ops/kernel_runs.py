@@ -24,7 +24,7 @@ from torch import Tensor
 from lisa_kernels.ops.tiles import COLUMNS, WARP, Launch, warp_size
 
 # The modules with kernels, each after those that it imports from.
-MODULES = ("tiles", "blockwise8", "adamw8", "fold", "grad_norm", "project")
+MODULES = ("tiles", "blockwise8", "adamw8", "fold", "grad_norm", "project", "resting")
 # Bytes before and behind a tensor that nothing may change; of all bits set, which as a float is NaN.
 MARGIN = 256
 POISON = 0xFF

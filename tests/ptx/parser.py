@@ -70,7 +70,9 @@ def parse(ptx: str) -> Module:
     if len(entries) != 1:
         raise PtxError(f"a PTX text with one kernel is wanted, this one has {len(entries)}")
     name, parameters, directives, body = entries[0].groups()
-    if re.search(r"\.local\s", body):
+    # One that no instruction names is left over from what the compiler did before.
+    stacks = re.findall(r"\.local\s[^;]*?([\w$]+)\[", body)
+    if any(len(re.findall(rf"(?<![\w$]){re.escape(stack)}(?![\w$])", body)) > 1 for stack in stacks):
         raise PtxError(f"kernel {name} keeps arrays in local memory, which the emulator does not have")
     target = re.search(r"\.target\s+(\w+)", ptx)
     threads = re.search(r"\.reqntid\s+(\d+)", directives)
@@ -143,7 +145,7 @@ class _BodyReader:
         if declaration := re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text, re.S):
             for name in declaration.group(2).split(","):
                 self._declare(name.strip(), declaration.group(1))
-        elif text and not text.startswith((".shared", ".pragma")):
+        elif text and not text.startswith((".shared", ".local", ".pragma")):
             self.instructions.append(_instruction(self._renamed(text), location))
 
     def _declare(self, name: str, kind: str) -> None:

@@ -68,11 +68,22 @@ def test_shared_symbols_lie_behind_each_other_and_the_open_one_last() -> None:
     assert module.static_shared_bytes == 32
 
 
+def test_a_stack_that_nothing_names_is_no_stack() -> None:
+    text = assemble("", 1).ptx
+    assert (
+        parse(text.replace("\tret;", "\t.local .align 4 .b8 depot[8];\n\tret;")).instructions
+        == parse(text).instructions
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda text: text.replace(".entry", ".func"), "one kernel"),
-        (lambda text: text.replace("\tret;", "\t.local .align 4 .b8 depot[8];\n\tret;"), "local memory"),
+        (
+            lambda text: text.replace("\tret;", "\t.local .align 4 .b8 depot[8];\n\tmov.b64 %rd1, depot;\n\tret;"),
+            "local memory",
+        ),
         (lambda text: text.replace("\tret;", "here: ret;\nhere: ret;"), "defined twice"),
     ],
     ids=["no kernel", "stack", "label twice"],

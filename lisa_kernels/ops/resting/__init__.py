@@ -1,0 +1,94 @@
+"""Weights at rest in 8 or 4 bits: contract, checks and `torch.library` schema.
+
+`kind="int8"` takes 1.0625 bytes for a weight, `kind="nf4"` 0.5625, absmax included; `reference` has the formulas. Codes
+are uint8 whatever they mean: what shares tensors out among processes leaves bytes alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.ops.library import triton_kernel, triton_present
+from lisa_kernels.ops.resting import cpu_kernel, reference
+
+KINDS = ("int8", "nf4")
+BLOCK = reference.BLOCK
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def code_count(elements: int, kind: str) -> int:
+    """Return how many bytes the codes of that many weights take."""
+    return elements if kind == "int8" else -(-elements // 2)
+
+
+def block_count(elements: int) -> int:
+    """Return how many blocks hold that many weights."""
+    return -(-elements // BLOCK)
+
+
+@torch.library.custom_op("lisa_kernels::quantize_resting", mutates_args=())
+def _quantize(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return reference.quantize_int8(values) if kind == "int8" else reference.quantize_nf4(values)
+
+
+@_quantize.register_fake
+def _(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    codes = values.new_empty((code_count(values.numel(), kind),), dtype=torch.uint8)
+    return codes, values.new_empty((block_count(values.numel()),), dtype=torch.float32)
+
+
+@torch.library.custom_op("lisa_kernels::dequantize_resting_", mutates_args=("out",))
+def _dequantize(out: Tensor, codes: Tensor, absmax: Tensor, kind: str) -> None:
+    decode = reference.dequantize_int8 if kind == "int8" else reference.dequantize_nf4
+    out.copy_(decode(codes, absmax, out.numel()))
+
+
+@_dequantize.register_fake
+def _(out: Tensor, codes: Tensor, absmax: Tensor, kind: str) -> None:
+    return None
+
+
+cpu_kernel.register(_quantize, _dequantize)
+if triton_present():
+    _TRITON = "lisa_kernels.ops.resting.triton_kernel"
+    _quantize.register_kernel("cuda", triton_kernel(_TRITON, "quantize"))
+    _dequantize.register_kernel("cuda", triton_kernel(_TRITON, "dequantize_"))
+
+
+def quantize_resting(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Encode a weight in 8 or 4 bits, to nearest.
+
+    weight: float32, bfloat16 or float16, any shape, contiguous, finite. kind: "int8" or "nf4". Returns codes uint8 [n]
+    or [ceil(n / 2)], and absmax float32 [ceil(n / 64)], n being the number of elements.
+    """
+    if kind not in KINDS:
+        raise unknown_name("kind", kind, KINDS)
+    if weight.dtype not in DTYPES or not weight.is_contiguous():
+        given = f"{weight.dtype}{'' if weight.is_contiguous() else ', not contiguous'}"
+        raise InputError(f"the weight is {given}; float32, bfloat16 or float16, contiguous, is wanted.")
+    codes, absmax = _quantize(weight.view(-1), kind)
+    return codes, absmax
+
+
+def dequantize_resting_(out: Tensor, codes: Tensor, absmax: Tensor, kind: str) -> Tensor:
+    """Decode what `quantize_resting` wrote into `out`, each weight rounded to nearest; returns `out`.
+
+    out: float32, bfloat16 or float16, any shape, contiguous, mutated. codes, absmax: those of as many elements, or the
+    part of them for some rows of a weight whose rows are whole blocks.
+    """
+    if kind not in KINDS:
+        raise unknown_name("kind", kind, KINDS)
+    if out.dtype not in DTYPES or not out.is_contiguous():
+        given = f"{out.dtype}{'' if out.is_contiguous() else ', not contiguous'}"
+        raise InputError(f"out is {given}; float32, bfloat16 or float16, contiguous, is wanted.")
+    n = out.numel()
+    wanted = [(code_count(n, kind),), (block_count(n),)]
+    if codes.dtype != torch.uint8 or absmax.dtype != torch.float32 or [codes.shape, absmax.shape] != wanted:
+        raise InputError(
+            f"codes are {codes.dtype} {list(codes.shape)} and absmax {absmax.dtype} {list(absmax.shape)}; {n} weights "
+            f"in {kind} need uint8 [{wanted[0][0]}] and float32 [{wanted[1][0]}]."
+        )
+    _dequantize(out.view(-1), codes.contiguous(), absmax.contiguous(), kind)
+    return out

@@ -1,0 +1,128 @@
+"""The compiled kernels of weights at rest give the definition's bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lisa_kernels.ops.resting import KINDS, block_count, code_count, reference
+
+from .kernel_checks import BF16, EXTREMES, FP16, FP32, assert_equal_bits, elements_of, normal
+from .kernel_runs import MACHINES, Machine, Poisoned, edited_kernels
+
+SIZES = (1, 63, 64, 65, 2048, 4097)
+OF_KIND = pytest.mark.parametrize("kind", KINDS)
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32", "bfloat16", "float16"])
+
+
+@pytest.fixture(params=MACHINES, ids=str)
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """An emulated capability, and the GPU where there is one."""
+    found: Machine = request.param
+    return found
+
+
+def defined(values: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, absmax and the weights that these stand for."""
+    if kind == "int8":
+        codes, absmax = reference.quantize_int8(values)
+        return codes, absmax, reference.dequantize_int8(codes, absmax, values.numel()).to(values.dtype)
+    codes, absmax = reference.quantize_nf4(values)
+    return codes, absmax, reference.dequantize_nf4(codes, absmax, values.numel()).to(values.dtype)
+
+
+def check(machine: Machine, values: Tensor, kind: str, shift: int = 0) -> None:
+    memory, kernels = Poisoned(machine.device, shift), machine.module("resting")
+    expected = defined(values, kind)
+    [there] = memory.place([values])
+    codes, absmax, decoded = (memory.empty(tensor) for tensor in expected)
+    machine.run(
+        [
+            kernels.quantize_launch(there, codes, absmax, kind, machine.warp),
+            kernels.dequantize_launch(codes, absmax, decoded, kind, machine.warp),
+        ]
+    )
+    for ours, wanted, what in zip((codes, absmax, decoded), expected, ("codes", "absmax", "weights")):
+        assert_equal_bits(ours, wanted, what)
+    memory.assert_untouched()
+
+
+@OF_KIND
+@DTYPES
+@pytest.mark.parametrize("n", SIZES)
+def test_kernels_equal_the_definition_at_every_size(machine: Machine, n: int, dtype: torch.dtype, kind: str) -> None:
+    check(machine, normal(n, n, dtype), kind)
+
+
+@OF_KIND
+def test_kernels_take_views_that_begin_anywhere(machine: Machine, kind: str) -> None:
+    check(machine, normal(4096, 1, BF16), kind, shift=1)
+
+
+@OF_KIND
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_kernels_equal_the_definition_on_extreme_values(machine: Machine, extreme: str, kind: str) -> None:
+    check(machine, EXTREMES[extreme], kind)
+
+
+@OF_KIND
+def test_every_code_means_what_the_definition_says(machine: Machine, kind: str) -> None:
+    """Each byte at each place of a block, as three dtypes have it."""
+    for dtype in (FP32, BF16, FP16):
+        codes = torch.arange(256).to(torch.uint8)
+        n = 256 if kind == "int8" else 512
+        absmax = torch.rand(block_count(n), generator=torch.Generator().manual_seed(0)) * 3
+        decode = reference.dequantize_int8 if kind == "int8" else reference.dequantize_nf4
+        memory, kernels = Poisoned(machine.device), machine.module("resting")
+        [there], [scale] = memory.place([codes]), memory.place([absmax])
+        values = memory.empty(torch.zeros(n, dtype=dtype))
+        machine.run([kernels.dequantize_launch(there, scale, values, kind, machine.warp)])
+        assert_equal_bits(values, decode(codes, absmax, n).to(dtype), "weights")
+
+
+@OF_KIND
+def test_errors_of_approximate_instructions_do_not_reach_codes(kind: str) -> None:
+    check(Machine(90, fuzz=2), normal(4096, 1), kind)
+
+
+@OF_KIND
+def test_kernels_work_far_into_a_tensor(kind: str) -> None:
+    """Only the programs around element 2³² run, on pointers that lie that far before what is there."""
+    machine, n, start = Machine(90), 8192, 2**32 - 4096
+    kernels, values = machine.module("resting"), normal(n, 1, BF16)
+    expected = defined(values, kind)
+    codes, absmax, decoded = (torch.empty_like(tensor) for tensor in expected)
+    before = {"codes": code_count(start, kind), "absmax": 4 * block_count(start), "values": 2 * start}
+    for launch in (
+        kernels.quantize_launch(values, codes, absmax, kind),
+        kernels.dequantize_launch(codes, absmax, decoded, kind),
+    ):
+        first = start // elements_of(launch)
+        launch = replace(launch, arguments={**launch.arguments, "count": start + n})
+        machine.run([launch], displaced=before, only=range(first, first + launch.programs))
+    for ours, wanted, what in zip((codes, absmax, decoded), expected, ("codes", "absmax", "weights")):
+        assert_equal_bits(ours, wanted, what)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind"),
+    [
+        ("(first << 4) | second", "(second << 4) | first", "nf4"),
+        ("first = scaled > ", "first = scaled >= ", "nf4"),
+        ("1.5 * 2.0**23", "1.5 * 2.0**23 + 1", "int8"),
+        ("0.007874015718698502", "0.007874017", "int8"),
+        ("tl.where(first, LEVEL[13], LEVEL[12])", "tl.where(first, LEVEL[12], LEVEL[13])", "nf4"),
+    ],
+    ids=["halves swapped", "ties up", "rounding", "scale", "levels swapped"],
+)
+def test_a_defect_in_a_kernel_is_found(
+    old: str, new: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = edited_kernels("resting", old, new, tmp_path, monkeypatch)
+    ties = torch.tensor([*reference.MIDDLES, 1.0]).repeat(64)
+    with pytest.raises(AssertionError, match="differ in their bits"):
+        check(machine, torch.cat([normal(4096, 1), ties]), kind)
