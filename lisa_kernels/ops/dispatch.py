@@ -25,7 +25,14 @@ CPU_OPS = ("step_inputs",)
 # … that are torch's matrix products on CPUs and Triton's on GPUs …
 PRODUCT_OPS = ("project",)
 # … and that are torch's everywhere.
-TORCH_OPS = ("linear", "lowrank_linear", "lowrank_embedding", "linear_cross_entropy", "segment_attention")
+TORCH_OPS = (
+    "linear",
+    "lowrank_linear",
+    "resting_linear",
+    "lowrank_embedding",
+    "linear_cross_entropy",
+    "segment_attention",
+)
 
 
 class KernelChoice(NamedTuple):

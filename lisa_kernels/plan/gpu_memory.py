@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lisa_kernels.ops.adamw8
 import lisa_kernels.ops.grad_norm  # noqa: F401  (both define operations that are named here)
-from lisa_kernels.ops import lowrank_embedding, lowrank_linear
+from lisa_kernels.ops import lowrank_embedding, lowrank_linear, resting_linear
 from lisa_kernels.ops.lowrank_embedding.reference import band_width
 from lisa_kernels.plan.stand_ins import META
 
@@ -42,7 +42,9 @@ class GpuMemory:
     """
 
     workspace_bytes: int
-    definitions: ClassVar = {**lowrank_linear.DEFINITIONS, **lowrank_embedding.DEFINITIONS}
+    definitions: ClassVar = {
+        **lowrank_linear.DEFINITIONS, **lowrank_embedding.DEFINITIONS, **resting_linear.DEFINITIONS
+    }  # fmt: skip
 
     @classmethod
     def here(cls) -> GpuMemory:

@@ -1,0 +1,161 @@
+"""A linear layer whose weight rests in 8 or 4 bits, with or without a low-rank slot: contract, autograd and schema.
+
+    y = x Ŵᵀ + b + s · (x Pᵀ) B          Ŵ [m, n]: what the codes mean, in x's dtype
+    dX = dY Ŵ + s · dY Bᵀ P,  dB = s · (x Pᵀ)ᵀ dY
+
+The weight is decoded in the forward and once more in the backward, and is gone at the end of each: what is kept are the
+codes, which nobody changes, and x Pᵀ. So one matrix in 16 bits exists at a time, whatever the depth of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisa_kernels.ops.autocast import autocast_dtype, no_autocast
+from lisa_kernels.ops.lowrank_linear import reference
+from lisa_kernels.ops.lowrank_linear.capture import Choose, bias_gradient, gradients
+from lisa_kernels.ops.resting import dequantize_resting_
+
+__all__ = ["DEFINITIONS", "capture_resting_linear", "resting_linear"]
+
+
+def _woken(like: Tensor, codes: Tensor, absmax: Tensor, kind: str, m: int, n: int) -> Tensor:
+    return dequantize_resting_(like.new_empty((m, n)), codes, absmax, kind)
+
+
+def _forward_definition(
+    x: Tensor, codes: Tensor, absmax: Tensor, kind: str, m: int, bias: Tensor | None, slot: Tensor | None,
+    basis: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with no_autocast(x.device.type):
+        weight = _woken(x, codes, absmax, kind, m, x.shape[-1])
+        if slot is None or basis is None:
+            return reference.linear(x, weight, bias), x.new_empty((0,))
+        return reference.forward(x, weight, bias, slot, basis, scale, False)
+
+
+_resting_linear = torch.library.custom_op("lisa_kernels::resting_linear", _forward_definition, mutates_args=())
+
+
+@_resting_linear.register_fake
+def _(
+    x: Tensor, codes: Tensor, absmax: Tensor, kind: str, m: int, bias: Tensor | None, slot: Tensor | None,
+    basis: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kept = (0,) if basis is None else (*x.shape[:-1], basis.shape[0])
+    return x.new_empty((*x.shape[:-1], m)), x.new_empty(kept)
+
+
+def _backward_definition(
+    dy: Tensor, codes: Tensor, absmax: Tensor, kind: str, n: int, projected: Tensor, slot: Tensor | None,
+    basis: Tensor | None, scale: float, needs_dx: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with no_autocast(dy.device.type):
+        nothing = dy.new_empty((0,))
+        dslot = nothing if slot is None else reference.slot_gradient(dy, projected, scale)
+        if not needs_dx:
+            return nothing.clone(), dslot
+        through = None if slot is None else reference.through(dy, slot)
+        weight = _woken(dy, codes, absmax, kind, dy.shape[-1], n)
+        return reference.input_gradient(dy, weight, through, basis, scale), dslot
+
+
+_resting_linear_backward = torch.library.custom_op(
+    "lisa_kernels::resting_linear_backward", _backward_definition, mutates_args=()
+)
+
+
+@_resting_linear_backward.register_fake
+def _(
+    dy: Tensor, codes: Tensor, absmax: Tensor, kind: str, n: int, projected: Tensor, slot: Tensor | None,
+    basis: Tensor | None, scale: float, needs_dx: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dslot = dy.new_empty((0,)) if slot is None else dy.new_empty(tuple(slot.shape), dtype=torch.float32)
+    return dy.new_empty((*dy.shape[:-1], n) if needs_dx else (0,)), dslot
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, codes, absmax, kind, _, bias, slot, basis, scale = inputs
+    ctx.save_for_backward(codes, absmax, output[1], slot, basis)
+    ctx.kind, ctx.columns, ctx.scale = kind, x.shape[-1], scale
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    codes, absmax, projected, slot, basis = ctx.saved_tensors
+    needs_dx, needs_bias, needs_slot = (ctx.needs_input_grad[place] for place in (0, 5, 6))
+    dx, dslot = _resting_linear_backward(
+        dy, codes, absmax, ctx.kind, ctx.columns, projected, slot, basis, ctx.scale, needs_dx
+    )  # fmt: skip
+    dbias = bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
+    return (dx if needs_dx else None), None, None, None, None, dbias, (dslot if needs_slot else None), None, None
+
+
+_resting_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
+        return (x, *others)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
+
+
+def resting_linear(
+    x: Tensor, codes: Tensor, absmax: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor | None = None,
+    basis: Tensor | None = None, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Return y = x Ŵᵀ + b + s · (x Pᵀ) B with gradients for x, the bias and the slot B.
+
+    x: [..., n]; codes and absmax: of a weight [rows, n], see `quantize_resting`; slot B: float32 [r, rows] with a basis
+    P [r, n], or neither. Keeps x Pᵀ for the backward, and nothing of the weight.
+    """
+    x_, bias_, basis_ = _autocast(x, bias, basis)
+    y, _ = _resting_linear(x_, codes, absmax, kind, rows, bias_, slot, basis_, scale)
+    return y  # type: ignore[no-any-return]
+
+
+class _CaptureRestingLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor,
+        choose: Choose,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, codes, absmax)
+        ctx.kind, ctx.choose = kind, choose
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return reference.linear(x, _woken(x, codes, absmax, kind, rows, x.shape[-1]), bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, codes, absmax = ctx.saved_tensors
+        needs_dx, needs_bias, needs_slot = (ctx.needs_input_grad[place] for place in (0, 5, 6))
+        weight = _woken(x, codes, absmax, ctx.kind, dy.shape[-1], x.shape[-1])
+        dx, dslot = gradients(dy, x, weight, ctx.choose, needs_dx, needs_slot)
+        dbias = bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
+        return dx, None, None, None, None, dbias, dslot, None
+
+
+def capture_resting_linear(
+    x: Tensor, codes: Tensor, absmax: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor, choose: Choose
+) -> Tensor:  # fmt: skip
+    """Return y = x Ŵᵀ + b; the backward asks `choose(dY, x)` for a basis P [r, n] and gives dB = P Gᵀ for G = dYᵀ x.
+
+    x: [tokens, n]; the slot B must be zero.
+    """
+    x_, bias_ = _autocast(x, bias)
+    y: Tensor = _CaptureRestingLinear.apply(x_, codes, absmax, kind, rows, bias_, slot, choose)  # type: ignore[no-untyped-call]
+    return y
+
+
+# What these operations are made of: for a plan, to which they are one each otherwise, with nothing inside.
+DEFINITIONS = {
+    torch.ops.lisa_kernels.resting_linear.default: _forward_definition,
+    torch.ops.lisa_kernels.resting_linear_backward.default: _backward_definition,
+}
