@@ -217,6 +217,26 @@ def test_a_refresh_sees_the_heads_gradient_and_its_basis_is_used(
     torch.testing.assert_close(hidden.grad, plain.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_a_loss_without_gradients_asks_for_no_basis(device: torch.device) -> None:
+    """What is only evaluated has no say in what trains; and none of a gradient's products is made."""
+    labels, hidden = labels_of(False).to(device), normal(ROWS, N).to(device).requires_grad_()
+    found = head_of("low-rank")
+    assert found.slot is not None
+    assert found.basis is not None
+    slot = found.slot.detach().to(device).requires_grad_()
+    head = Head(found.weight.to(device), None, slot, found.basis.to(device), slot_is_zero=True)
+
+    def refresh(gradient: HeadGradient) -> Tensor:
+        raise AssertionError("a basis was asked for")
+
+    wanted = linear_cross_entropy(hidden, head, labels)
+    with pytest.raises(AssertionError, match="asked for"):
+        linear_cross_entropy(hidden, head, labels, refresh=refresh)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        assert linear_cross_entropy(hidden, head, labels, refresh=refresh).equal(wanted.detach())
+    assert counted.get_total_flops() == 2 * ROWS * N * VOCABULARY
+
+
 @pytest.mark.parametrize("kind", ["full", "low-rank"])
 def test_under_autocast_products_are_16_bit_and_gradients_their_parameters_own(kind: str, device: torch.device) -> None:
     """Loss and gradients are those of torch's autocast to bfloat16's rounding; a float32 weight keeps its dtype."""

@@ -191,6 +191,17 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(method: st
         assert summary(tmp_path / "run")[name] == before[name]
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(text: Path, tmp_path: Path) -> None:
+    """The loss before training is known then and not computed again: it has no say in what is trained."""
+    argv = arguments(text, tmp_path / "run", method="owlore")
+    assert main(argv) == 0
+    weights = _weights(tmp_path / "run")
+    for name in ("model.safetensors", "summary.json"):
+        (tmp_path / "run" / name).unlink()
+    assert main([*argv, "--resume"]) == 0
+    assert all(torch.equal(weights[name], tensor) for name, tensor in _weights(tmp_path / "run").items())
+
+
 def test_a_second_ctrl_c_stops_at_once(text: Path, tmp_path: Path) -> None:
     from lisa_kernels.train.trainer import StopOnInterrupt
 

@@ -67,9 +67,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor | None, head: Head, labels: Tensor,
-        chunk_rows: int, refresh: Refresh | None,
+        chunk_rows: int, refresh: Refresh | None, graded: bool,
     ) -> Tensor:  # fmt: skip
-        needs_rows, needs_weight, needs_bias, needs_slot, *_ = ctx.needs_input_grad
+        # Which says what requires a gradient where gradients are off, too.
+        needs_rows, needs_weight, needs_bias, needs_slot, *_ = (graded and each for each in ctx.needs_input_grad)
         # Under autocast the weight is narrowed here, once, and its gradient is in its own dtype all the same.
         head = head._replace(weight=weight.to(rows.dtype))
         hidden = torch.empty_like(rows) if needs_rows else None
@@ -105,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dweight = gradient.whole(dloss, weight_dtype)
         drows = None if hidden is None else (hidden * dloss).to(hidden.dtype)
         dbias = None if dbias is None else (dbias * dloss).to(bias_dtype)
-        return drows, dweight, dbias, (None if dslot is None else dslot * dloss), None, None, None, None
+        return drows, dweight, dbias, (None if dslot is None else dslot * dloss), *[None] * 5
 
 
 # What autograd calls the node of this loss.
@@ -123,7 +124,8 @@ def linear_cross_entropy(
     before it; elsewhere they go through it, for to drop them the host would have to wait. Gradients: hidden, and of the
     head's weight, bias and slot those that require one. `refresh`: is given products with the head's gradient before
     the slot's is formed and returns the basis P [r, n] of that; the slot must then be zero. Divide by the number of
-    labels that count for the mean. Runs uncompiled in a compiled model.
+    labels that count for the mean. Where gradients are off none is formed and no basis is asked for. Runs uncompiled
+    in a compiled model.
     """
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != head.weight.shape[1]:
         raise InputError(
@@ -137,6 +139,6 @@ def linear_cross_entropy(
     rows = rows.to(autocast_dtype(rows.device.type) or rows.dtype)
     with no_autocast(rows.device.type):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            rows, head.weight, head.bias, head.slot, head, flat, chunk_rows, refresh
+            rows, head.weight, head.bias, head.slot, head, flat, chunk_rows, refresh, torch.is_grad_enabled()
         )
     return loss
