@@ -36,10 +36,14 @@ def agree_on_name(store: Any, rank: int, count: int) -> str:
         return _hear(store, rank, end)
     name = uuid.uuid4().hex
     store.set(BEGINS, name)
+    words = {}
     for other in range(1, count):
         while (said := _read(store, f"{COMES}/{other}").split())[:1] != [name]:
             _wait(end, f"rank {other}")
-        store.set(f"{GOES}/{name}/{other}", said[1])
+        words[other] = said[1]
+    # All at once: who has its word back waits for no one that may take long to come.
+    for other, word in words.items():
+        store.set(f"{GOES}/{name}/{other}", word)
     return name
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from lisa_kernels.distributed.connections import ending_when_unheard
 from lisa_kernels.distributed.digests import digests
@@ -18,6 +20,8 @@ from lisa_kernels.distributed.meeting import find_store
 from lisa_kernels.errors import InputError
 
 T = TypeVar("T")
+# How long ranks that have all come wait for each other's addresses: of one that died since nothing ends by itself.
+SET_UP_SECONDS = 25.0
 # In what gloo says of a connection.
 TRANSPORT = "gloo/transport"
 
@@ -41,8 +45,16 @@ class Ranks:
         # Of our own: words for others never come between.
         members = dist.get_process_group_ranks(group)
         self._whole = len(members) == dist.get_world_size()
+        patience = default_pg_timeout
         with ending_when_unheard(), _heard():
-            self._between_cpus = dist.new_group(members, backend="gloo", use_local_synchronization=not self._whole)
+            if carries("cpu", group):
+                # Where one is gone its connections end this; and then all of them have come.
+                dist.all_reduce(torch.zeros(1), group=group)
+                patience = timedelta(seconds=SET_UP_SECONDS)
+            self._between_cpus = dist.new_group(
+                members, backend="gloo", use_local_synchronization=not self._whole, timeout=patience
+            )
+        _wait_for_work(self._between_cpus)
 
     def close(self) -> None:
         """Give up the group that words travel in."""
@@ -53,8 +65,8 @@ class Ranks:
 
     def check_carries(self, device: torch.device) -> None:
         """Raise InputError unless the group's tensors can be of this device."""
-        config = dist.get_backend_config(self.group)
-        if f"{device.type}:" not in config:
+        if not carries(device.type, self.group):
+            config = dist.get_backend_config(self.group)
             raise InputError(
                 f"the model is on {device} and the process group carries other tensors ({config}); make it with "
                 f'init_process_group() without a backend, or with backend="{_usual(device)}".'
@@ -150,6 +162,16 @@ class Ranks:
             )
 
 
+def carries(device_type: str, group: dist.ProcessGroup) -> bool:
+    """Return whether a group's tensors can be on devices of this type."""
+    return f"{device_type}:" in dist.get_backend_config(group)
+
+
+def _wait_for_work(group: dist.ProcessGroup | None = None) -> None:
+    """Have a group that is made, or the default one, wait as long as torch's do: others' work takes what it takes."""
+    dist.distributed_c10d._set_pg_timeout(default_pg_timeout, group)
+
+
 @contextmanager
 def _heard() -> Iterator[None]:
     """Raise LostRankError where a collective within fails, as it does on all that wait for a process that is gone."""
@@ -185,8 +207,10 @@ def _lost(error: RuntimeError) -> LostRankError:
 def join(launch: Launch) -> Ranks:
     """Make the group of the processes that a launcher has started; for a model on a CPU or on GPUs."""
     if not dist.is_initialized():
+        store, patience = find_store(launch), timedelta(seconds=SET_UP_SECONDS)
         with ending_when_unheard(), _heard():
-            dist.init_process_group(store=find_store(launch), rank=launch.rank, world_size=launch.count)
+            dist.init_process_group(store=store, rank=launch.rank, world_size=launch.count, timeout=patience)
+        _wait_for_work()
     group = dist.group.WORLD
     assert group is not None
     return Ranks(group)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from distributed.ranks import on_ranks
 from lisa_kernels import InputError
 from lisa_kernels.distributed import LostRankError, Ranks, on_first, ranks_of
+from lisa_kernels.distributed import ranks as ranks_module
 
 
 def said(attempt: Callable[[], Any]) -> str:
@@ -126,6 +127,42 @@ def test_who_outlives_another_says_so_and_ends(place: str) -> None:
     assert "onnection" in sentence
     assert "\n" not in sentence
     assert seconds < 30
+
+
+def outlives_setting_up(rank: int, place: str) -> tuple[str, float]:
+    """Return what rank 0 says, and when, after rank 1 was killed while they were made ranks."""
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks_module, "SET_UP_SECONDS", 2.0)
+        if rank and place == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank:
+            patch.setattr(dist, "new_group", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(LostRankError) as caught:
+            ranks_of("auto")
+    return str(caught.value), time.monotonic() - began
+
+
+@pytest.mark.parametrize("place", ["before", "within"])
+def test_who_outlives_another_while_they_set_up_says_so_too(place: str) -> None:
+    """Where no connection is that could end, after a while."""
+    (sentence, seconds), _ = on_ranks(outlives_setting_up, place, lost=1)
+    assert sentence.startswith("another rank is gone, or cannot be reached (")
+    assert "\n" not in sentence
+    assert seconds < 10
+
+
+def patience(rank: int) -> list[float]:
+    """Return how long words wait for others, by the groups that they travel in."""
+    made = Ranks(dist.group.WORLD)
+    backends = [group._get_backend(torch.device("cpu")) for group in (dist.group.WORLD, made._between_cpus)]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def test_ranks_wait_for_each_others_work() -> None:
+    """The patience of setting up is not that of what comes after."""
+    for _, words in on_ranks(patience):
+        assert words == 1800.0
 
 
 def test_without_a_group_there_are_no_ranks() -> None:
