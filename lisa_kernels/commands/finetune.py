@@ -54,6 +54,11 @@ def add_command(commands: Any) -> None:
     add(
         "--device", default="auto", help="cpu, cuda, cuda:N, or auto: the first GPU where there is one; a run takes one"
     )
+    add(
+        "--shard",
+        action="store_true",
+        help="of several processes each holds a part of the weights (FSDP2); --resume goes on with any number",
+    )
     add("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
     add("--overwrite", action="store_true", help="replace the run in --output")
     add(

@@ -7,7 +7,9 @@ from lisa_kernels.distributed.fully_sharded import (
     gradients_at_home,
     is_unit,
     settle,
+    share_out,
     units_of,
+    whole_state,
 )
 from lisa_kernels.distributed.launcher import Launch, check_one_launched, read_launch, read_launcher
 from lisa_kernels.distributed.processes import Sharing, check_one_process, process_count
@@ -49,9 +51,11 @@ __all__ = [
     "read_state",
     "read_tensors",
     "settle",
+    "share_out",
     "together",
     "total_norm",
     "units_of",
     "whole",
+    "whole_state",
     "write_together",
 ]

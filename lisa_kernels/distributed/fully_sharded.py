@@ -7,7 +7,7 @@ parameters are the shards. Gradients of these are averaged by FSDP itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,32 @@ def units_of(model: nn.Module) -> list[FSDPModule]:
     """Return the modules whose weights travel together, the outermost first."""
     home = sys.modules.get("torch.distributed.fsdp")
     return [] if home is None else [module for module in model.modules() if isinstance(module, home.FSDPModule)]
+
+
+def share_out(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Give each rank of the default group its rows of every weight, block by block, to compute on `device`.
+
+    All ranks call it, with the same weights; wherever these are, no more than a block's are whole on the device.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # What is no parameter stays on each rank whole.
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state of a model whose rows ranks share, whole and in host memory, on rank 0; {} on the others."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    at_rest(model)
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
 
 
 def is_unit(module: nn.Module) -> bool:

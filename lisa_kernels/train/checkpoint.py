@@ -18,6 +18,9 @@ from torch import Tensor
 from lisa_kernels.errors import InputError
 from lisa_kernels.files import PARTIAL
 
+# In a checkpoint that ranks wrote together: their rows of the model and its optimizer's state. Beside its place they
+# have a longer name, until they are all there.
+SHARDS = "shards"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -86,8 +89,9 @@ def checkpoint_step(checkpoint: Path | None) -> int:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what an interrupted write left behind."""
-    for path in [*folder.glob(f".checkpoint-*{PARTIAL}"), *folder.glob(".checkpoint-*.old")]:
-        shutil.rmtree(path, ignore_errors=True)
+    for pattern in (f".checkpoint-*{PARTIAL}", ".checkpoint-*.old", f"checkpoint-*-{SHARDS}"):
+        for path in [*folder.glob(pattern)]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_checkpoint(path: Path) -> None:

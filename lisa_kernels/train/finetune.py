@@ -13,7 +13,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lisa_kernels.distributed import Ranks, join, on_first, others_heard, part, ranks_of, read_launch, together
+from lisa_kernels.distributed import (
+    Ranks,
+    at_rest,
+    join,
+    on_first,
+    others_heard,
+    part,
+    ranks_of,
+    read_launch,
+    together,
+    whole_state,
+)
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import (
     attends_by_segments,
@@ -48,6 +59,7 @@ from lisa_kernels.train.reporters import reporters
 from lisa_kernels.train.restart import LAUNCHERS, find_launchers, resumed_by_launcher
 from lisa_kernels.train.run_folder import start_run
 from lisa_kernels.train.run_lock import RunLock
+from lisa_kernels.train.sharded import check_disk
 from lisa_kernels.train.taken import Grounds, Taken, recorded_in
 from lisa_kernels.train.tokenize import TokenizedData
 
@@ -79,6 +91,19 @@ def _scores(model: Any, method: Method, data: TokenizedData, options: FineTuneOp
     device = next(model.parameters()).device
     calibration = [{name: value.to(device) for name, value in collate(batch, pad).items()} for batch in batches]
     return layer_scores(model, kind, calibration)
+
+
+def _agreed_scores(
+    model: Any, method: Method, data: TokenizedData, options: FineTuneOptions, pad: int, ranks: Ranks | None
+) -> list[float] | None:  # fmt: skip
+    """Return what rank 0 measures; where ranks share the weights out, what all of them measure on the same rows."""
+    if ranks is None or not options.shard:
+        return on_first(ranks, lambda: _scores(model, method, data, options, pad))
+    with ranks.together():
+        found = _scores(model, method, data, options, pad)
+    at_rest(model)
+    told: list[float] | None = ranks.tell(found)[0]
+    return told
 
 
 def _checksums(options: FineTuneOptions, train: TokenizedData, held_out: TokenizedData) -> dict[str, str]:
@@ -193,9 +218,7 @@ def _run(
         if options.offload_activations:
             offload_checkpoints(model)
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.
-    scores = (
-        facts["scores"] if "scores" in facts else on_first(ranks, lambda: _scores(model, method, train, options, pad))
-    )
+    scores = facts["scores"] if "scores" in facts else _agreed_scores(model, method, train, options, pad, ranks)
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
@@ -219,7 +242,9 @@ def _run(
         facts |= {"began": began, "dtype": run.dtype, "taken": dataclasses.asdict(taken)}
         facts[LAUNCHERS] = launchers
         on_first(ranks, lambda: _begin(options, facts, lock))
-    questions = held_out_questions(held_out, samples_for(model, options.samples))
+    if options.shard and ranks is not None:
+        check_disk(options, ranks)
+    questions = held_out_questions(held_out, 0 if options.shard else samples_for(model, options.samples))
     if writes:
         history.begin(_begin_facts(options, optimizer, arguments, run.plan), checkpoint_step(run.checkpoint))
         if not history.has("answers"):
@@ -240,12 +265,15 @@ def _run(
         return INTERRUPTED, {"checkpoint": str(where), "steps": steps}
     if not writes:
         # What is left is the work of rank 0, but for this rank's part of the held-out rows.
+        if options.shard:
+            whole_state(model)
         on_first(ranks, lambda: None)
         ornament("the held-out loss", lambda: held_out_loss(model, loader, optimizer, ranks), console)
         return 0, {}
     peak, memory, excess = meter.peak_bytes(), meter.describe(run.planned_bytes), meter.warning(run.planned_bytes)
     # What was trained is safe before anything that may fail is tried.
-    on_first(ranks, lambda: save_weights(trainer, options.output, console))
+    state = whole_state(model) if options.shard else None
+    on_first(ranks, lambda: save_weights(trainer, options.output, console, state))
     loss_after = ornament(
         "the held-out loss after training", lambda: _finite(held_out_loss(model, loader, optimizer, ranks)), console
     )

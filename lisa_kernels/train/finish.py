@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,19 @@ from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.run_folder import ADAPTER_FOLDER, SUMMARY_FILE, save_final_model, write_json
 
 
-def save_weights(trainer: Any, folder: Path, console: Console) -> None:
+def save_weights(trainer: Any, folder: Path, console: Console, state: Mapping[str, Any] | None = None) -> None:
     """Write what was trained, with configuration and tokenizer; the model stays attached.
 
-    Where the folder takes it no more (a disk that others have filled) it goes to a new one for temporary files,
-    with a sentence.
+    state: the model's, where it holds a part of it only. Where the folder takes it no more (a disk that others have
+    filled) it goes to a new one for temporary files, with a sentence.
     """
     config = trainer.model.config
     training, config.use_cache = config.use_cache, True
     try:
-        save_final_model(trainer.model, trainer.processing_class, folder)
+        save_final_model(trainer.model, trainer.processing_class, folder, state)
     except (OSError, SafetensorError) as error:
         refuge = Path(tempfile.mkdtemp(prefix="lisa-kernels-"))
-        save_final_model(trainer.model, trainer.processing_class, refuge)
+        save_final_model(trainer.model, trainer.processing_class, refuge, state)
         console.print(
             f"warning: {folder} did not take the model ({error}); it is in {refuge}: move it from there.",
             style="yellow", highlight=False, markup=False, soft_wrap=True,

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lisa_kernels.distributed.shards import local
 from lisa_kernels.layers import SlotModule
 from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.train.history_file import HistoryFile
@@ -86,9 +87,9 @@ def held_bytes(model: nn.Module, optimizer: SampledAdamW) -> dict[str, int]:
     states: list[Any] = list(optimizer.state.values())
     groups: dict[str, Iterable[Any]] = {
         "bases": [tensor for layer in layers for tensor in (layer.slot, layer.basis, layer.remainder)],
-        "weights": [*model.parameters(), *model.buffers()],
+        "weights": [*map(local, model.parameters()), *model.buffers()],
         "optimizer state": [tensor for state in states for tensor in state.values()],
-        "gradients": [param.grad for param in model.parameters()],
+        "gradients": [local(param.grad) for param in model.parameters() if param.grad is not None],
     }
     seen, totals = set[int](), dict[str, int]()
     for category, tensors in groups.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lisa_kernels.distributed import Ranks, on_first
 from lisa_kernels.errors import InputError
+from lisa_kernels.train.checkpoint import SHARDS
 
 # In the output folder of a machine that shares none.
 LENT = ".lent-"
@@ -33,6 +34,11 @@ def on_every_machine(checkpoint: Path | None, ranks: Ranks | None) -> Iterator[P
     if not any(lacking):
         yield checkpoint
         return
+    if on_first(ranks, lambda: (checkpoint / SHARDS).is_dir()):
+        raise InputError(
+            f"{checkpoint}, which ranks wrote together, is not on the disk of all that go on; start them where all see "
+            "one disk, or copy it to each machine."
+        )
     copy = checkpoint.with_name(f"{LENT}{checkpoint.name}")
     machine = lacking[ranks.rank]
     writes = machine is not None and lacking.index(machine) == ranks.rank

@@ -26,7 +26,7 @@ REPORTERS = {"none": None, "tensorboard": "tensorboard", "wandb": "wandb"}
 # What may differ between a run and its resumption.
 _FREE = (
     "output", "resume", "overwrite", "save_every", "report_to", "eval_every", "json", "max_checkpoints", "paging",
-    "offload_activations", "samples",
+    "offload_activations", "samples", "shard",
 )  # fmt: skip
 # Settings of methods that train some layers at a time, or fold into the weights.
 _OF_LAYERS_THAT_REST = ("active_layers", "period", "scores", "design", "retired_state", "master")
@@ -64,6 +64,7 @@ class FineTuneOptions:
     retired_state: str | None = None
     paging: str | None = None
     wire_dtype: str | None = None
+    shard: bool = False
     scores: str | None = None
     design: str | None = None
     lr: float | None = None

@@ -21,6 +21,7 @@ from lisa_kernels.train.recomputation import settle_recomputation
 from lisa_kernels.train.reporters import check_reporters
 from lisa_kernels.train.run_folder import open_run
 from lisa_kernels.train.save_rehearsal import rehearse_saving
+from lisa_kernels.train.sharded import check_shard
 from lisa_kernels.train.tokenize import TokenizedData
 
 
@@ -56,6 +57,10 @@ def prepare_run(
         # What a mistake may be in comes before what takes long.
         dtype = settled_dtype(options, facts, device)
         settled = dataclasses.replace(options, dtype=dtype)
+        if options.shard:
+            check_shard(settled, ranks)
+            # Of what ranks share no plan tells yet.
+            plan = None
         if ranks is not None:
             rows, times = share_of_rank(options.batch_size, options.accumulate, ranks.count)
             settled = dataclasses.replace(settled, batch_size=rows, accumulate=times)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lisa_kernels.distributed import at_rest, share_out
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import attend_by_segments
+from lisa_kernels.layers import attend_by_segments, find_blocks
 from lisa_kernels.train.chat import default_chat_template
 from lisa_kernels.train.configs import check_sequence_length, load_config
 from lisa_kernels.train.models import (
@@ -91,9 +92,14 @@ def load_model_for(
 ) -> tuple[Any, TokenizedData, TokenizedData]:  # fmt: skip
     """Return (model, on `device`; training rows, held-out rows); rows share examples where it keeps them apart.
 
-    Where it can, its attention takes the borders of examples, and batches have no padding: see `collate_flat`.
+    Where it can, its attention takes the borders of examples, and batches have no padding: see `collate_flat`. With
+    --shard all ranks call it, and each keeps its rows of the weights.
     """
-    model = load_model(options.model, parse_dtype(options.dtype, device), options.seed).to(device)
+    model = load_model(options.model, parse_dtype(options.dtype, device), options.seed)
+    if options.shard:
+        share_out(model, find_blocks(model)[1], device)
+    else:
+        model.to(device)
     pad_note = settle_pad_token(data.tokenizer, model)
     if pad_note is not None:
         console.print(f"note: {pad_note}", highlight=False, markup=False)
@@ -103,6 +109,8 @@ def load_model_for(
     check_token_ids(model, max(data.train.max_token_id, data.held_out.max_token_id))
     train, held_out = data.train, data.held_out
     by_segments = not data.is_text and attend_by_segments(model, longest_example([*train.rows, *held_out.rows]))
+    # Where forwards of a few tokens have found that out.
+    at_rest(model)
     if data.may_pack and (by_segments or isolates_packed_examples(model)):
         train, held_out = (packed(part, options.seq_len) for part in (train, held_out))
     console.print(describe_rows(train, held_out, options.seq_len, by_segments), highlight=False)

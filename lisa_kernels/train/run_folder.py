@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,10 +128,13 @@ def start_run(options: RunOptions, facts: dict[str, Any]) -> None:
     write_json(options.output / RUN_FILE, {"options": options.recorded(), **facts})
 
 
-def save_final_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model, configuration and tokenizer into `folder`, file by file from a whole copy written aside."""
+def save_final_model(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+    """Write model, configuration and tokenizer into `folder`, file by file from a whole copy written aside.
+
+    state: the model's, where it holds a part of it only.
+    """
     with written_whole(folder / "final") as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
     for path in sorted((folder / "final").iterdir()):
         target = folder / path.name

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from lisa_kernels.distributed.shards import local
 from lisa_kernels.errors import InputError
 from lisa_kernels.train.checkpoint import find_checkpoints
 from lisa_kernels.train.options import FineTuneOptions
@@ -31,7 +32,7 @@ def rehearse_saving(options: FineTuneOptions, model: Any, tokenizer: Any, consol
     with _made(options.output):
         with _told(options.output), tempfile.TemporaryDirectory(prefix=REHEARSAL, dir=options.output) as folder:
             # One element of each tensor: what shares memory still does.
-            thin = {name: value.detach().reshape(-1)[:1] for name, value in model.state_dict().items()}
+            thin = {name: local(value.detach()).reshape(-1)[:1] for name, value in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=thin, save_original_format=False)
             tokenizer.save_pretrained(folder)
         _check_space(options, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lisa_kernels.distributed import Ranks, check_one_process, on_first
+from lisa_kernels.distributed import Ranks, at_rest, check_one_process, is_unit, on_first
 from lisa_kernels.errors import InputError
 from lisa_kernels.files import written_whole
 from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.train.checkpoint import (
+    SHARDS,
     find_checkpoints,
     load_tree,
     random_state,
@@ -138,7 +140,9 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
     The loss of a model with float16 weights is scaled by a `GradScaler`. The optimizer undoes that in its step, which
     a gradient beyond float16 skips and counts; the scale is halved then.
 
-    ranks: with others, each rank takes a part of each step's rows, losses are those of all, and rank 0 writes.
+    ranks: with others, each rank takes a part of each step's rows, losses are those of all, and rank 0 writes. Of a
+    model whose rows they share (`fully_shard`) each writes its own into the folder's `SHARDS`, in the place of the
+    model's files; any number of ranks goes on from there, each with its rows or all.
     """
 
     _last_loss: Tensor | None = None
@@ -181,18 +185,27 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         randoms = None if self._ranks is None else self._ranks.tell(random_state(self.args.device))
-        on_first(self._ranks, lambda: self._write_checkpoint(randoms))
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        shards = None
+        if is_unit(self.model):
+            shards = target.with_name(f"{target.name}-{SHARDS}")
+            self._base_optimizer().save_shards(shards)
+        on_first(self._ranks, lambda: self._write_checkpoint(target, shards, randoms))
 
-    def _write_checkpoint(self, randoms: list[Any] | None) -> None:
-        run = Path(self.args.output_dir)
-        with written_whole(run / f"checkpoint-{self.state.global_step}") as folder:
-            self.model.save_pretrained(folder)
+    def _write_checkpoint(self, target: Path, shards: Path | None, randoms: list[Any] | None) -> None:
+        """Write what one rank knows into a new folder, and move what all of them have written there."""
+        run = target.parent
+        with written_whole(target) as folder:
+            if shards is None:
+                self.model.save_pretrained(folder)
+            else:
+                shards.rename(folder / SHARDS)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             scaler = getattr(self.accelerator, "scaler", None)
             save_tree(
                 {
-                    "optimizer": self._base_optimizer().state_dict(),
+                    "optimizer": self._base_optimizer().state_dict() if shards is None else None,
                     "scheduler": self.lr_scheduler.state_dict(),
                     "scaler": None if scaler is None else scaler.state_dict(),
                     "random": random_state(self.args.device),
@@ -239,11 +252,28 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None:
             return
         tree = load_tree(Path(checkpoint), TRAINING_STATE)
-        self._check_same(tree)
-        self._base_optimizer().load_state_dict(tree["optimizer"])
+        self._load_optimizer(Path(checkpoint), tree)
         self.lr_scheduler.load_state_dict(tree["scheduler"])
         if tree["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.scaler.load_state_dict(tree["scaler"])
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        if (Path(checkpoint) / SHARDS).is_dir():
+            # They come with the optimizer's.
+            return
+        if is_unit(self.model):
+            raise InputError(
+                f"{checkpoint} was written by processes that had all weights each; resume without --shard, or begin "
+                "another run with it."
+            )
+        super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_optimizer(self, checkpoint: Path, tree: dict[str, Any]) -> None:
+        if (checkpoint / SHARDS).is_dir():
+            self._base_optimizer().load_shards(checkpoint / SHARDS)
+            return
+        self._check_same(tree)
+        self._base_optimizer().load_state_dict(tree["optimizer"])
 
     def _check_same(self, tree: dict[str, Any]) -> None:
         """Raise InputError on all ranks unless they have read the same from their disks, the model's weights too."""
@@ -262,7 +292,7 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             return
         self._load_from_checkpoint(str(checkpoint))
-        self._base_optimizer().load_state_dict(load_tree(checkpoint, TRAINING_STATE)["optimizer"])
+        self._load_optimizer(checkpoint, load_tree(checkpoint, TRAINING_STATE))
         self.state = state
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -312,16 +342,34 @@ def held_out_loss(
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     with nullcontext() if optimizer is None else optimizer.evaluation_without_logits():
-        for number, batch in enumerate(loader):
-            if ranks is not None and number % ranks.count != ranks.rank:
-                continue
+        for batch, counts in _shared_out(loader, ranks):
             inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
             count = int((inputs["labels"][..., 1:] != -100).sum())
-            if count:
-                total += model(**inputs).loss.double().cpu() * count
+            if is_unit(model) or (counts and count):
+                # A forward of weights that ranks share is one of all of them.
+                loss = model(**inputs).loss
+            if counts and count:
+                total += loss.double().cpu() * count
                 tokens += count
     model.train(training)
+    at_rest(model)
     if ranks is not None:
         each = ranks.tell((float(total), tokens))
         return sum(part for part, _ in each) / max(1, sum(n for _, n in each)) if any(n for _, n in each) else math.nan
     return float(total) / tokens if tokens else float("nan")
+
+
+def _shared_out(loader: Iterable[Any], ranks: Ranks | None) -> Iterator[tuple[Any, bool]]:
+    """Yield this rank's batches of those that each of them has all, and whether one counts: all yield as many."""
+    if ranks is None:
+        yield from ((batch, True) for batch in loader)
+        return
+    number, batch, mine = -1, None, None
+    for number, batch in enumerate(loader):
+        if number % ranks.count == ranks.rank:
+            mine = batch
+        if number % ranks.count == ranks.count - 1:
+            yield mine, True
+            mine = None
+    if (number + 1) % ranks.count:
+        yield (batch, False) if mine is None else (mine, True)
