@@ -37,6 +37,9 @@ BFLOAT16_PRODUCT = 3 * BFLOAT16_ROUNDING
 
 # Two passes of Cholesky QR, the last product in float32: |QQᵀ − 1| is a modest multiple (here 50) of a rounding.
 ORTHONORMAL = 50 * FLOAT32_ROUNDING
+# Of directions that fill a basis up and nearly cancel what it has: they may come out shorter by a few thousandths, less
+# than a bfloat16's rounding changes a basis.
+FILLED_UP = 2.0**-8
 # What a first or refreshed basis keeps of the energy that the exact SVD of the same rank keeps.
 BASIS_ENERGY = 0.99
 # Transport back and forth through the bias corrections and one product of rank terms.

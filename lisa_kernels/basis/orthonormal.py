@@ -12,19 +12,24 @@ from torch import Tensor
 
 # Directions weaker than this come from the fill: it outweighs what rounding leaves where rows depend on each other.
 TRACE = 2.0**-17
-# On a Gram matrix with a unit diagonal: more than Cholesky's float64 rounding, far less than TRACE².
-RIDGE = 1e-14
+# Added to a Gram matrix of rows of up to unit length, whose rounding in float64 could else make it indefinite: fill
+# that happens to lie along the rows leaves directions far weaker than TRACE. After one pass these are far stronger than
+# the second ridge.
+RIDGE, SECOND_RIDGE = 1e-12, 1e-14
 # Each divides what is left of weaker directions by the ratio of squared singular values.
 LEADING_STEPS = 5
 # Newton-Schulz multiplies small singular values by 1.5 a step: 14 steps take 1/100 to 1.
 POLAR_STEPS = 14
 
 
-def whitened_rows(rows: Tensor) -> Tensor:
-    """Return [r, n] in the dtype of `rows` [r, n]: one pass, orthonormal to its rounding times their condition."""
+def whitened_rows(rows: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Return [r, n] in the dtype of `rows` [r, n]: one pass, orthonormal to its rounding times their condition.
+
+    Directions whose squared length is below the ridge come out shorter than 1.
+    """
     wide = rows.to(torch.float64)
     gram = wide @ wide.t()
-    gram.diagonal().add_(RIDGE)
+    gram.diagonal().add_(ridge)
     lower = torch.linalg.cholesky_ex(gram)[0]
     unit = torch.eye(rows.shape[0], dtype=torch.float64, device=rows.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False).to(rows.dtype)
@@ -47,7 +52,7 @@ def orthonormal_rows(rows: Tensor, fill: Tensor | None = None) -> Tensor:
     Where those have fewer than r directions above `TRACE` of the longest row, `fill` float32 [r, n] (unit vectors, if
     None) completes them. Rows that are not finite give rows that are not. Nothing here waits for the device.
     """
-    return whitened_rows(whitened_rows(filled_rows(rows, fill)))
+    return whitened_rows(whitened_rows(filled_rows(rows, fill)), SECOND_RIDGE)
 
 
 def leading_rows(rows: Tensor, rank: int) -> Tensor:

@@ -71,7 +71,10 @@ def find_first(gradient: Gradient, rank: int, source: RandomRows) -> Found:
     for _ in range(FIRST_PASSES - 1):
         rows = _power_pass(gradient, whitened_rows(filled_rows(rows)))
     usable = _has_say(rows)
-    return Found(orthonormal_rows(torch.where(usable, leading_rows(rows, rank), start), start), usable)
+    found = orthonormal_rows(torch.where(usable, leading_rows(rows, rank), start), start)
+    # A basis that is not finite would reach the weight with the first fold, whatever the slot holds.
+    sound = torch.isfinite(found).all()
+    return Found(torch.where(sound, found, torch.eye(rank, n, device=found.device)), usable & sound)
 
 
 def find_refreshed(gradient: Gradient, basis: Tensor, source: RandomRows) -> Found:
@@ -83,7 +86,7 @@ def find_refreshed(gradient: Gradient, basis: Tensor, source: RandomRows) -> Fou
     rows = _with_others(basis, gradient.shape[0], source)
     rows = _power_pass(_affordable(gradient, rows, 1), rows)
     found = orthonormal_rows(leading_rows(rows, len(basis)), basis)
-    usable = _has_say(rows)
+    usable = _has_say(rows) & torch.isfinite(found).all()
     return Found(torch.where(usable, nearest_turn(basis, found) @ found, basis), usable)
 
 

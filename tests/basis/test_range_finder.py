@@ -6,11 +6,21 @@ import math
 
 import pytest
 import torch
-from tolerances import BASIS_ENERGY, ORTHONORMAL
+from tolerances import BASIS_ENERGY, FILLED_UP, ORTHONORMAL
 from torch import Tensor
 
-from lisa_kernels.basis import FactoredGradient, RandomRows, first_basis, orthonormal_rows, random_basis, refresh_basis
+from lisa_kernels.basis import (
+    FactoredGradient,
+    RandomRows,
+    first_basis,
+    orthonormal_rows,
+    random_basis,
+    range_finder,
+    refresh_basis,
+)
 from lisa_kernels.basis.gradients import cheaper
+from lisa_kernels.basis.orthonormal import deviation
+from lisa_kernels.basis.range_finder import find_first, find_refreshed
 
 M, N, RANK = 160, 256, 16
 CPU = torch.device("cpu")
@@ -221,3 +231,29 @@ def test_bases_are_float32_whatever_the_default_dtype() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(wanted, given))
+
+
+def few_tokens(seed: int) -> FactoredGradient:
+    """Return a gradient of 60 tokens, whose sizes fall by seven decades, for a matrix [300, 256]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 256, generator=generator) * torch.logspace(0, -1, 256)
+    return FactoredGradient(torch.randn(60, 300, generator=generator) * torch.logspace(0, -7, 60)[:, None], x)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_basis_of_more_directions_than_tokens_is_found(seed: int) -> None:
+    """What fills it up may nearly cancel what is there: no Gram matrix of that is left indefinite."""
+    found = find_first(few_tokens(seed), 256, RandomRows(seed, 1))
+    assert bool(found.usable)
+    assert float(deviation(found.basis)) < FILLED_UP
+
+
+@pytest.mark.parametrize("refresh", [False, True], ids=["first", "refreshed"])
+def test_a_basis_that_came_out_broken_is_not_taken(refresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NaN in it would reach the weight with the next fold, whatever the slot holds."""
+    monkeypatch.setattr(range_finder, "orthonormal_rows", lambda rows, fill: torch.full_like(rows, torch.nan))
+    old = torch.eye(8, 256).flip(0)
+    source = RandomRows(0, 1)
+    found = find_refreshed(few_tokens(0), old, source) if refresh else find_first(few_tokens(0), 8, source)
+    assert not bool(found.usable)
+    assert torch.equal(found.basis, old if refresh else torch.eye(8, 256))
