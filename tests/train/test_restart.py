@@ -18,20 +18,19 @@ from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.run_folder import open_run, start_run
 
 SCRIPT = Path(__file__).with_name("killed_rank.py")
-STEPS = 28
+STEPS = 18
 # Rank, place, which call of it in that start, and how many seconds later.
 Trap = tuple[int, str, int, float]
 PLACES: list[Trap] = [
-    (0, "begin", 1, 0.0), (0, "backward", 2, 0.0), (1, "sum", 9, 0.0), (0, "basis", 3, 0.0), (1, "step", 4, 0.0),
-    (0, "switch", 2, 0.0), (1, "save", 1, 0.0), (0, "files", 1, 0.0), (1, "comparison", 2, 0.0),
-    (0, "last save", 1, 0.0),
+    (0, "begin", 1, 0.0), (1, "backward", 2, 0.0), (0, "basis", 3, 0.0), (1, "step", 4, 0.0), (0, "switch", 2, 0.0),
+    (1, "save", 1, 0.0), (0, "files", 1, 0.0), (0, "last save", 1, 0.0),
 ]  # fmt: skip
 
 
-def random_moments(seed: int) -> list[Trap]:
-    """Return ten moments, each up to some 0.2 s after a step of a start."""
+def random_moments(seed: int, count: int = 4) -> list[Trap]:
+    """Return moments up to some 0.2 s after a step of a start."""
     draw = random.Random(seed)
-    return [(draw.randrange(2), "step", draw.randint(3, 4), draw.random() * 0.2 + 1e-3) for _ in range(10)]
+    return [(draw.randrange(2), "step", draw.randint(3, 4), draw.random() * 0.2 + 1e-3) for _ in range(count)]
 
 
 def start(data: Path, output: Path, traps: list[Trap], *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
@@ -59,7 +58,6 @@ def whole(data: Path) -> Path:
     return output
 
 
-@pytest.mark.skipif("LISA_KERNELS_KILLS" not in os.environ, reason="takes many minutes; set LISA_KERNELS_KILLS=1")
 @pytest.mark.slow
 @pytest.mark.parametrize("traps", [PLACES, random_moments(0)], ids=["places", "random moments"])
 def test_kills_change_no_bit(traps: list[Trap], data: Path, whole: Path, tmp_path: Path) -> None:
