@@ -37,9 +37,9 @@ from bench.model_step_entries import LORA, Entry, parse_entries
 from bench.model_step_table import print_rows
 from bench.rows import append_row, environment
 from bench.step_cases import Case, on_the_same_weights
-from bench.step_clock import PARTS, PartsClock, read_clock
+from bench.step_clock import PARTS, PartsClock
 from bench.step_contestants import reason_of
-from bench.timing import spread
+from bench.timing import read_clock, spread
 from lisa_kernels import FullFineTune
 from lisa_kernels.errors import InputError
 from lisa_kernels.info import NAMES, describe

@@ -137,7 +137,7 @@ def step_table(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["name"] for row in here):
         row = [row for row in here if row["name"] == name][-1]
         if row["step_ms"] is None:
-            lines.append([row["method"], str(row["reason"]), *["-"] * 9])
+            lines.append([row["method"], str(row["reason"]), *["-"] * 10])
             continue
         parts = [f"{row[f'{part}_ms'] / 1e3:.2f}" for part in ("step", "forward", "backward", "optimizer")]
         ratios = [row["ratio_to_peft_lora"], row["ratio_to_full"]]
@@ -145,9 +145,18 @@ def step_table(rows: list[dict[str, Any]]) -> str:
             [row["method"], *parts, f"{row['refresh_ms'] / 1e3:.3f}"]
             + ["-" if ratio is None else f"{ratio:.2f}×" for ratio in ratios]
             + [_mebibytes(row[f"{kind}_bytes"]) for kind in ("saved", "state", "peak")]
+            + [_clock(row)]
         )
     head = ["method", "step, s", "forward", "backward", "optimizer", "refresh", "beside peft LoRA", "beside full"]
-    return markdown([*head, "saved, MiB", "kept, MiB", "peak, MiB"], lines)
+    return markdown([*head, "saved, MiB", "kept, MiB", "peak, MiB", "clock"], lines)
+
+
+def _clock(row: dict[str, Any]) -> str:
+    """Return by which clock a step was timed; of the process's own, what the one on the wall says beside LoRA's."""
+    if row.get("clock", "wall") == "wall":
+        return "wall"
+    ratio = row["wall_ratio_to_peft_lora"]
+    return "process" if ratio is None else f"process (wall: {ratio:.2f}×)"
 
 
 def _by_shape(rows: list[dict[str, Any]], title: str, cell: Callable[[dict[str, Any]], str]) -> str:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from bench.timing import read_clock
+
 PARTS = ("forward", "recomputation", "backward", "optimizer")
-
-
-def read_clock() -> Callable[[], float]:
-    """Return the seconds of a CPU: the process's own where it has one thread, in which its neighbours do not count."""
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 class PartsClock:

@@ -22,9 +22,13 @@ from lisa_kernels.methods import Method
 from lisa_kernels.samplers import Sampler
 
 LR, WEIGHT_DECAY, GAP, GALORE_SCALE = 1e-6, 0.01, 200, 0.25
-# Steps that a draw lasts here: its first, where bases are found; its second, where those may be found again; one like
+# Steps like all others that are timed in a draw, of which the middle one counts.
+PLAIN_STEPS = 3
+# Steps that a draw lasts here: its first, where bases are found; its second, where those may be found again; those like
 # all others; its last, with the switch.
-CYCLE = 4
+CYCLE = 3 + PLAIN_STEPS
+# Of the layers, where a method trains as large a share of them as 5 of 32 are.
+SHARE = 5 / 32
 # Draws after the timed ones, in which the peak of memory is looked for.
 PEAK_DRAWS = 2
 SEEDS_TRIED, DRAWS_TRIED = 2000, 500
@@ -154,10 +158,11 @@ def _sampler(sampler: Sampler | None) -> Sampler:
     return sampler
 
 
-def _owlore(embeddings: str) -> Callable[[Case], Method]:
+def _owlore(embeddings: str, design: str = "marginals", share: float | None = None) -> Callable[[Case], Method]:
     return lambda case: OwLore(
-        case.active_layers, PERIOD, rank=case.rank, scores=case.layer_scores(), embeddings=embeddings
-    )
+        case.active_layers if share is None else max(1, round(share * case.layers)), PERIOD, rank=case.rank,
+        scores=case.layer_scores(), embeddings=embeddings, design=design,
+    )  # fmt: skip
 
 
 class EmptyAdamW(Optimizer):
@@ -253,6 +258,17 @@ CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
         Contestant("owlore-frozen", "OwLore, embeddings frozen", _ours(_owlore("frozen")), 0.1),
+        Contestant(
+            "owlore-shallow", "OwLore, embeddings frozen, shallow draws", _ours(_owlore("frozen", "shallow")), 0.1
+        ),
+        Contestant(
+            "owlore-sixth", "OwLore, a sixth of the layers, embeddings frozen, shallow draws",
+            _ours(_owlore("frozen", "shallow", SHARE)), 0.1,
+        ),
+        Contestant(
+            "owlore-first-block", "OwLore, embeddings with the first block, shallow draws",
+            _ours(_owlore("with-first-block", "shallow")), 0.1,
+        ),
         Contestant("owlore-low-rank", "OwLore, embeddings low-rank", _ours(_owlore("low-rank")), 0.1),
         Contestant("owlore-always", "OwLore, embeddings always", _ours(_owlore("always")), 0.2),
         Contestant("lisa", "LISA, 2 layers", _ours(lambda case: LISA(min(2, case.layers))), 0.3),

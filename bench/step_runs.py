@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bench.held_bytes import extra_bytes, held_bytes, saved_for_backward
 from bench.step_cases import Case
-from bench.step_contestants import FULL, LORA, Contestant, Trainee, captures
+from bench.step_contestants import FULL, LORA, PLAIN_STEPS, Contestant, Trainee, captures
 from bench.timing import seconds_of_parts, spread
 
 
@@ -36,7 +38,10 @@ class Finding(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The steps between two switches: one like all others, the first two, and what the last takes for the switch."""
+    """The steps between two switches: one like all others, the first two, and what the last takes for the switch.
+
+    wall: seconds of a plain step by the clock on the wall.
+    """
 
     plain: Step
     first: Finding
@@ -45,16 +50,18 @@ class Draw(NamedTuple):
     lowest_layer: int | None
     saved_bytes: int
     held_bytes: int
+    wall: float = 0.0
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the result: numbers, or the reason why there are none.
 
-    Milliseconds are means over rounds, which for methods that switch layers are draws; step_ms is the sum of the four
-    parts, refresh_ms what new bases and switches add per step over a true period. saved_bytes: what autograd keeps for
-    the backward; state_bytes: what stays from step to step beside the weights; peak_bytes: weights, state and the most
-    a step holds beyond them.
+    Milliseconds are means over rounds, which for methods that switch layers are draws, of each round's middle step;
+    step_ms is the sum of the four parts, refresh_ms what new bases and switches add per step over a true period. clock:
+    "process", of one thread's own time, or "wall"; wall_ms: of a step without what refresh_ms is. saved_bytes: what
+    autograd keeps for the backward; state_bytes: what stays from step to step beside the weights; peak_bytes: weights,
+    state and the most a step holds beyond them.
     """
 
     device: str
@@ -77,6 +84,9 @@ class Row:
     tokens_per_s: float | None = None
     ratio_to_peft_lora: float | None = None
     ratio_to_full: float | None = None
+    clock: str = "wall"
+    wall_ms: float | None = None
+    wall_ratio_to_peft_lora: float | None = None
     lowest_layer: float | None = None
     expected_lowest_layer: float | None = None
     saved_bytes: float | None = None
@@ -137,19 +147,28 @@ class Running:
     def read_clock(self) -> float:
         """Take the steps of one draw, note them, and return the seconds of a plain step."""
         if self.trainee.cycle == 1:
-            plain = self._step()
+            plain, wall = self._plain_step()
             lowest, held = self.trainee.lowest_layer(), self._held_bytes()
-            self.draws.append(Draw(plain, self.first, self.second, 0.0, lowest, self.saved_bytes, held))
-            self._settle()
+            self.draws.append(Draw(plain, self.first, self.second, 0.0, lowest, self.saved_bytes, held, wall))
             return plain.whole
         first, second = self._finding_step(), self._finding_step()
         self._settle()
-        plain, lowest, held = self._step(), self.trainee.lowest_layer(), self._held_bytes()
-        self._settle()
+        plain, wall = self._plain_step()
+        lowest, held = self.trainee.lowest_layer(), self._held_bytes()
         last, saved = self._step_with_saved_bytes()
         switch = last.optimizer - plain.optimizer
-        self.draws.append(Draw(plain, first, second, switch, lowest, saved, held))
+        self.draws.append(Draw(plain, first, second, switch, lowest, saved, held, wall))
         return plain.whole
+
+    def _plain_step(self) -> tuple[Step, float]:
+        """Take some steps that find no basis; returns the middle one, and the middle of their seconds on the wall."""
+        steps, walls = [], []
+        for _ in range(PLAIN_STEPS):
+            begin = time.perf_counter()
+            steps.append(self._step())
+            walls.append(time.perf_counter() - begin)
+            self._settle()
+        return sorted(steps, key=lambda step: step.whole)[PLAIN_STEPS // 2], statistics.median(walls)
 
     def _refresh_seconds(self) -> float:
         """Return what new bases, new state and switches add to each step of a true period."""
@@ -191,6 +210,8 @@ class Running:
             p20_ms=(wholes.p20 + refresh) * 1e3,
             p80_ms=(wholes.p80 + refresh) * 1e3,
             tokens_per_s=self.case.tokens / step,
+            clock="process" if self.case.device == "cpu" and torch.get_num_threads() == 1 else "wall",
+            wall_ms=statistics.mean(draw.wall for draw in self.draws) * 1e3,
             lowest_layer=statistics.mean(lowest) if switches else None,
             expected_lowest_layer=self.trainee.expected_lowest,
             saved_bytes=statistics.mean(draw.saved_bytes for draw in self.draws),
@@ -225,10 +246,16 @@ def identity(contestant: Contestant, case: Case) -> dict[str, Any]:
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
     """Return the rows, each with its time beside those of peft's LoRA and of full fine-tuning, where they have one."""
-    times = {row.name: row.step_ms for row in rows}
+    by_name = {row.name: row for row in rows}
 
-    def ratio(row: Row, other: str) -> float | None:
-        base = times.get(other)
-        return row.step_ms / base if row.step_ms is not None and base is not None else None
+    def ratio(row: Row, other: str, field: str = "step_ms") -> float | None:
+        own, base = (getattr(each, field, None) for each in (row, by_name.get(other)))
+        return own / base if own is not None and base is not None else None
 
-    return [replace(row, ratio_to_peft_lora=ratio(row, LORA), ratio_to_full=ratio(row, FULL)) for row in rows]
+    return [
+        replace(
+            row, ratio_to_peft_lora=ratio(row, LORA), ratio_to_full=ratio(row, FULL),
+            wall_ratio_to_peft_lora=ratio(row, LORA, "wall_ms"),
+        )
+        for row in rows
+    ]  # fmt: skip

@@ -26,6 +26,11 @@ def spread(seconds: Sequence[float]) -> Spread:
     return Spread(*(float(value) for value in np.percentile(seconds, (20, 50, 80))))
 
 
+def read_clock() -> Callable[[], float]:
+    """Return the seconds of a CPU: the process's own where it has one thread, in which its neighbours do not count."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def seconds_per_call(call: Callable[[], object], device: str, repeats: int = 1) -> float:
     """Return the seconds that one of `repeats` calls in a row takes; on a GPU by the stream's own events."""
     if device != "cuda":
@@ -44,12 +49,16 @@ def seconds_per_call(call: Callable[[], object], device: str, repeats: int = 1) 
 
 
 def seconds_of_parts(parts: Sequence[Callable[[], object]], device: str) -> list[float]:
-    """Return the seconds that each of several calls takes, one after the other; on a GPU by the stream's own events."""
+    """Return the seconds that each of several calls takes, one after the other; see `read_clock`.
+
+    On a GPU they are those of the stream's own events.
+    """
     if device != "cuda":
-        stamps = [time.perf_counter()]
+        read = read_clock()
+        stamps = [read()]
         for part in parts:
             part()
-            stamps.append(time.perf_counter())
+            stamps.append(read())
         return [last - first for first, last in itertools.pairwise(stamps)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
     torch.cuda.synchronize()

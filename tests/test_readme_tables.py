@@ -74,10 +74,12 @@ def test_steps_of_another_case_stay_out_of_the_table() -> None:
     missing = step_row(name="badam", method="badam", step_ms=None, reason="not installed")
     lines = step_table([other, step_row(step_ms=1.0), missing, step_row(ran_on="cuda"), step_row()]).splitlines()
     assert lines[2:] == [
-        "| LISA | 2.50 | 0.90 | 1.20 | 0.38 | 0.020 | 0.70× | - | 3 | 2 | 1,024 |",
-        "| badam | not installed |" + " - |" * 9,
+        "| LISA | 2.50 | 0.90 | 1.20 | 0.38 | 0.020 | 0.70× | - | 3 | 2 | 1,024 | wall |",
+        "| badam | not installed |" + " - |" * 10,
     ]
-    assert {line.count("|") for line in lines} == {12}
+    assert {line.count("|") for line in lines} == {13}
+    told = step_table([step_row(clock="process", wall_ratio_to_peft_lora=0.714)])
+    assert told.endswith("| process (wall: 0.71×) |")
 
 
 def layer_row(**changed: Any) -> dict[str, Any]:

@@ -20,9 +20,10 @@ _PEERS_HELP = (
     "fp32 always runs, as the yardstick of ratios"
 )
 _METHODS_HELP = (
-    "owlore-frozen, owlore-low-rank, owlore-always, lisa, badam-ours, galore, lora-fa, full, torch-full, peft-lora, "
-    "peft-lora-fa, galore-torch, badam; with --model lora too, and no peft-lora-fa; several with commas, ours, peers "
-    "or all"
+    "owlore-frozen, owlore-shallow (draws neighbours together), owlore-sixth (so a sixth of the layers), "
+    "owlore-first-block (so, the embedding while the first layer is drawn), owlore-low-rank, owlore-always, lisa, "
+    "badam-ours, galore, lora-fa, full, torch-full, peft-lora, peft-lora-fa, galore-torch, badam; with --model lora "
+    "too, no peft-lora-fa, and owlore-frozen draws shallow sets; several with commas, ours, peers or all"
 )
 _RECOMPUTATION_HELP = (
     "of --model: compute activations again, in all blocks or in this many of the lowest (default: in all where the "
