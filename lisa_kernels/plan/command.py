@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.plan.allocator import replay
+from lisa_kernels.plan.data_rows import data_rows
 from lisa_kernels.plan.duration import Machine
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.fit import Fit, proposals
@@ -38,6 +39,7 @@ from lisa_kernels.sizes import gb, parse_size
 from lisa_kernels.train.configs import load_config
 from lisa_kernels.train.memory import PlannedMemory
 from lisa_kernels.train.options import AUTO, FineTuneOptions
+from lisa_kernels.train.prepare import RunData
 from lisa_kernels.train.rank_rows import share_of_rank
 from lisa_kernels.train.taken import run_steps
 
@@ -97,10 +99,16 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     return result
 
 
-def plan_run(options: FineTuneOptions, ranks: int = 1) -> PlannedMemory:
-    """Return what a run with `options` takes by plan, and what is alive over its steps; of ranks each one's."""
+def plan_run(options: FineTuneOptions, ranks: int = 1, data: RunData | None = None) -> PlannedMemory:
+    """Return what a run with `options` takes by plan, and what is alive over its steps; of ranks each one's.
+
+    data: what was read for it; without any, or of plain text, every row is one sequence of --seq-len tokens.
+    """
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
-    trace = rehearse(workload_of(options, ranks), gpu=GpuMemory.here() if on_gpu else None)
+    known = None
+    if data is not None and not data.is_text:
+        known = data_rows(data, empty_model(options.model, options.dtype))
+    trace = rehearse(workload_of(options, ranks, known), gpu=GpuMemory.here() if on_gpu else None)
     numbers, rows = stacked(trace, PAGE_POINTS)
     names = [trace.events[number].phase for number in numbers]
     starts = [at for at, name in enumerate(names) if at == 0 or name != names[at - 1]]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lisa_kernels.layers import borders_mask
+
+if TYPE_CHECKING:
+    from lisa_kernels.train.prepare import RunData
 
 # The tokens of each example of each row.
 Rows = tuple[tuple[int, ...], ...]
@@ -18,24 +21,24 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class DataRows:
-    """All rows of a run, the fullest first."""
+    """All rows of a run, the fullest first; longest: the tokens of the longest example, a held-out one perhaps."""
 
     rows: Rows
+    longest: int = 0
+
+    def __post_init__(self) -> None:
+        """Have the longest be no shorter than those in the rows."""
+        object.__setattr__(self, "longest", max(chain([self.longest], *self.rows)))
 
     @classmethod
-    def of(cls, rows: Sequence[dict[str, Tensor]]) -> DataRows:
+    def of(cls, rows: Sequence[dict[str, Tensor]], longest: int = 0) -> DataRows:
         """Return the lengths of rows of tokens, see `row_of`."""
         found = []
         for row in rows:
             begins = torch.zeros(1) if "position_ids" not in row else (row["position_ids"] == 0).nonzero().flatten()
             ends = [*begins.tolist()[1:], len(row["input_ids"])]
             found.append(tuple(int(end - start) for start, end in zip([0, *ends], ends)))
-        return cls(tuple(sorted(found, key=sum, reverse=True)))
-
-    @property
-    def longest(self) -> int:
-        """The tokens of the longest example."""
-        return max(chain.from_iterable(self.rows))
+        return cls(tuple(sorted(found, key=sum, reverse=True)), longest)
 
     def fullest(self, count: int) -> Rows:
         """Return the rows of the micro-batch of so many that takes most memory."""
@@ -53,6 +56,16 @@ class DataRows:
             "rows": len(self.rows), "examples": sum(map(len, self.rows)), "tokens": tokens,
             "empty_share": 1 - tokens / (len(self.rows) * seq_len), "longest_row": sum(self.rows[0]),
         }  # fmt: skip
+
+
+def data_rows(data: RunData, model: Any) -> DataRows:
+    """Return the rows that a run makes of its data.
+
+    A model without weights cannot be asked whether it keeps packed examples apart; one whose attention takes their
+    borders does, and others that take position_ids are taken to.
+    """
+    train = data.shared[0] if data.expected_to_share(model) else data.train
+    return DataRows.of(train.rows, data.longest)
 
 
 def packed_batch(rows: Rows, by_segments: bool, device: torch.device) -> dict[str, Tensor]:

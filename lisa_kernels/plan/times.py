@@ -13,14 +13,13 @@ from rich.table import Table
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.plan.cards import card_bytes
-from lisa_kernels.plan.data_rows import DataRows
+from lisa_kernels.plan.data_rows import DataRows, data_rows
 from lisa_kernels.plan.duration import Duration, Machine
 from lisa_kernels.plan.machines import CARDS, Seconds, card_by_name
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.prepare import read_data
 from lisa_kernels.train.taken import run_steps
-from lisa_kernels.train.tokenize import accepts_position_ids, packed
 
 UNCONFIRMED = "predicted from data sheets; no card has confirmed it"
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -73,16 +72,13 @@ def machine_of(arguments: argparse.Namespace, device_bytes: int) -> Machine:
 def with_data(options: FineTuneOptions, model: Any) -> tuple[FineTuneOptions, DataRows | None]:
     """Return (the options with the steps of their passes over the data, their rows of examples; None for plain text).
 
-    The data are read for it. A model without weights cannot be asked whether it keeps packed examples apart; one whose
-    attention takes their borders does, and others that take position_ids are taken to.
+    The data are read for it.
     """
     data = read_data(options, Console(file=io.StringIO()))
-    rows = data.train
-    if data.may_pack and accepts_position_ids(model):
-        rows = packed(rows, options.seq_len)
     if options.epochs is not None:
-        options = dataclasses.replace(options, steps=run_steps(options, len(rows)), epochs=None)
-    return options, None if data.is_text else DataRows.of(rows.rows)
+        rows = len(data_rows(data, model).rows)
+        options = dataclasses.replace(options, steps=run_steps(options, rows), epochs=None)
+    return options, None if data.is_text else data_rows(data, model)
 
 
 def as_dict(found: list[Duration], plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def prepare_run(
             settled = dataclasses.replace(settled, batch_size=rows, accumulate=times)
             plan = None if plan is None else functools.partial(plan, ranks=ranks.count)
         data = read_data(options, console)
+        plan = None if plan is None else functools.partial(plan, data=data)
     with together(ranks):
         settled = settle_recomputation(settled, plan, device, console)
         plan_of_run = None if plan is None else planned_memory(settled, plan, console)
@@ -73,6 +74,10 @@ def prepare_run(
             check_room(plan_of_run.peak_bytes, Memory.of(device), device)
         meter = MemoryMeter.start(device)
         model, train, held_out = load_model_for(settled, data, device, console)
+        if plan is not None and data.expected_to_share(model) and train is data.train:
+            # The plan was of rows that examples share.
+            alone = dataclasses.replace(data, may_pack=False)
+            plan_of_run = planned_memory(settled, functools.partial(plan, data=alone), console)
     on_first(ranks, lambda: rehearse_saving(options, model, data.tokenizer, console))
     return PreparedRun(
         facts, checkpoint, settled, dtype, data.tokenizer, model, train, held_out, plan_of_run, meter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from lisa_kernels.train.records import Records, load_records
 from lisa_kernels.train.sources.kinds import parse_columns
 from lisa_kernels.train.tokenize import (
     TokenizedData,
+    accepts_position_ids,
     isolates_packed_examples,
     longest_example,
     packed,
@@ -45,8 +47,8 @@ def read_records(options: FineTuneOptions) -> tuple[Records, Records | None]:
 class RunData:
     """The rows of a run and the tokenizer that made them: all of a run that needs no model.
 
-    may_pack: whether each row is one example, and several may share a row under a model that keeps them apart.
-    is_text: whether rows are cut from one long text.
+    may_pack: whether each row is one example, and several may share a row of `seq_len` tokens under a model that keeps
+    them apart. is_text: whether rows are cut from one long text.
     """
 
     train: TokenizedData
@@ -54,7 +56,22 @@ class RunData:
     tokenizer: Any
     may_pack: bool
     is_chat: bool
-    is_text: bool = False
+    is_text: bool
+    seq_len: int
+
+    @functools.cached_property
+    def shared(self) -> tuple[TokenizedData, TokenizedData]:
+        """Training and held-out rows that hold as many whole examples as have room."""
+        return packed(self.train, self.seq_len), packed(self.held_out, self.seq_len)
+
+    def expected_to_share(self, model: Any) -> bool:
+        """Return whether examples will share rows, as far as can be told of a model without weights."""
+        return self.may_pack and accepts_position_ids(model)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest example."""
+        return longest_example([*self.train.rows, *self.held_out.rows])
 
 
 def read_data(options: FineTuneOptions, console: Console) -> RunData:
@@ -84,7 +101,8 @@ def read_data(options: FineTuneOptions, console: Console) -> RunData:
     console.print("first example, supervised text in ⟦ ⟧:", style="bold")
     console.print(preview(train[0], tokenizer, max_tokens=80))
     is_text = kinds == {"text"}
-    return RunData(train, held_out, tokenizer, options.packing and not is_text, "messages" in kinds, is_text)
+    may_pack = options.packing and not is_text
+    return RunData(train, held_out, tokenizer, may_pack, "messages" in kinds, is_text, options.seq_len)
 
 
 def load_model_for(
@@ -108,11 +126,11 @@ def load_model_for(
         data.tokenizer.chat_template = default_chat_template(data.tokenizer)
     check_token_ids(model, max(data.train.max_token_id, data.held_out.max_token_id))
     train, held_out = data.train, data.held_out
-    by_segments = not data.is_text and attend_by_segments(model, longest_example([*train.rows, *held_out.rows]))
+    by_segments = not data.is_text and attend_by_segments(model, data.longest)
     # Where forwards of a few tokens have found that out.
     at_rest(model)
     if data.may_pack and (by_segments or isolates_packed_examples(model)):
-        train, held_out = (packed(part, options.seq_len) for part in (train, held_out))
+        train, held_out = data.shared
     console.print(describe_rows(train, held_out, options.seq_len, by_segments), highlight=False)
     return model, train, held_out
 

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import llama
+from rich.console import Console
 from torch import Tensor
 
 from lisa_kernels import LISA
 from lisa_kernels.cli import main
 from lisa_kernels.layers import attend_by_segments, borders_mask
+from lisa_kernels.plan.command import plan_run
 from lisa_kernels.plan.data_rows import DataRows, packed_batch
 from lisa_kernels.plan.rehearsal import Workload, prepare, rehearse, take_steps
 from lisa_kernels.plan.tracker import StorageTracker
 from lisa_kernels.plan.work import SEGMENTS, SEGMENTS_BACKWARD, WorkLog
 from lisa_kernels.train.chat import Example
+from lisa_kernels.train.finetune import finetune
+from lisa_kernels.train.models import train_tokenizer
+from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.packing import row_of
+from lisa_kernels.train.preparation import prepare_run
+from lisa_kernels.train.prepare import RunData, read_data
 
 from .small_runs import VOCABULARY, config, real_model, workload
 
@@ -81,6 +92,90 @@ def test_the_largest_and_a_typical_batch_are_of_the_rows() -> None:
     assert (data.longest, data.fullest(2), data.typical(1)) == (9, ((9,), (5, 3)), ((5, 3),))
     assert data.typical(7) == data.rows
     assert data.as_dict(10) == {"rows": 3, "examples": 4, "tokens": 19, "empty_share": 1 - 19 / 30, "longest_row": 9}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(["a question and its answer"], 280)
+    llama(layers=2, vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_of(base: Path, folder: Path, **more: Any) -> FineTuneOptions:
+    """Return a run on 24 examples of 32 tokens, all of them labels, four to a row."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "", "completion": "x" * 31}) + "\n" for _ in range(24)))
+    given: dict[str, Any] = {
+        "method": "owlore", "active_layers": 2, "rank": 4, "embeddings": "frozen", "scores": "uniform", "steps": 3,
+        "seq_len": 128, "batch_size": 2, "dtype": "fp32", "eval_fraction": 0.0, "samples": 0, "device": "cpu",
+    }  # fmt: skip
+    return FineTuneOptions(str(base), str(data), folder / "run", **{**given, **more})
+
+
+def no_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no attention take the borders of examples, as none of float32 does on a GPU."""
+    for module in ("train.prepare", "plan.rehearsal"):
+        # The package's function of the same name hides one of them.
+        monkeypatch.setattr(import_module(f"lisa_kernels.{module}"), "attend_by_segments", lambda *given: False)
+
+
+def bytes_of(data: RunData) -> int:
+    rows = [*data.train.rows, *data.shared[0].rows]
+    return sum(tensor.nbytes for row in rows for tensor in row.values())
+
+
+@pytest.mark.parametrize(
+    "by_segments", [pytest.param(True, marks=pytest.mark.slow), False], ids=["segments", "mask"]
+)  # fmt: skip
+def test_a_run_prints_the_plan_of_the_rows_that_it_makes(
+    by_segments: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors take that, and those that hold its data; without the data the plan knows of no mask."""
+    if not by_segments:
+        no_segments(monkeypatch)
+    options, tracker = run_of(base, tmp_path), StorageTracker("cpu")
+    with tracker:
+        tracker.recording = True
+        _, summary = finetune(options, Console(file=io.StringIO()), plan_run)
+    data = read_data(options, Console(file=io.StringIO()))
+    planned, whole = summary["peak_bytes_planned"], plan_run(options).peak_bytes
+    assert planned == plan_run(options, data=data).peak_bytes
+    assert 0 <= tracker.trace().peak_bytes - planned <= bytes_of(data) + 1000
+    # A byte for each pair of tokens of both rows, at the least.
+    assert by_segments or planned - whole >= 2 * 128 * 128
+
+
+def test_a_model_that_packing_confuses_is_planned_again_for_rows_of_one_example(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes positions, and only its weights tell that it makes nothing of them."""
+    no_segments(monkeypatch)
+    monkeypatch.setattr("lisa_kernels.train.prepare.isolates_packed_examples", lambda model: False)
+    options, out = run_of(base, tmp_path), io.StringIO()
+    run = prepare_run(options, torch.device("cpu"), Console(file=out), plan_run, None)
+    assert out.getvalue().count("planned peak memory") == 2
+    alone = read_data(replace(options, packing=False), Console(file=io.StringIO()))
+    assert run.planned_bytes == plan_run(options, data=alone).peak_bytes
+
+
+def test_the_plan_of_a_run_and_that_of_its_data_are_one(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the command `plan --data`, in the blocks of a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    options = run_of(base, tmp_path, device="auto", dtype="bf16")
+    flags = (
+        "--method owlore --active-layers 2 --rank 4 --embeddings frozen --scores uniform --seq-len 128 --batch-size 2"
+    )
+    given = ["--model", str(base), "--data", options.data, *flags.split(), "--dtype", "bf16", "--eval-fraction", "0"]
+    assert main(["plan", *given, "--card", "l4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    data = read_data(options, Console(file=io.StringIO()))
+    assert plan_run(options, data=data).peak_bytes == told["allocated_bytes"]
 
 
 @pytest.mark.parametrize("packing", [True, False])

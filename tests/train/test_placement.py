@@ -136,7 +136,7 @@ def test_a_card_that_is_full_ends_the_command_with_2(
     monkeypatch.setattr(Memory, "of", lambda device: full)
     # The package's function of the same name hides the module.
     planning = importlib.import_module("lisa_kernels.plan.command")
-    monkeypatch.setattr(planning, "plan_run", lambda options: PlannedMemory(2_000_000_000))
+    monkeypatch.setattr(planning, "plan_run", lambda options, **more: PlannedMemory(2_000_000_000))
     if moment == "before":
         monkeypatch.setattr(f"{finetune}.take_device", lambda options, console, **more: GPU)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
