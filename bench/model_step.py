@@ -49,10 +49,11 @@ from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.rehearsal import Workload
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.plan.work import WorkLog
-from lisa_kernels.sizes import gb
+from lisa_kernels.sizes import gb, parse_size
 from lisa_kernels.train.configs import load_config
 from lisa_kernels.train.models import parse_dtype
-from lisa_kernels.train.recomputation import CHECKPOINTING_FROM
+from lisa_kernels.train.options import AUTO
+from lisa_kernels.train.recomputation import CHECKPOINTING_FROM, fewest_blocks
 
 ROOT = Path(__file__).parents[1]
 ROWS = "model_step"
@@ -105,7 +106,11 @@ class ModelRow:
 
 @dataclass
 class Bench:
-    """What all entries share; `ends` is a moment of `time.monotonic`, `model` holds the weights."""
+    """What all entries share; `ends` is a moment of `time.monotonic`, `model` holds the weights.
+
+    budget: bytes of the device that each entry fills, as few of its blocks recomputed as that takes, 0 for what is
+    free; None: blocks are recomputed as `workload` says.
+    """
 
     workload: Workload
     device: torch.device
@@ -113,6 +118,7 @@ class Bench:
     machines: Sequence[Machine]
     rounds: int
     ends: float
+    budget: int | None = None
 
     @property
     def gpu(self) -> GpuMemory | None:
@@ -130,8 +136,11 @@ def measure(bench: Bench, entry: Entry) -> ModelRow:
     # badam prints what it trains, on the standard output that belongs to the result.
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            row, wanted = _planned(bench, entry, row)
             free = _free_bytes(bench)
+            if bench.budget is not None:
+                bench = replace(bench, workload=_filling(bench, entry, row, min(free, bench.budget or free)))
+                row = _identity(bench, entry)
+            row, wanted = _planned(bench, entry, row)
             if wanted > free:
                 return replace(row, reason=f"it takes {gb(wanted)}, and {gb(free)} are free")
             return replace(row, **_taken(bench, entry))
@@ -152,6 +161,18 @@ def _identity(bench: Bench, entry: Entry) -> ModelRow:
         str(workload.model), bench.device.type, workload.dtype, workload.batch_size, workload.seq_len, blocks,
         entry.name, entry.title,
     )  # fmt: skip
+
+
+def _filling(bench: Bench, entry: Entry, row: ModelRow, budget: int) -> Workload:
+    """Return the workload with the fewest recomputed blocks by which the entry takes no more than a budget."""
+
+    def recomputing(count: int) -> Workload:
+        return replace(bench.workload, gradient_checkpointing=count > 0, checkpointed_blocks=count or None)
+
+    def fits(count: int) -> bool:
+        return _planned(replace(bench, workload=recomputing(count), machines=()), entry, row)[1] <= budget
+
+    return recomputing(fewest_blocks(entry.case.layers, fits))
 
 
 def _planned(bench: Bench, entry: Entry, row: ModelRow) -> tuple[ModelRow, int]:
@@ -283,7 +304,10 @@ def prepare_bench(arguments: argparse.Namespace, console: Console) -> tuple[Benc
         lora_rank=arguments.lora_rank, galore_rank=arguments.galore_rank,
     )  # fmt: skip
     entries = parse_entries(arguments.methods, case)
-    blocks = arguments.gradient_checkpointing
+    blocks, budget = arguments.gradient_checkpointing, None
+    if isinstance(blocks, str):
+        budget = 0 if blocks == AUTO else parse_size(blocks)
+        blocks = True
     workload = Workload(
         arguments.model, FullFineTune(), batch_size=arguments.batch or 1, seq_len=arguments.seq_len or 1024,
         dtype=NAMES[dtype], gradient_checkpointing=blocks is not False and blocks != 0,
@@ -295,7 +319,7 @@ def prepare_bench(arguments: argparse.Namespace, console: Console) -> tuple[Benc
     model = real_model(workload, device)
     if blocks is None and sum(param.numel() for param in model.parameters()) < CHECKPOINTING_FROM:
         workload = replace(workload, gradient_checkpointing=False)
-    return Bench(workload, device, model, _machines(device, dtype, console), rounds, ends), entries
+    return Bench(workload, device, model, _machines(device, dtype, console), rounds, ends, budget), entries
 
 
 def _machines(device: torch.device, dtype: torch.dtype, console: Console) -> list[Machine]:

@@ -57,8 +57,9 @@ def _mib(planned: int | None) -> str:
 
 def print_rows(rows: Sequence[ModelRow], console: Console | None = None) -> None:
     """Print the rows of one model."""
-    first = rows[0]
-    blocks = f"{first.recomputed_blocks} blocks recomputed" if first.recomputed_blocks else "nothing recomputed"
+    first, counts = rows[0], sorted({row.recomputed_blocks for row in rows})
+    blocks = f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} blocks recomputed"
+    blocks = blocks if counts[-1] else "nothing recomputed"
     machines = list(dict.fromkeys(name for row in rows for name in row.predicted))
     table = Table(
         title=f"{first.model}, {first.batch} × {first.seq_len} tokens, {first.dtype}, {first.device}, {blocks}",

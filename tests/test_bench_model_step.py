@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import time
@@ -20,12 +21,13 @@ from transformers import LlamaConfig
 from bench import model_step, plots, step_clock
 from bench.device_rates import MeasuredCard, Seen, known_card, seen_by_profiler, seen_in
 from bench.model_step import Bench, ModelRow, measure, with_ratios
-from bench.model_step_entries import LORA, parse_entries
+from bench.model_step_entries import LORA, Entry, parse_entries
 from bench.model_step_table import COLUMNS, cells, print_rows
 from bench.step import main
 from bench.step_cases import Case
 from bench.step_clock import PartsClock
 from lisa_kernels import FullFineTune
+from lisa_kernels.commands.bench import add_bench_step_options
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import checkpoint_blocks
 from lisa_kernels.plan.machines import CARDS
@@ -213,6 +215,34 @@ def test_the_command_leaves_rows_to_be_sent(
     assert printed == [{key: value for key, value in row.items() if key != "kind"} for row in rows]
     assert rows[0]["recomputed_blocks"] == 1
     assert set(rows[0]["predicted"]) == {"this CPU"}
+
+
+def test_each_method_recomputes_as_few_blocks_as_a_size_takes(folder: Path) -> None:
+    """By its own plan: none where there is room, all where there is too little, and between them what fits."""
+    given = [f"--model={folder}", "--device=cpu", "--seq-len=64", "--rank=4", "--active-layers=2", "--galore-rank=4"]
+
+    def bench(*more: str) -> tuple[model_step.Bench, Entry]:
+        parser = argparse.ArgumentParser()
+        add_bench_step_options(parser)
+        found, entries = model_step.prepare_bench(
+            parser.parse_args([*given, "--methods=lora", *more]), Console(quiet=True)
+        )
+        return found, entries[0]
+
+    def planned(blocks: int) -> int:
+        found, entry = bench(f"--gradient-checkpointing={blocks}")
+        return model_step._planned(found, entry, model_step._identity(found, entry))[1]
+
+    room = [planned(blocks) for blocks in range(4)]
+    assert room[0] > room[1] > room[3]
+    found, entry = bench("--gradient-checkpointing=auto")
+    assert found.budget == 0
+    row = model_step._identity(found, entry)
+    chosen = [model_step._filling(found, entry, row, size) for size in (room[0], room[1], room[3] - 1)]
+    assert [(each.gradient_checkpointing, each.checkpointed_blocks) for each in chosen] == [
+        (False, None), (True, 1), (True, 3)
+    ]  # fmt: skip
+    assert bench("--gradient-checkpointing=2GB")[0].budget == 2_000_000_000
 
 
 BAD = {

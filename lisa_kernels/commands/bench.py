@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lisa_kernels.commands.arguments import Formatter, Recomputation
+from lisa_kernels.commands.arguments import BlocksOrSize, Formatter, Recomputation
 from lisa_kernels.errors import InputError
 
 _SIZES_HELP = "elements of the tensor: 2^20, 1000, several with commas, or a range in factors of 4 as 2^12..2^28"
@@ -26,8 +26,9 @@ _METHODS_HELP = (
     "too, no peft-lora-fa, and owlore-frozen draws shallow sets; several with commas, ours, peers or all"
 )
 _RECOMPUTATION_HELP = (
-    "of --model: compute activations again, in all blocks or in this many of the lowest (default: in all where the "
-    "model has 500 million parameters)"
+    "of --model: compute activations again, in all blocks or in this many of the lowest; auto: in as few as each "
+    "method needs to fit what is free, or a size such as 24GB (default: in all where the model has 500 million "
+    "parameters)"
 )
 _MODEL_HELP = (
     "measure the steps of this model in the place of a Llama of the shape below: one method after the other, beside "
@@ -62,7 +63,9 @@ def add_bench_step_options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, help="rows per step (default: 4; of --model 1)")
     add("--seq-len", type=int, help="tokens per row (default: 256; of --model 1024)")
     add("--dtype", help="of the weights: fp32 or bf16 (default: fp32; of --model what its device multiplies best)")
-    add("--gradient-checkpointing", action=Recomputation, type=int, metavar="BLOCKS", help=_RECOMPUTATION_HELP)
+    add(
+        "--gradient-checkpointing", action=Recomputation, type=BlocksOrSize(), metavar="HOW", help=_RECOMPUTATION_HELP
+    )  # fmt: skip
     add("--minutes", type=float, default=9.0, help="of --model: no method is begun later")
     add("--output", type=Path, metavar="FILE", help="of --model: its rows, as .jsonl (default: in runs/)")
     add("--rank", type=int, default=64, help="of owlore's layers")

@@ -44,7 +44,7 @@ def settle_recomputation(
 ) -> FineTuneOptions:  # fmt: skip
     """Return the options with a number of blocks where they have "auto" or a size; all blocks where nothing fits.
 
-    The number is found by halving, from plans of the run: its memory falls with each block that is recomputed.
+    The number is found from plans of the run: its memory falls with each block that is recomputed.
     """
     if not isinstance(options.gradient_checkpointing, str):
         return options
@@ -59,15 +59,21 @@ def settle_recomputation(
         with console.status(f"rehearsing with {count} of {blocks} blocks recomputed"):
             return plan(tried).needed_bytes <= budget
 
-    low, high = 0, blocks
     try:
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle + 1, high)
+        fewest = fewest_blocks(blocks, fits)
     except NotRehearsedError:
         return everything
-    console.print(f"{high} of {blocks} blocks are recomputed, for {gb(budget)}", highlight=False)
-    return dataclasses.replace(options, gradient_checkpointing=True if high == blocks else high or False)
+    console.print(f"{fewest} of {blocks} blocks are recomputed, for {gb(budget)}", highlight=False)
+    return dataclasses.replace(options, gradient_checkpointing=True if fewest == blocks else fewest or False)
+
+
+def fewest_blocks(blocks: int, fits: Callable[[int], bool]) -> int:
+    """Return the least number of recomputed blocks with which a run fits, and all `blocks` where none does."""
+    low, high = 0, blocks
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
 
 
 def _budget(given: str, device: torch.device) -> int:
