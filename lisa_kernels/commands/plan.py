@@ -53,7 +53,7 @@ def add_command(commands: Any) -> None:
     add_rows(parser)
     add("--ranks", type=int, default=1, help="processes that train one model, which share the rows of each step")
     add("--mixed-cards", action="store_true", help="their cards are of several kinds, and take bases from the first")
-    add("--shard", action="store_true", help="each of them holds a part of the weights: not planned yet, and refused")
+    add("--shard", action="store_true", help="each of them holds a part of the weights (FSDP2)")
     add("--fit", metavar="SIZE", help=_FIT_HELP)
     add("--plot", type=Path, help="draw the memory over the run into this file (.png, .svg, .pdf)")
     parser.set_defaults(run=_run, dtype="bf16")

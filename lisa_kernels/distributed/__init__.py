@@ -1,5 +1,6 @@
 """What several processes agree on, what travels between them, and which wrappers cannot be followed."""
 
+from lisa_kernels.distributed.absent import absent_others
 from lisa_kernels.distributed.fully_sharded import (
     at_rest,
     check_fully_sharded,
@@ -26,6 +27,7 @@ __all__ = [
     "LostRankError",
     "Ranks",
     "Sharing",
+    "absent_others",
     "at_rest",
     "check_fully_sharded",
     "check_not_shared_out",

@@ -64,7 +64,7 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
         options, data = with_data(options, empty_model(options.model, options.dtype))
     rows, micro_batches = share_of_rank(options.batch_size, options.accumulate, arguments.ranks)
     of_rank = dataclasses.replace(options, batch_size=rows, accumulate=micro_batches)
-    workload = workload_of(of_rank, arguments.ranks, data)
+    workload = workload_of(of_rank, arguments.ranks, data, arguments.shard)
     workload = dataclasses.replace(workload, mixed_cards=arguments.mixed_cards)
     steps = None if options.epochs is not None else run_steps(options, 0)
     free = options.gradient_checkpointing is None or isinstance(options.gradient_checkpointing, str)

@@ -24,10 +24,13 @@ _ALWAYS_SAID = ("active_layers", "rank", "embeddings")
 _SAID = (*_ALWAYS_SAID, "alpha", "targets", "master", "scores", "retired_state", "design")
 
 
-def workload_of(options: FineTuneOptions, ranks: int = 1, data: DataRows | None = None) -> Workload:
+def workload_of(
+    options: FineTuneOptions, ranks: int = 1, data: DataRows | None = None, shard: bool = False
+) -> Workload:  # fmt: skip
     """Return what a run with `options` puts into memory; defaults that depend on the model are settled on it.
 
     ranks: processes of which each has rows and micro-batches as the options say. data: the rows, where they are read.
+    shard: the processes share the weights out.
     """
     from lisa_kernels.plan.rehearsal import Workload
 
@@ -44,7 +47,7 @@ def workload_of(options: FineTuneOptions, ranks: int = 1, data: DataRows | None 
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
         seed=options.seed, length=RunLength.of(options, method, model), ranks=ranks, wire_dtype=options.wire_dtype,
-        data=data,
+        data=data, shard=shard,
     )  # fmt: skip
 
 
@@ -76,6 +79,8 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
         words.append("--offload-activations")
     if workload.keep_logits:
         words.append("--keep-logits")
+    if workload.shard:
+        words.append("--shard")
     setting = "PYTORCH_ALLOC_CONF=expandable_segments:True "
     launcher = f"torchrun --nproc-per-node {workload.ranks} --no-python " if workload.ranks > 1 else ""
     return (setting if expandable else "") + launcher + " ".join(["lisa-kernels finetune", *words])

@@ -16,6 +16,7 @@ from lisa_kernels.distributed.digests import digest
 from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.plan.links import LINKS, Link
 from lisa_kernels.plan.machines import Seconds
+from lisa_kernels.plan.shards import GATHERS, SCATTERS
 
 GRADIENTS, SKETCHES = "averages the gradients", "finds the basis of"
 # Before what a tensor of rank 0's is taken for.
@@ -59,6 +60,12 @@ class RehearsedRanks(Ranks):
         self.sums[key] += 1
         return tensor
 
+    def count_sent(self, what: str, size: int) -> None:
+        """Count bytes of all ranks together that would be gathered, or scattered as sums."""
+        key = self._phase().partition(":")[0], what
+        self.bytes[key] += size
+        self.sums[key] += 1
+
     def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
         """Make what comparing digests makes."""
         for tensor in tensors.values():
@@ -85,8 +92,9 @@ class Travel:
     gradients: of every step. first_bases: of a step that finds the bases of all layers that a switch brings; lasting:
     of the first bases of what always trains. sketches: what finding and refreshing bases comes to a step, on average
     over the periods of a long run, if every switch brings other layers. broadcast: of finished bases, from rank 0 to
-    the others where cards are mixed, and how they are turned; on average too. Words of a few bytes a parameter come on
-    top.
+    the others where cards are mixed, and how they are turned; on average too. Of weights that ranks share out, gathered
+    and scattered: those that forwards and backwards of a step gather, and the gradients of which each rank gets the sum
+    of its part; bytes of all ranks together, in so many `shard_sends`. Words of a few bytes a parameter come on top.
     """
 
     ranks: int
@@ -97,17 +105,22 @@ class Travel:
     gradient_sums: int
     sketch_sums: float
     broadcast: float = 0.0
+    gathered: float = 0.0
+    scattered: float = 0.0
+    shard_sends: float = 0.0
 
     @property
     def bytes_a_step(self) -> float:
         """All of it, of a step on average."""
-        return self.gradients + self.sketches + self.broadcast
+        return self.gradients + self.sketches + self.broadcast + self.gathered + self.scattered
 
     def seconds(self, link: Link) -> Seconds:
         """Return what a step's share of it takes on a link, on which all of it is waited for."""
         # A ring passes each byte on to all others but one, twice; the ranks tell each other what for before each sum.
-        sent = self.bytes_a_step * 2 * (self.ranks - 1) / self.ranks
-        meetings = 2 * (self.ranks - 1) * 2 * (self.gradient_sums + self.sketch_sums)
+        shards = self.gathered + self.scattered
+        # And of what is gathered or scattered once.
+        sent = (2 * (self.bytes_a_step - shards) + shards) * (self.ranks - 1) / self.ranks
+        meetings = (self.ranks - 1) * (4 * (self.gradient_sums + self.sketch_sums) + self.shard_sends)
         return link.seconds(sent, meetings)
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,7 +135,8 @@ class Travel:
         ]  # fmt: skip
         return {
             "ranks": self.ranks, "gradient_bytes_per_step": self.gradients, "sketch_bytes_per_step": self.sketches,
-            "sketch_bytes_of_a_switch": self.first_bases, "basis_bytes_per_step": self.broadcast, "links": links,
+            "sketch_bytes_of_a_switch": self.first_bases, "basis_bytes_per_step": self.broadcast,
+            "gathered_bytes_per_step": self.gathered, "scattered_bytes_per_step": self.scattered, "links": links,
         }  # fmt: skip
 
 
@@ -130,8 +144,11 @@ class Travel:
 HIDDEN = 0.0
 
 
-def travel_of(ranks: RehearsedRanks, optimizer: SampledAdamW, period: int | None) -> Travel:
-    """Return what travels in a run of which this is the rehearsal; period: steps between switches, None of none."""
+def travel_of(ranks: RehearsedRanks, optimizer: SampledAdamW, period: int | None, repeats: float = 1.0) -> Travel:
+    """Return what travels in a run of which this is the rehearsal; period: steps between switches, None of none.
+
+    repeats: how many micro-batches of a step each that was rehearsed stands for.
+    """
     gradients, sums = ranks.of(STEADY_STEP, GRADIENTS)
     always = {} if period is None else optimizer.layout.always.lowrank
     drawn_first = lasting = 0
@@ -153,7 +170,12 @@ def travel_of(ranks: RehearsedRanks, optimizer: SampledAdamW, period: int | None
         often += passes * times
         # A refreshed one comes with its turn from the one before, float32 [r, r].
         broadcast += (first * taken + refreshes * (taken + 4 * layer.rank**2)) if taken else 0.0
-    return Travel(ranks.count, gradients, drawn_first, lasting, sketches, sums, often, broadcast)
+    gathered, gathers = ranks.of(STEADY_STEP, GATHERS)
+    scattered, scatters = ranks.of(STEADY_STEP, SCATTERS)
+    return Travel(
+        ranks.count, gradients, drawn_first, lasting, sketches, sums, often, broadcast, gathered * repeats, scattered,
+        gathers * repeats + scatters,
+    )  # fmt: skip
 
 
 def _refreshes(period: int, gap: int, offset: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.distributed import GradientReduction, check_wire_dtype
+from lisa_kernels.distributed import GradientReduction, absent_others, check_wire_dtype
 from lisa_kernels.errors import InputError, NotRehearsedError
 from lisa_kernels.layers import SlotModule, attend_by_segments, checkpoint_blocks, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW
@@ -26,6 +26,7 @@ from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.length import RunLength
 from lisa_kernels.plan.ranks import RehearsedRanks, travel_of
+from lisa_kernels.plan.shards import GatheredWeights, share_out_rehearsed
 from lisa_kernels.plan.stand_ins import META, Answers, EmptyOperations, FusedAttention
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
@@ -45,7 +46,8 @@ class Workload:
     transformers. dtype: "fp32", "bf16" or "fp16". checkpointed_blocks: how many are recomputed where activations are,
     None for all. length: of the run, where its method's period is the published one
     and the run's follows from it; no bytes depend on it. ranks: processes that train one model, all others as this one,
-    with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards. data: rows whose examples
+    with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards; shard: each holds a part of
+    the weights, and what is said is of rank 0, whose part is the largest. data: rows whose examples
     share them, None: a row is one sequence of seq_len tokens. Raises InputError for values out of range.
     """
 
@@ -67,6 +69,7 @@ class Workload:
     ranks: int = 1
     wire_dtype: str | None = None
     mixed_cards: bool = False
+    shard: bool = False
     data: DataRows | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class Workload:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name} is {value!r}; a whole number of at least {least} is wanted.")
         check_wire_dtype(self.wire_dtype)
+        if self.shard and self.ranks == 1:
+            raise InputError("shard is given for one rank, which has nobody to share the weights with; give ranks too.")
         if not isinstance(self.method, Method):
             raise InputError(f"method is {self.method!r}; an instance such as OwLore(active_layers=5) is wanted.")
         if self.method.around != "language":
@@ -122,12 +127,15 @@ def rehearse(
     if workload.data is not None:
         make_batch = partial(packed_batch, rows, by_segments, META)
     try:
-        with FusedAttention(), tracker:
+        with _others(workload), FusedAttention(), tracker:
             reduction = _reduction(workload, tracker)
+            if workload.shard and reduction is not None:
+                share_out_rehearsed(model, reduction.ranks.count_sent)  # type: ignore[attr-defined]
             optimizer = prepare(model, workload, draws, mean=work is not None, reduction=reduction)
             take_steps(model, optimizer, workload, tracker, make_batch, gpu)
             if work is not None and reduction is not None and isinstance(reduction.ranks, RehearsedRanks):
-                work.travel = travel_of(reduction.ranks, optimizer, workload.steps_between())
+                repeats = workload.accumulate / min(workload.accumulate, MICRO_BATCHES)
+                work.travel = travel_of(reduction.ranks, optimizer, workload.steps_between(), repeats)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise NotRehearsedError(
@@ -152,6 +160,10 @@ def _reduction(workload: Workload, tracker: StorageTracker) -> GradientReduction
         RehearsedRanks(workload.ranks, lambda: tracker.phase_name, workload.mixed_cards),
         check_wire_dtype(workload.wire_dtype),
     )
+
+
+def _others(workload: Workload) -> AbstractContextManager[None]:
+    return absent_others(workload.ranks) if workload.shard else nullcontext()
 
 
 def empty_batch(workload: Workload, device: torch.device) -> dict[str, Tensor]:
@@ -208,6 +220,7 @@ def take_steps(
 ) -> None:  # fmt: skip
     """Take the steps of a rehearsal with an attached model, whose storages so far are the phase "attach"."""
     tracker.recording = True
+    tracker.resized = GatheredWeights(model)
     sampler = optimizer.sampler
     store = optimizer.store
     if isinstance(store, HostStore):
@@ -243,10 +256,12 @@ def micro_batch(
 ) -> None:  # fmt: skip
     with tracker.phase(f"{step}: forward", "forward"):
         loss = model(**make_batch()).loss / workload.accumulate
+    tracker.follow_sizes()
     tracker.label_saved()
     with tracker.phase(f"{step}: backward", "backward"):
         torch.autograd.backward(loss)
         del loss
+    tracker.follow_sizes()
     tracker.label((param.grad for param in model.parameters()), "gradients")
 
 

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lisa_kernels.ops.linear_cross_entropy  # noqa: F401  (defines an operation that is answered here)
+from lisa_kernels.distributed import is_sharded
 
 META = torch.device("meta")
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -127,7 +128,7 @@ def _is_pure(func: Any) -> bool:
 def shape_key(value: Any) -> Any:
     """Return what decides, of an operation's argument, the shapes of the results."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.is_meta
+        return value.shape, value.stride(), value.dtype, value.is_meta, type(value)
     if isinstance(value, (tuple, list)):
         return tuple([shape_key(item) for item in value])
     if isinstance(value, dict):
@@ -140,7 +141,7 @@ def _shapes(result: Any, given: Sequence[Tensor]) -> _Shape | tuple[_Shape, ...]
     if isinstance(result, tuple):
         shapes = [_shapes(part, given) for part in result]
         return tuple(shape for shape in shapes if isinstance(shape, _Shape)) if all(shapes) else None
-    if not isinstance(result, Tensor) or not result.is_meta:
+    if not isinstance(result, Tensor) or not result.is_meta or is_sharded(result):
         return None
     storage, shape = result.untyped_storage(), _Shape(result.shape, result.stride(), result.dtype)
     if any(tensor.untyped_storage()._cdata == storage._cdata for tensor in given):

@@ -75,6 +75,9 @@ class StorageTracker(TorchDispatchMode):
         self.watch = watch
         self.device_type, self.call, self.inside, self.definitions = device_type, call, inside, definitions
         self.recording = False
+        # Tells tensors whose storages are given up and taken again, many at once and without an operation: weights that
+        # ranks gather.
+        self.resized: Callable[[], Iterable[Sequence[Tensor]]] = tuple
         self._phase, self._work, self._in_loss = "", "", False
         self._modules: list[str] = []
         self._alive: dict[int, _Storage] = {}
@@ -86,6 +89,7 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and note what it read and made."""
+        self.follow_sizes()
         held = self.inside(func, args) if self.recording else ()
         for tensor in held:
             self._note(tensor, func)
@@ -125,7 +129,8 @@ class StorageTracker(TorchDispatchMode):
         """Return the record of a tensor's storage, made if it is new; None of one elsewhere, or of no bytes."""
         if tensor.device.type != self.device_type:
             return None
-        storage = tensor.untyped_storage()
+        # Of a tensor that is shared out, what is here.
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         key = storage._cdata
         known = self._alive.get(key)
         size = storage.nbytes()
@@ -153,8 +158,24 @@ class StorageTracker(TorchDispatchMode):
                 return "loss"
         return "temporaries"
 
+    def follow_sizes(self) -> None:
+        """Note what has become of storages that are given up, and taken again, by themselves."""
+        if not self.recording:
+            return
+        for tensors in self.resized():
+            storage = tensors[0].untyped_storage()
+            known, there = storage._cdata in self._alive, storage.nbytes() > 0
+            if known and not there:
+                for tensor in tensors:
+                    self._die(tensor.untyped_storage()._cdata)
+            elif there and not known:
+                self.label(tensors, "weights")
+
     def _die(self, key: int) -> None:
-        storage = self._alive.pop(key)
+        storage = self._alive.pop(key, None)
+        if storage is None:
+            # Given up by its owner before.
+            return
         del self._references[key]
         self._log.append((storage, False, self._phase, ""))
 

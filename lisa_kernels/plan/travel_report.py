@@ -13,14 +13,11 @@ from lisa_kernels.plan.result import Plan
 
 
 def check_ranks(ranks: int, shard: bool) -> None:
-    """Raise InputError for a number of processes that is none, and for weights shared out among them."""
+    """Raise InputError for a number of processes that is none, and for one that would share the weights with nobody."""
     if ranks < 1:
         raise InputError(f"--ranks is {ranks}; at least 1 is wanted.")
-    if shard:
-        raise InputError(
-            "--shard is given, and weights that are shared out among ranks cannot be planned yet; leave it out: the "
-            "plan is then of ranks that each have all weights."
-        )
+    if shard and ranks == 1:
+        raise InputError("--shard shares the weights out among ranks, and there is one; give --ranks too.")
 
 
 def print_travel(plan: Plan, console: Console) -> None:
@@ -35,6 +32,13 @@ def print_travel(plan: Plan, console: Console) -> None:
         + (f"; rank 0 sends {travel.broadcast / 1e6:,.2f} MB of bases" if travel.broadcast else ""),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if plan.workload.shard:
+        console.print(
+            f"weights are shared out: {travel.gathered / 1e6:,.2f} MB of them are gathered a step, and "
+            f"{travel.scattered / 1e6:,.2f} MB of gradients of them scattered as sums, bytes of all ranks together; "
+            "gathers may hide behind products, which is not reckoned here",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     table = Table("link", "a step's part of it", "hidden behind the backward", box=None)
     for link in LINKS:
         table.add_row(link.name, _milliseconds(travel.seconds(link)), f"{HIDDEN:.0%}")
