@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def write_together(folder: Path, weights: Mapping[str, Tensor], state: Any) -> N
     if not alone:
         dist.barrier()
     held = {"model": dict(weights), "shards": shards, "rest": rest.getvalue()}
-    save(held, checkpoint_id=os.fspath(partial), no_dist=alone)
+    with _told("written", folder):
+        save(held, checkpoint_id=os.fspath(partial), no_dist=alone)
     if writes:
         put_in_place(partial, folder)
     if not alone:
@@ -54,7 +56,8 @@ def read_state(folder: Path) -> Any:
     if not (folder / ".metadata").is_file():
         raise InputError(f"{folder} holds no checkpoint that ranks wrote together (save_shards).")
     found: dict[str, Any] = {"rest": b""}
-    load(found, checkpoint_id=os.fspath(folder), no_dist=not dist.is_initialized())
+    with _told("read", folder):
+        load(found, checkpoint_id=os.fspath(folder), no_dist=not dist.is_initialized())
     return torch.load(io.BytesIO(found["rest"]), weights_only=True)
 
 
@@ -75,8 +78,24 @@ def read_tensors(
 
     whole = _with_shards(state, (), make)
     tensors = {"model": dict(weights), "shards": shards}
-    load(tensors, checkpoint_id=os.fspath(folder), no_dist=not dist.is_initialized())
+    with _told("read", folder):
+        load(tensors, checkpoint_id=os.fspath(folder), no_dist=not dist.is_initialized())
     return whole
+
+
+@contextmanager
+def _told(done: str, folder: Path) -> Iterator[None]:
+    """Raise InputError on all ranks where one of them fails: torch's own error is no Exception, and all tracebacks."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        said = " ".join(f"{reason}".split()).rstrip(".") or type(reason).__name__
+        raise InputError(
+            f"{folder} could not be {done}: rank {rank} met {said}; see to its disk, and go on from before."
+        ) from error
 
 
 def _without_shards(value: Any, shards: dict[str, Tensor], path: tuple[Any, ...] = ()) -> Any:

@@ -62,3 +62,18 @@ def test_what_ranks_wrote_is_read_by_them_and_by_one_process(tmp_path: Path) -> 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no checkpoint that ranks wrote together"):
         read_state(tmp_path)
+
+
+def fails(rank: int, folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        write_together(folder, {"weight": shard(TABLE)}, {})
+    return str(caught.value)
+
+
+def test_a_rank_that_cannot_write_stops_all_of_them(tmp_path: Path) -> None:
+    """In one sentence on each."""
+    file = tmp_path / "file"
+    file.touch()
+    for said in on_ranks(fails, file / "folder"):
+        assert "could not be written: rank 0 met" in said
+        assert "\n" not in said
