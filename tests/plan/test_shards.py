@@ -13,6 +13,7 @@ import torch.distributed as dist
 from distributed.ranks import on_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lisa_kernels.distributed import GradientReduction, Ranks, settle, share_out
 from lisa_kernels.distributed.digests import digest
@@ -59,6 +60,17 @@ class Quiet(Ranks):
             digest(tensor)
 
 
+def on_copies(collective: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run a collective untracked: no plan sees gloo's buffers, and its threads let go of what they sent at any time."""
+    with _disable_current_modes():
+        copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
+        result = collective(*copies[0], **copies[1])
+        for given, copy in zip(tree_leaves((args, kwargs)), tree_leaves(copies)):
+            if isinstance(given, Tensor):
+                given.copy_(copy)
+    return result
+
+
 def tracked(name: str, mean: bool = False) -> tuple[Trace, dict[str, int]]:
     """Return the storages of a real rank and the bytes of each kind that it sends in a steady step.
 
@@ -73,17 +85,15 @@ def tracked(name: str, mean: bool = False) -> tuple[Trace, dict[str, int]]:
 
     def counting(kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if tracker.phase_name.startswith(STEADY_STEP):
+            if kind in sent and tracker.phase_name.startswith(STEADY_STEP):
                 sent[kind] += max(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            # Whose own buffers no plan sees: gloo's are in host memory.
-            with _disable_current_modes():
-                return real(*args, **kwargs)
+            return on_copies(real, args, kwargs)
 
         return counted
 
     with pytest.MonkeyPatch.context() as patch, tracker:
         optimizer = prepare(model, given, mean=mean, reduction=GradientReduction(ranks))
-        for kind in sent:
+        for kind in (*sent, "all_gather", "all_reduce"):
             patch.setattr(dist, kind, counting(kind, getattr(dist, kind)))
         take_steps(model, optimizer, given, tracker, lambda: random_batch(given))
     return tracker.trace(), sent
