@@ -182,6 +182,11 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="where moments are between steps: resident, host, managed (unified memory) or file:DIR (default: on the "
         "device); where paged ones of layers that left are, too (default: host)",
     )
+    add(
+        "--resting",
+        help="bits in which the layers' matrices are on the device, their masters in host memory: 16-bit, int8 or nf4 "
+        "(owlore and galore; default: 16-bit)",
+    )
     add("--steps", type=int, help="optimizer steps (default: 200)")
     add("--epochs", type=float, help="passes over the data, in place of --steps")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")

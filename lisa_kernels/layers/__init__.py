@@ -17,6 +17,7 @@ from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
 from lisa_kernels.layers.lowrank import LowRankLinear, ReadWeights, TrainedBasisLinear, swap_linears
 from lisa_kernels.layers.offload import offload_checkpoints
 from lisa_kernels.layers.plain_linears import PlainLinears
+from lisa_kernels.layers.resting import RestingLinear
 from lisa_kernels.layers.segments import attend_by_segments, attends_by_segments, borders_mask
 from lisa_kernels.layers.slot import SlotModule
 
@@ -29,6 +30,7 @@ __all__ = [
     "OrderedTables",
     "PlainLinears",
     "ReadWeights",
+    "RestingLinear",
     "SlotModule",
     "TappedEmbedding",
     "TrainedBasisLinear",

@@ -63,6 +63,11 @@ class SlotModule(nn.Module):
         raise NotImplementedError
 
     @property
+    def device(self) -> torch.device:
+        """Where slot and basis are."""
+        return self.stored_weight.device
+
+    @property
     def matrix(self) -> Tensor:
         """The stored weight read as [m, n]; a view."""
         return self.stored_weight.t() if self.transposed else self.stored_weight
@@ -77,7 +82,7 @@ class SlotModule(nn.Module):
 
         remainder: that of the layer's last time, instead of zeros.
         """
-        device, dtype = self.stored_weight.device, self.stored_weight.dtype
+        device, dtype = self.device, self.stored_weight.dtype
         self.slot.data = torch.zeros(self.rank, self.out_features, device=device)
         if basis is None:
             self.basis = torch.zeros(self.rank, self.in_features, device=device, dtype=dtype)
@@ -89,7 +94,7 @@ class SlotModule(nn.Module):
 
     def hold_basis(self, basis: Tensor) -> None:
         """Take a copy of a basis [r, n] for one's own, in the weight's dtype on its device."""
-        self.basis = basis.to(self.stored_weight.device, self.stored_weight.dtype, copy=True)
+        self.basis = basis.to(self.device, self.stored_weight.dtype, copy=True)
 
     def free_basis(self) -> None:
         """Give up the basis and its storage."""

@@ -22,7 +22,7 @@ from lisa_kernels.distributed import (
     together,
     units_of,
 )
-from lisa_kernels.errors import InputError
+from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.layers import TappedEmbedding, check_attachable, without_compiler
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.agreement import agree
@@ -30,6 +30,7 @@ from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
 from lisa_kernels.methods.units import make_layout
+from lisa_kernels.ops.resting import KINDS
 from lisa_kernels.optim.settings import check_hyper, check_settings
 from lisa_kernels.samplers import Sampler
 from lisa_kernels.scores import compute_scores
@@ -40,7 +41,7 @@ def attach(
     weight_decay: float = 1e-2, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
     scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
-    paging: str | None = None, ranks: Any = "auto", wire_dtype: str | None = None,
+    paging: str | None = None, resting: str | None = None, ranks: Any = "auto", wire_dtype: str | None = None,
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
@@ -55,6 +56,11 @@ def attach(
     parameters stay what they are; linears that get a low-rank slot are swapped until `detach()`. What was frozen before
     stays frozen, which is said once; a layer that is frozen whole keeps its number and is never drawn. Of a compiled
     model the one inside is attached.
+
+    resting: "int8" or "nf4" keeps the matrices of the decoder blocks in 8 or 4 bits where the model computes, those of
+    layers that train too, and their 16-bit masters in host memory; None or "16-bit" leaves them as they are. What is
+    learnt is put into the masters when a layer leaves or gets a new basis, and it is they that are saved. For methods
+    whose layers train through slots (OwLore, GaLore) and one process.
 
     ranks: "auto" is the default process group of torch.distributed, where it has several processes; another group; or
     None for a caller who reduces gradients. Each process (rank) has the whole model, or its rows of one that was given
@@ -73,6 +79,7 @@ def attach(
         with together(sharing):
             model = without_compiler(model)
             wire = _check(model, method, settings, general, wire_dtype, sharing)
+            resting = check_resting(resting, method, sharing is not None or bool(units_of(model)))
             at_rest(model)
             survey = survey_model(model, method, blocks)
         if sharing is not None:
@@ -83,7 +90,7 @@ def attach(
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
         more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}
-        optimizer = _attached(sharing, survey, scores, seed, more)
+        optimizer = _attached(sharing, survey, scores, seed, more, resting)
     except BaseException:
         if sharing is not None:
             sharing.close()
@@ -93,7 +100,8 @@ def attach(
 
 
 def _attached(
-    sharing: Ranks | None, survey: Survey, scores: Sequence[float] | None, seed: int, settings: Mapping[str, Any]
+    sharing: Ranks | None, survey: Survey, scores: Sequence[float] | None, seed: int, settings: Mapping[str, Any],
+    resting: str | None,
 ) -> SampledAdamW:  # fmt: skip
     """Do to the model what was surveyed; on a failure of this rank or another it is as it was."""
     optimizer: SampledAdamW | None = None
@@ -101,7 +109,7 @@ def _attached(
     try:
         with together(sharing):
             sampler = _make_sampler(survey, seed, scores)
-            layout = make_layout(survey, seed)
+            layout = make_layout(survey, seed, resting)
             swaps = layout.swaps
             kind: type[SampledAdamW] = survey.method.optimizer or SampledAdamW
             optimizer = kind(survey.model, survey.method, layout, sampler, seed=seed, **settings)
@@ -126,6 +134,26 @@ def _check(
     check_hyper(dict(settings))
     check_settings(**general)
     return check_wire_dtype(wire_dtype)
+
+
+def check_resting(resting: str | None, method: Method, shared: bool) -> str | None:
+    """Return how matrices rest, None: as they are; raises InputError where they cannot rest so."""
+    if resting in (None, "16-bit"):
+        return None
+    if resting not in KINDS:
+        raise unknown_name("way to rest", resting, ("16-bit", *KINDS))
+    if method.form != "low-rank":
+        raise InputError(
+            f"resting={resting!r} is for methods that train layers through slots, and {method.name!r} does not; use "
+            "OwLore or GaLore, or leave resting out."
+        )
+    if method.get("master", "none") != "none":
+        raise InputError(
+            f"master={method.get('master', 'none')!r} is beside weights that rest in 16 bits; leave one out."
+        )
+    if shared:
+        raise InputError(f"resting={resting!r} is for one process, and this one has others; leave it out.")
+    return resting
 
 
 def _tell_what_differs(survey: Survey) -> None:

@@ -31,6 +31,7 @@ from lisa_kernels.methods.shelf import Shelf
 from lisa_kernels.methods.slots import (
     fold_slots,
     kept_buffers,
+    settle_slots,
     slots_in_shape,
     stagger,
     take_slots_state,
@@ -163,7 +164,10 @@ class SampledAdamW(RankAccess):
         return [self.layout.drawable[place] for place in self.sampler.draw(period)]
 
     def _begin_period(self) -> None:
-        self._switch_to(self._draw())
+        drawn = self._draw()
+        leaving = [self.layout.drawn[index] for index in self._active if index not in drawn]
+        settle_slots(self, (layer for unit in leaving for layer in unit.lowrank.values()))
+        self._switch_to(drawn)
         self.history.append(self.active_layers)
 
     def _active_units(self) -> list[Unit]:
@@ -271,6 +275,8 @@ class SampledAdamW(RankAccess):
         for layer in active:
             if layer.tracker is not None:
                 layer.tracker.advance()
+        # A basis is found beside a slot of zeros.
+        settle_slots(self, (layer for layer in active if layer.tracker is not None and layer.tracker.due))
         self._arm()
         self._count()
         return loss
@@ -387,6 +393,8 @@ class SampledAdamW(RankAccess):
             return self.model
         if self._adapters is not None:
             self._adapters.merge_for_good()
+        # To nearest, as what was saved before was rounded.
+        settle_slots(self, self._layers().values(), last=True)
         self._remove_hooks()
         for swap in self.layout.swaps:
             swap.layer.deactivate()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lisa_kernels.basis import transport_many
 from lisa_kernels.distributed.shards import local, rows_like, shard_like
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import SlotModule
+from lisa_kernels.layers import RestingLinear, SlotModule
 from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.optim.moments import read_moments, write_moments
 
@@ -117,12 +117,16 @@ def _transport(
 
 
 def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
-    """W ← (1 − lr·wd) W + scale · Bᵀ P and B ← 0, for slots that fold after each step.
+    """W ← (1 − lr·wd) W + scale · Bᵀ P and B ← 0, for slots that fold after each step; others note the decay.
 
     A skipped step left B at zero; its decay is then left out on the device, so that W stays as it was.
     """
-    folded = [layer for layer in layers if layer.tracker is not None]
+    tracked = [layer for layer in layers if layer.tracker is not None]
     groups, decays = group_of(optimizer), Decays(optimizer)
+    folded = [layer for layer in tracked if not isinstance(layer, RestingLinear)]
+    for layer in tracked:
+        if isinstance(layer, RestingLinear):
+            layer.kept *= decays.of(groups[layer.slot], layer.device)
     for layer in folded:
         layer.fold_into(
             layer.stored_weight.data, decays.of(groups[layer.slot], layer.slot.device),
@@ -130,6 +134,13 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
         )  # fmt: skip
     if folded:
         torch._foreach_zero_([layer.slot.data for layer in folded])
+
+
+def settle_slots(optimizer: AdamW8bit, layers: Iterable[SlotModule], last: bool = False) -> None:
+    """Put the slots of resting layers into their masters, which rest anew; `last`: rounded to nearest."""
+    for layer in layers:
+        if isinstance(layer, RestingLinear) and layer.active:
+            layer.settle(None if last else optimizer.step_key(layer.slot))
 
 
 def kept_buffers(layer: SlotModule) -> dict[str, Tensor]:
@@ -155,9 +166,11 @@ def slots_state(
             weight = layer.stored_weight
             entry["remainder"] = shard_like(weight, entry["remainder"], weight.shape)
         if "basis" in entry:
-            if layer.tracker is None:
+            if layer.is_adapter:
                 entry["slot"], entry["weight"] = layer.slot.detach(), layer.stored_weight.detach()
-            else:
+            if isinstance(layer, RestingLinear) and layer.active:
+                entry["kept"] = layer.kept
+            if layer.tracker is not None:
                 entry["tracker"] = layer.tracker.state_dict()
             state[path] = entry
     return state
@@ -170,7 +183,7 @@ def check_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mapp
             raise InputError(f"the state holds a basis for {path}, which this model does not have.")
         layer = layers[path]
         wanted: dict[str, tuple[int, ...]] = {"basis": (layer.rank, layer.in_features)}
-        if layer.tracker is None:
+        if layer.tracker is None or "slot" in entry:
             wanted["slot"], wanted["weight"] = (layer.rank, layer.out_features), tuple(layer.stored_weight.shape)
         if "remainder" in entry:
             wanted["remainder"] = tuple(layer.stored_weight.shape)
@@ -189,11 +202,14 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
                 layer.deactivate()
             continue
         layer.hold_basis(entry["basis"])
-        if layer.tracker is None:
+        if layer.is_adapter:
             layer.slot.data.copy_(entry["slot"])
             local(layer.stored_weight).copy_(rows_like(layer.stored_weight, entry["weight"]))
             layer.restarted = False
-        else:
+        if isinstance(layer, RestingLinear) and layer.active:
+            layer.rest_anew()
+            layer.kept.copy_(entry["kept"])
+        if layer.tracker is not None:
             layer.tracker.load_state_dict(entry["tracker"])
         if "remainder" in entry and layer.exact_master and layer.stored_weight.dtype == torch.bfloat16:
             rows = rows_like(layer.stored_weight, entry["remainder"])

@@ -11,6 +11,7 @@ from lisa_kernels.basis import BasisTracker, RandomRows, random_basis
 from lisa_kernels.layers import (
     LowRankEmbedding,
     LowRankLinear,
+    RestingLinear,
     SlotModule,
     TappedEmbedding,
     TrainedBasisLinear,
@@ -84,8 +85,8 @@ class Layout:
 class _SlotMaker:
     """Makes the layers with slots of one model, each with random numbers of its own."""
 
-    def __init__(self, survey: Survey, seed: int) -> None:
-        self.method, self.seed, self.made = survey.method, seed, 0
+    def __init__(self, survey: Survey, seed: int, resting: str | None) -> None:
+        self.method, self.seed, self.resting, self.made = survey.method, seed, resting, 0
 
     def tracker(self, rank: int) -> BasisTracker:
         self.made += 1
@@ -94,6 +95,8 @@ class _SlotMaker:
 
     def layer(self, original: nn.Module, path: str) -> LowRankLinear:
         rank = self.method.get("rank", 0)
+        if self.resting is not None:
+            return RestingLinear(original, rank, self.resting, self.tracker(rank))
         if self.method.form != "adapter":
             return LowRankLinear(original, rank, tracker=self.tracker(rank))
         kind = TrainedBasisLinear if isinstance(self.method, LoRA) else LowRankLinear
@@ -110,9 +113,9 @@ class _SlotMaker:
         return random_basis(layer.rank, layer.in_features, source, layer.slot.device)
 
 
-def make_layout(survey: Survey, seed: int = 0) -> Layout:
-    """Do to the model what the survey found possible."""
-    maker = _SlotMaker(survey, seed)
+def make_layout(survey: Survey, seed: int = 0, resting: str | None = None) -> Layout:
+    """Do to the model what the survey found possible; resting: how the blocks' matrices rest, None: as they are."""
+    maker = _SlotMaker(survey, seed, resting)
     swaps = swap_linears(survey.places(), maker.layer)
     made = {swap.original: swap.layer for swap in swaps}
     # One in several places belongs to the first unit that has it.

@@ -46,8 +46,8 @@ def workload_of(
         checkpointed_blocks=recomputed or None,
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
-        seed=options.seed, length=RunLength.of(options, method, model), ranks=ranks, wire_dtype=options.wire_dtype,
-        data=data, shard=shard,
+        resting=options.resting, seed=options.seed, length=RunLength.of(options, method, model), ranks=ranks,
+        wire_dtype=options.wire_dtype, data=data, shard=shard,
     )  # fmt: skip
 
 
@@ -67,6 +67,8 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
         flags["max-grad-norm"] = workload.max_grad_norm or 0
     if workload.paging is not None:
         flags["paging"] = workload.paging
+    if workload.resting is not None:
+        flags["resting"] = workload.resting
     if workload.wire_dtype is not None:
         flags["wire-dtype"] = workload.wire_dtype
     if workload.seed:

@@ -16,6 +16,7 @@ from lisa_kernels.distributed import GradientReduction, absent_others, check_wir
 from lisa_kernels.errors import InputError, NotRehearsedError
 from lisa_kernels.layers import SlotModule, attend_by_segments, checkpoint_blocks, offload_checkpoints
 from lisa_kernels.methods import Method, SampledAdamW
+from lisa_kernels.methods.attach import check_resting
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import make_layout
 from lisa_kernels.paging import check_paging
@@ -48,7 +49,8 @@ class Workload:
     and the run's follows from it; no bytes depend on it. ranks: processes that train one model, all others as this one,
     with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards; shard: each holds a part of
     the weights, and what is said is of rank 0, whose part is the largest. data: rows whose examples
-    share them, None: a row is one sequence of seq_len tokens. Raises InputError for values out of range.
+    share them, None: a row is one sequence of seq_len tokens. resting: see `attach`. Raises InputError for values out
+    of range.
     """
 
     model: Any
@@ -71,6 +73,7 @@ class Workload:
     mixed_cards: bool = False
     shard: bool = False
     data: DataRows | None = None
+    resting: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""
@@ -184,7 +187,8 @@ def prepare(
             offload_checkpoints(model)
     device = next(model.parameters()).device
     with device:
-        layout = make_layout(survey_model(model, workload.method), workload.seed)
+        resting = check_resting(workload.resting, workload.method, reduction is not None)
+        layout = make_layout(survey_model(model, workload.method), workload.seed, resting)
     method, sampler = workload.method, None
     if method.get("period", None) is not None:
         method = dataclasses.replace(method, period=1)  # type: ignore[call-arg]

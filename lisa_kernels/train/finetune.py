@@ -222,8 +222,10 @@ def _run(
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
-        wire_dtype=options.wire_dtype,
+        resting=options.resting, wire_dtype=options.wire_dtype,
     )  # fmt: skip
+    if options.resting:
+        model.to(device)
     tokens_per_step = options.batch_size * options.accumulate * train.tokens / len(train)
     progress = LiveProgress(console, optimizer, tokens_per_step)
     history = RunHistory(options.output, optimizer, meter, tokens_per_step, console)

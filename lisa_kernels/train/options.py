@@ -63,6 +63,7 @@ class FineTuneOptions:
     master: str | None = None
     retired_state: str | None = None
     paging: str | None = None
+    resting: str | None = None
     wire_dtype: str | None = None
     shard: bool = False
     scores: str | None = None

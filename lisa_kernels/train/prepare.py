@@ -116,8 +116,9 @@ def load_model_for(
     model = load_model(options.model, parse_dtype(options.dtype, device), options.seed)
     if options.shard:
         share_out(model, find_blocks(model)[1], device)
-    else:
+    elif options.resting in (None, "16-bit"):
         model.to(device)
+    # One whose matrices will rest comes when they do: in 16 bits it may not fit.
     pad_note = settle_pad_token(data.tokenizer, model)
     if pad_note is not None:
         console.print(f"note: {pad_note}", highlight=False, markup=False)

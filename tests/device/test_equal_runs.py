@@ -20,6 +20,7 @@ from lisa_kernels.ops.lowrank_embedding import reference
 RESUMED = {
     "lisa-always": torch.bfloat16, "owlore-low-rank": torch.float32, "owlore-page": torch.bfloat16,
     "badam-sampled": torch.bfloat16, "galore": torch.float32, "full": torch.bfloat16,
+    "owlore-resting": torch.bfloat16,
 }  # fmt: skip
 STEPS, KILLED = 5, 3
 # So few tokens that each of them comes often, and is added often.
@@ -42,7 +43,11 @@ def steps(model: Any, opt: Any, numbers: range) -> list[Tensor]:
 
 def attached(method: str) -> tuple[Any, Any]:
     model = llama().to("cuda", RESUMED[method])
-    return model, attach(model, METHODS[method], lr=1e-2, calibration=[batch("cuda", 99)], max_grad_norm=1.0, seed=0)
+    calibration, resting = [batch("cuda", 99)], "nf4" if method.endswith("resting") else None
+    opt = attach(
+        model, METHODS[method], lr=1e-2, calibration=calibration, max_grad_norm=1.0, seed=0, resting=resting
+    )
+    return model, opt
 
 
 def weights_of(opt: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ CASES = [
 
 def run(family: str, method: str, dtype: str, device: str) -> Run:
     # The methods' own clipping and checkpointing with the one, torch's and none with the other.
-    settings = {"checkpointing": True, "max_grad_norm": 1.0} if dtype == "bfloat16" else {}
+    settings: dict[str, Any] = {"checkpointing": True, "max_grad_norm": 1.0} if dtype == "bfloat16" else {}
+    if method.endswith("resting"):
+        settings["resting"] = "int8"
     return train(family, METHODS[method], device, getattr(torch, dtype), **settings)
 
 

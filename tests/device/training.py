@@ -27,6 +27,7 @@ def _methods() -> dict[str, Any]:
     made["ows-adaptive"] = lisa_kernels.OWS(1, 2, scores="gradient-norm")
     made["owlore-remainder"] = lisa_kernels.OwLore(1, 2, rank=8, gap=2, retired_state="keep", master="remainder")
     made["owlore-page"] = lisa_kernels.OwLore(1, 2, rank=8, gap=2, retired_state="page")
+    made["owlore-resting"] = lisa_kernels.OwLore(1, 2, rank=8, gap=2)
     made["galore"] = lisa_kernels.GaLore(rank=8, gap=2)
     made["lora"] = lisa_kernels.LoRA(rank=4)
     made["lora-fa"] = lisa_kernels.LoRAFA(rank=4)
