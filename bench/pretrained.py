@@ -29,6 +29,8 @@ from bench.pretrained_table import GRID_SEED, report
 from bench.pretrained_tasks import BASE, Size, Task, read_task
 from bench.readme import put
 from bench.rows import append_row, read_rows
+from lisa_kernels.layers import RestingLinear
+from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.train.models import load_model
 
 ROWS = "pretrained"
@@ -66,6 +68,8 @@ def run(
         if size.curve_every and done % size.curve_every == 0 and done < size.steps:
             curve.append([done, round(cpu, 2), round(task.answer_loss(model, size.curve_rows)[0], 5)])
     average.take()
+    if isinstance(optimizer, SampledAdamW) and any(isinstance(module, RestingLinear) for module in model.modules()):
+        optimizer.detach()
     outcome = task.outcome(model)
     if curve:
         curve.append([size.steps, round(cpu, 2), round(task.loss_of_some(outcome["nats"], size.curve_rows), 5)])

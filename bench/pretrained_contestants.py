@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.pretrained_ideas import FlooredOwLore, RankedGaLore, WarmedOwLore, WeighedOwLore, by_spectrum
+from bench.pretrained_ideas import (
+    FlooredOwLore,
+    GentleGaLore,
+    GentleOwLore,
+    RankedGaLore,
+    WarmedOwLore,
+    WeighedOwLore,
+    by_spectrum,
+)
 from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore, attach
 from lisa_kernels.methods import Method
 
@@ -38,13 +46,15 @@ class Contestant:
         return self.method is None
 
 
-def ours(name: str, method: Method, *rates: float) -> Contestant:
-    """Return a method of this package as a contestant."""
+def ours(name: str, method: Method, *rates: float, resting: str | None = None) -> Contestant:
+    """Return a method of this package as a contestant; what is asked at its end are masters where weights rest."""
 
     def start(
         model: nn.Module, lr: float, seed: int, calibration: Iterable[dict[str, Tensor]]
     ) -> torch.optim.Optimizer:
-        return attach(model, method, lr=lr, seed=seed, weight_decay=WEIGHT_DECAY, calibration=calibration)
+        return attach(
+            model, method, lr=lr, seed=seed, weight_decay=WEIGHT_DECAY, calibration=calibration, resting=resting
+        )
 
     return Contestant(name, start, rates, method)
 
@@ -191,6 +201,22 @@ CONTESTANTS = (
             GaLore(rank=32, scale=1.0, embeddings="low-rank", gap=gap), 2.5e-4,
         )
         for gap in (3, 10)
+    ),
+    *(
+        ours(
+            f'GaLore(rank=32, embeddings="low-rank"), resting in {kind}',
+            GaLore(rank=32, scale=1.0, embeddings="low-rank"), 2.5e-4, resting=kind,
+        )
+        for kind in ("int8", "nf4")
+    ),
+    *(
+        ours(f"OwLore(20, period=3, rank=32), resting in {kind}", OwLore(20, 3, rank=32), 5e-4, resting=kind)
+        for kind in ("int8", "nf4")
+    ),
+    ours("OwLore(20, period=3, rank=32), embeddings at a quarter of the rate", GentleOwLore(20, 3, rank=32), 5e-4),
+    ours(
+        'GaLore(rank=32, embeddings="low-rank"), at a quarter of the rate',
+        GentleGaLore(rank=32, scale=1.0, embeddings="low-rank"), 2.5e-4, 5e-4,
     ),
     _by_spectrum(RankedGaLore(rank=32, scale=1.0, embeddings="low-rank")),
     ours("OwLore(20, period=3, rank=32)", OwLore(20, 3, rank=32), 2.5e-4, 5e-4, 1e-3),

@@ -120,6 +120,29 @@ class WarmedOwLore(OwLore):
     warm_up: int = 3
 
 
+class GentleAdamW(SampledAdamW):
+    """Takes a quarter of the rate for embedding and output layer."""
+
+    def _begin_period(self) -> None:
+        for layer in self.layout.always.lowrank.values():
+            layer.scale = 0.25
+        super()._begin_period()
+
+
+@dataclass(frozen=True)
+class GentleOwLore(OwLore):
+    """OwLore whose embeddings go slower."""
+
+    optimizer: ClassVar[type | None] = GentleAdamW
+
+
+@dataclass(frozen=True)
+class GentleGaLore(GaLore):
+    """GaLore whose embeddings go slower."""
+
+    optimizer: ClassVar[type | None] = GentleAdamW
+
+
 class RankedAdamW(SampledAdamW):
     """Gives each matrix the rank that its method names by the matrix's path."""
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from bench.pretrained_ideas import (
     FlooredOwLore,
+    GentleOwLore,
     RankedGaLore,
     WarmedOwLore,
     WeighedOwLore,
@@ -72,6 +73,18 @@ def test_a_warm_up_makes_a_layers_first_step_smaller(warm_up: int) -> None:
         train(model, optimizer, 1)
         moved.append((layer.stored_weight - before).norm())
     assert float(moved[0] / moved[1]) == pytest.approx(warm_up, rel=1e-3)
+
+
+def test_embeddings_go_at_a_quarter_of_the_rate() -> None:
+    """Adam's first step is the sign of the gradient, so that it shows in full."""
+    moved = []
+    for method in (OwLore(1, 9, rank=8, scores="uniform"), GentleOwLore(1, 9, rank=8, scores="uniform")):
+        model, optimizer = attached(method)
+        table = model.get_input_embeddings().weight
+        before = table.detach().clone()
+        train(model, optimizer, 1)
+        moved.append((table.detach() - before).norm())
+    assert float(moved[0] / moved[1]) == pytest.approx(4, rel=1e-3)
 
 
 def test_ranks_by_spectrum_cost_what_one_rank_for_all_does() -> None:

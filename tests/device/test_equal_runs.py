@@ -44,9 +44,7 @@ def steps(model: Any, opt: Any, numbers: range) -> list[Tensor]:
 def attached(method: str) -> tuple[Any, Any]:
     model = llama().to("cuda", RESUMED[method])
     calibration, resting = [batch("cuda", 99)], "nf4" if method.endswith("resting") else None
-    opt = attach(
-        model, METHODS[method], lr=1e-2, calibration=calibration, max_grad_norm=1.0, seed=0, resting=resting
-    )
+    opt = attach(model, METHODS[method], lr=1e-2, calibration=calibration, max_grad_norm=1.0, seed=0, resting=resting)
     return model, opt
 
 
