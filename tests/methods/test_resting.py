@@ -13,6 +13,7 @@ from torch import Tensor
 from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach, plan
 from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods import Method, SampledAdamW
+from lisa_kernels.ops import resting_linear
 from lisa_kernels.ops.resting import KINDS, dequantize_resting_, quantize_resting
 from lisa_kernels.plan.empty_model import empty_model
 
@@ -80,6 +81,29 @@ def test_masters_learn_what_slots_did(name: str, kind: str) -> None:
     assert float(moved[0].norm()) > 0
     alike = torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0)
     assert float(alike) > (0.9 if kind == "int8" else 0.6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_that_lose_nothing_at_rest_learn_what_folded_ones_do(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With codes that mean the weight itself, a slot that waits to be settled ends where one does that is folded."""
+    meant: dict[int, Tensor] = {}
+
+    def rest(layer: RestingLinear, master: Tensor) -> None:
+        quantise(layer, master)
+        meant[layer.codes.data_ptr()] = layer.matrix.detach().clone()
+
+    quantise = RestingLinear._rest
+    monkeypatch.setattr(RestingLinear, "_rest", rest)
+    monkeypatch.setattr(resting_linear, "_woken", lambda like, codes, *_: meant[codes.data_ptr()])
+    before, ends = llama(layers=3, hidden_size=64, intermediate_size=96).state_dict(), []
+    for kind in ("nf4", None):
+        model = llama(layers=3, hidden_size=64, intermediate_size=96)
+        optimizer = attach(model, METHODS[name], lr=3e-3, seed=5, rounding="nearest", resting=kind)
+        run(model, optimizer, 0, 10)
+        ends.append(torch.cat([(end - before[key]).flatten() for key, end in optimizer.detach().state_dict().items()]))
+    assert float((ends[0] - ends[1]).norm()) < 2e-3 * float(ends[1].norm())
 
 
 @OF_KIND
