@@ -14,6 +14,7 @@ from lisa_kernels.ops.fold import fold_
 from lisa_kernels.ops.grad_norm import grad_norm
 from lisa_kernels.ops.project import project
 from lisa_kernels.ops.random_bits import random_key
+from lisa_kernels.ops.resting import KINDS, dequantize_resting_, quantize_resting
 from lisa_kernels.optim import AdamW8bit
 
 # What sums in another order and roundings of it may change, of the largest value: products of a few hundred numbers
@@ -81,6 +82,18 @@ def _dequantize(device: torch.device) -> list[Tensor]:
     return [dequantize_blockwise(codes.to(device), absmax.to(device), "m")]
 
 
+def _quantize_resting(device: torch.device) -> list[Tensor]:
+    return [part for kind in KINDS for part in quantize_resting(_values(1000).to(device, torch.bfloat16), kind)]
+
+
+def _dequantize_resting(device: torch.device) -> list[Tensor]:
+    found = []
+    for kind in KINDS:
+        codes, absmax = (part.to(device) for part in quantize_resting(_values(1000), kind))
+        found.append(dequantize_resting_(torch.empty(1000, device=device), codes, absmax, kind))
+    return found
+
+
 def _grad_norm(device: torch.device) -> list[Tensor]:
     return [grad_norm([_values(1000).to(device), _values(30, 40, seed=1).to(device, torch.bfloat16)])]
 
@@ -126,5 +139,7 @@ _RUNS: dict[str, Callable[[torch.device], list[Tensor]]] = {
     "adamw32_": _steps(eight_bit=False),
     "grad_norm": _grad_norm,
     "fold_": _fold,
+    "quantize_resting": _quantize_resting,
+    "dequantize_resting_": _dequantize_resting,
     "project": _project,
 }

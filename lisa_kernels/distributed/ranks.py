@@ -54,6 +54,8 @@ class Ranks:
             self._between_cpus = dist.new_group(
                 members, backend="gloo", use_local_synchronization=not self._whole, timeout=patience
             )
+            # One that has its connections and leaves closes them while others still make theirs.
+            dist.all_reduce(torch.zeros(1), group=self._between_cpus)
         _wait_for_work(self._between_cpus)
 
     def close(self) -> None:

@@ -51,11 +51,11 @@ def test_a_folder_that_takes_no_more_does_not_cost_the_model(
 
     real, folders = finish.save_final_model, []
 
-    def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    def save(model: Any, tokenizer: Any, folder: Path, state: Any = None) -> None:
         folders.append(folder)
         if len(folders) == 1:
             raise OSError(28, "No space left on device")
-        real(model, tokenizer, folder)
+        real(model, tokenizer, folder, state)
 
     monkeypatch.setattr(finish, "save_final_model", save)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
