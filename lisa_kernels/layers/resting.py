@@ -29,7 +29,7 @@ class RestingLinear(LowRankLinear):
     Bytes on the device: 1.0625 (int8) or 0.5625 (nf4) a weight, and those of an active slot.
     """
 
-    def __init__(self, original: nn.Module, rank: int, kind: str, tracker: BasisTracker) -> None:
+    def __init__(self, original: nn.Module, rank: int, kind: str, tracker: BasisTracker, path: str) -> None:
         super().__init__(original, rank, tracker=tracker)
         self.kind = kind
         device = self.stored_weight.device
@@ -40,7 +40,8 @@ class RestingLinear(LowRankLinear):
         self._rest(self.stored_weight.detach())
         if not self.absmax.is_meta and not bool(self.absmax.isfinite().all()):
             raise InputError(
-                "a weight that is to rest in few bits holds a NaN or an infinity; nothing can be made of it."
+                f"{path}.weight is to rest in few bits and holds a NaN or an infinity; give a model whose weights are "
+                "finite."
             )
         self.stored_weight.data = _in_host_memory(self.stored_weight.detach())
 

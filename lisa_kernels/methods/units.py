@@ -96,7 +96,7 @@ class _SlotMaker:
     def layer(self, original: nn.Module, path: str) -> LowRankLinear:
         rank = self.method.get("rank", 0)
         if self.resting is not None:
-            return RestingLinear(original, rank, self.resting, self.tracker(rank))
+            return RestingLinear(original, rank, self.resting, self.tracker(rank), path)
         if self.method.form != "adapter":
             return LowRankLinear(original, rank, tracker=self.tracker(rank))
         kind = TrainedBasisLinear if isinstance(self.method, LoRA) else LowRankLinear
