@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.pretrained_table import BEFORE, counted_rows
-from bench.pretrained_tasks import Size
+from bench.pretrained_tasks import FIRST_FIT, Size
 from bench.quality_table import best_rows
 from bench.readme import markdown
 from bench.rows import read_rows
@@ -49,7 +49,8 @@ CHOICES = (
 
 def choice_table() -> str:
     """Return the Markdown table; a dash stands where nothing was measured."""
-    size = Size().key().items()
+    # Those of which three seeds of every line are there.
+    size = Size(packed=FIRST_FIT).key().items()
     pretrained = [row for row in read_rows("pretrained") if row["task"] == "gsm8k" and size <= row.items()]
     quality, memory, step = (read_rows(name) for name in ("quality", "memory", "step"))
     known = [row["known_loss"] for row in pretrained if row["contestant"] == BEFORE]

@@ -16,6 +16,7 @@ import argparse
 import functools
 import math
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,13 @@ def run(
     calibration = [batch for batch, _ in zip(task.batches(seed), range(16))]
     optimizer = contestant.start(model, lr, seed, calibration)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, size.steps))
-    batches, cpu, wall, curve = task.batches(seed), 0.0, 0.0, []
+    batches, cpu, wall, curve, taught = task.batches(seed), 0.0, 0.0, [], 0
     average = _Average(model, min(contestant.averaged_steps, size.steps))
     for step in range(size.steps if lr else 0):
+        batch = next(batches)
+        taught = zlib.crc32(batch["input_ids"].numpy().tobytes(), taught)
         begin = time.process_time(), time.perf_counter()
-        train_step(model.train(), optimizer, next(batches))
+        train_step(model.train(), optimizer, batch)
         schedule.step()
         cpu, wall = cpu + time.process_time() - begin[0], wall + time.perf_counter() - begin[1]
         done = step + 1
@@ -75,7 +78,7 @@ def run(
         curve.append([size.steps, round(cpu, 2), round(task.loss_of_some(outcome["nats"], size.curve_rows), 5)])
     return {
         "task": task.name, "contestant": contestant.name, "lr": lr, "seed": seed, **size.key(),
-        **outcome, "curve": curve, "cpu_seconds": cpu, "wall_seconds": wall,
+        **outcome, "curve": curve, "cpu_seconds": cpu, "wall_seconds": wall, "taught_crc32": taught,
     }  # fmt: skip
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from bench.pretrained_tasks import Size
+from bench.pretrained_tasks import FIRST_FIT, FULL_ROWS, Size
 from bench.readme import markdown, put
 from bench.rows import read_rows
 
@@ -30,9 +31,17 @@ def counted_rows(rows: list[Row], name: str, seeds: Sequence[int]) -> list[Row]:
 
 
 def paired(rows: Sequence[Row], others: Sequence[Row]) -> tuple[float, float] | None:
-    """Return mean and standard deviation over seeds of loss / other's loss − 1, on the same rows in the same order."""
-    by_seed = {row["seed"]: row["answer_loss"] for row in others}
-    apart = [row["answer_loss"] / by_seed[row["seed"]] - 1 for row in rows if row["seed"] in by_seed]
+    """Return mean and standard deviation over seeds of loss / other's loss − 1, on the same rows in the same order.
+
+    Raises ValueError for two that were taught other rows on one seed.
+    """
+    by_seed = {row["seed"]: row for row in others}
+    pairs = [(row, by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
+    for row, other in pairs:
+        if row.get("taught_crc32", other.get("taught_crc32")) != other.get("taught_crc32", row.get("taught_crc32")):
+            names = f"{row['contestant']} and {other['contestant']}"
+            raise ValueError(f"{names} were taught different rows on seed {row['seed']}; name how they were packed.")
+    apart = [row["answer_loss"] / other["answer_loss"] - 1 for row, other in pairs]
     if not apart:
         return None
     return statistics.mean(apart), statistics.stdev(apart) if len(apart) > 1 else float("nan")
@@ -156,9 +165,18 @@ def _alike(task: str, size: Size) -> list[Row]:
     return [row for row in read_rows("pretrained") if row["task"] == task and size.key().items() <= row.items()]
 
 
+def tables(task: str, names: Sequence[str], seeds: Sequence[int], size: Size) -> dict[str, str]:
+    """Return the tables of one task by the names of their places in bench/README.md, a pair for each way of packing."""
+    made: dict[str, str] = {}
+    for packed, name in ((FIRST_FIT, f"pretrained {task}"), (FULL_ROWS, f"pretrained {task}, full rows")):
+        of_these = replace(size, packed=packed)
+        made[name] = task_table(task, names, seeds, of_these)
+        made[f"{name} grid"] = grid_of_task(task, names, of_these)
+    return made
+
+
 def report(task: str, names: Sequence[str], seeds: Sequence[int], size: Size) -> None:
-    """Print the table of one task and put it between the markers of bench/README.md, if they are there."""
-    text = task_table(task, names, seeds, size)
-    print(text)
-    put(f"pretrained {task}", text)
-    put(f"pretrained {task} grid", grid_of_task(task, names, size))
+    """Print the tables of one task and put them between the markers of bench/README.md, if they are there."""
+    for name, text in tables(task, names, seeds, size).items():
+        print(text)
+        put(name, text)

@@ -29,21 +29,29 @@ from lisa_kernels.train.tokenize import TokenizedData, collate, packed, pad_toke
 BASE = "sample:smollm2-135m"
 LONGEST, KNOWN_TOKENS, KNOWN_ROWS = 2048, 256, 12
 BATCH_TOKENS = 2048
+FIRST_FIT, FULL_ROWS = "first fit", "full rows"
 
 
 @dataclass(frozen=True)
 class Size:
-    """How long a run is, and how many held-out rows are asked: at its end, and on the way every so many steps."""
+    """How long a run is, and how many held-out rows are asked: at its end, and on the way every so many steps.
+
+    packed: how examples share rows, which decides what a seed is taught at which step: `FIRST_FIT` as the package had
+    it until rows were filled to the last, `FULL_ROWS` as it does now. Rows of the two are not compared seed by seed.
+    """
 
     steps: int = 60
     step_tokens: int = 288
     test_rows: int = 96
     curve_rows: int = 12
     curve_every: int = 15
+    packed: str = FULL_ROWS
 
-    def key(self) -> dict[str, int]:
+    def key(self) -> dict[str, int | str]:
         """Return what rows must share to be compared."""
-        return {"steps": self.steps, "step_tokens": self.step_tokens, "test_rows": self.test_rows}
+        return {
+            "steps": self.steps, "step_tokens": self.step_tokens, "test_rows": self.test_rows, "packed": self.packed
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from bench.pretrained_table import (
     BEFORE,
     FULL,
     PEER,
-    grid_of_task,
     grid_table,
     paired,
     steps_to_quality,
     table,
-    task_table,
+    tables,
 )
 from bench.pretrained_tasks import Size, Task, spread
 from bench.readme import README as PAGE
@@ -98,6 +97,14 @@ def test_the_table_compares_seed_by_seed() -> None:
     assert paired(found[2:4], found[:2]) == pytest.approx((-0.075, 0.0353553), rel=1e-4)
 
 
+def test_who_was_taught_other_rows_is_not_compared() -> None:
+    """Rows of before checksums were kept are taken at their word."""
+    ours, peer = row("ours", 0, 1.0, taught_crc32=7), row("peer", 0, 2.0, taught_crc32=8)
+    assert paired([ours], [row("peer", 0, 2.0)]) is not None
+    with pytest.raises(ValueError, match="ours and peer were taught different rows on seed 0"):
+        paired([ours], [peer])
+
+
 def test_steps_to_quality_are_read_from_the_curves() -> None:
     """Of each seed beside the peer of that seed; a method that never gets there has none."""
     peers = [row("peer", seed, 0.8, curve=[[4, 10.0, 1.0], [8, 20.0, 0.8]]) for seed in (0, 1)]
@@ -152,12 +159,10 @@ def test_the_pages_show_the_recorded_rows(monkeypatch: pytest.MonkeyPatch, tmp_p
     """Writing both tables anew changes nothing: no figure was typed, and none is older than its row."""
     monkeypatch.undo()
     names = [contestant.name for contestant in CONTESTANTS]
-    tables = {
-        "pretrained gsm8k": (task_table("gsm8k", names, pretrained.SEEDS, Size()), PAGE),
-        "pretrained gsm8k grid": (grid_of_task("gsm8k", names, Size()), PAGE),
-        "choice": (choice_table(), README),
-    }
-    for name, (text, page) in tables.items():
+    made = tables("gsm8k", names, pretrained.SEEDS, Size())
+    shown = {**{name: (text, PAGE) for name, text in made.items()}, "choice": (choice_table(), README)}
+    assert len(shown) == 5
+    for name, (text, page) in shown.items():
         copy = tmp_path / "page.md"
         copy.write_text(page.read_text())
         assert put(name, text, copy)
