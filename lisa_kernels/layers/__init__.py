@@ -17,7 +17,7 @@ from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
 from lisa_kernels.layers.lowrank import LowRankLinear, ReadWeights, TrainedBasisLinear, swap_linears
 from lisa_kernels.layers.offload import offload_checkpoints
 from lisa_kernels.layers.plain_linears import PlainLinears
-from lisa_kernels.layers.resting import RestingLinear
+from lisa_kernels.layers.resting import RestingLinear, hold_masters
 from lisa_kernels.layers.segments import attend_by_segments, attends_by_segments, borders_mask
 from lisa_kernels.layers.slot import SlotModule
 
@@ -43,6 +43,7 @@ __all__ = [
     "compile_blocks",
     "find_blocks",
     "find_linears",
+    "hold_masters",
     "is_conv1d",
     "is_linear",
     "is_trainable",

@@ -122,7 +122,8 @@ class RestingLinear(LowRankLinear):
     def _master_here(self) -> Tensor:
         """Return the master where the layer computes: itself, or a copy while it is worked on."""
         stored = self.stored_weight
-        if stored.device == self.device and not stored.is_meta:
+        # One that takes no memory is a plan's, of a device that does not hold it.
+        if stored.device == self.device and stored.is_contiguous():
             return stored
         return torch.empty(stored.shape, dtype=stored.dtype, device=self.device).copy_(stored)
 
@@ -150,6 +151,13 @@ class RestingLinear(LowRankLinear):
     def extra_repr(self) -> str:
         """Describe the layer as its base does, and how it rests."""
         return f"{super().extra_repr()}, resting={self.kind}"
+
+
+def hold_masters(model: nn.Module) -> None:
+    """Give masters without values the memory that they take where a model computes in host memory: for a plan."""
+    for layer in model.modules():
+        if isinstance(layer, RestingLinear):
+            layer.stored_weight.data = torch.empty_like(layer.stored_weight, memory_format=torch.contiguous_format)
 
 
 def _in_host_memory(weight: Tensor) -> Tensor:

@@ -37,15 +37,18 @@ def attends_by_segments(model: nn.Module) -> bool:
     return _implementation(model) == NAME
 
 
-def attend_by_segments(model: Any, longest: int, answers: AbstractContextManager[Any] = _NOBODY) -> bool:
+def attend_by_segments(
+    model: Any, longest: int, answers: AbstractContextManager[Any] = _NOBODY, device: torch.device | None = None
+) -> bool:
     """Have the model's attention take borders, and return whether it does; if not, the model is as it was.
 
-    longest: tokens of the longest segment there will be. answers: what answers for a model without values. A model is
-    left alone whose attention is not torch's `scaled_dot_product_attention`, or reaches less far back than that, or has
-    dropout, a cap or anything else that borders do not tell; a GPU needs 16-bit weights and compute capability 8.0.
+    longest: tokens of the longest segment there will be. answers: what answers for a model without values. device:
+    where the model will compute, None: where it is. A model is left alone whose attention is not torch's
+    `scaled_dot_product_attention`, or reaches less far back than that, or has dropout, a cap or anything else that
+    borders do not tell; a GPU needs 16-bit weights and compute capability 8.0.
     Rows without borders are attended to as before.
     """
-    if _implementation(model) not in ("sdpa", NAME) or not _has_kernel(next(model.parameters())):
+    if _implementation(model) not in ("sdpa", NAME) or not _has_kernel(next(model.parameters()), device):
         return False
     watch = _Watch()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), answers:
@@ -60,10 +63,11 @@ def _implementation(model: Any) -> str | None:
     return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
-def _has_kernel(weight: Tensor) -> bool:
-    if weight.is_cuda:
-        return weight.dtype != torch.float32 and capability(weight.device) >= FIRST_WITH_BFLOAT16
-    return weight.device.type in ("cpu", "meta")
+def _has_kernel(weight: Tensor, device: torch.device | None) -> bool:
+    device = weight.device if device is None else device
+    if device.type == "cuda":
+        return weight.dtype != torch.float32 and capability(device) >= FIRST_WITH_BFLOAT16
+    return device.type in ("cpu", "meta")
 
 
 def _register(attend: Any, mask: Any) -> None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -20,3 +21,11 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     if autocast_dtype(device_type) is None:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the tensors in the dtype that autocast gives operations where `x` is; as they are where it is off."""
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
+        return (x, *others)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))

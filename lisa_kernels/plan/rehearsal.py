@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from lisa_kernels.distributed import GradientReduction, absent_others, check_wire_dtype
 from lisa_kernels.errors import InputError, NotRehearsedError
-from lisa_kernels.layers import SlotModule, attend_by_segments, checkpoint_blocks, offload_checkpoints
+from lisa_kernels.layers import (
+    SlotModule,
+    attend_by_segments,
+    checkpoint_blocks,
+    hold_masters,
+    offload_checkpoints,
+)
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.methods.attach import check_resting
 from lisa_kernels.methods.survey import survey_model
@@ -135,6 +141,8 @@ def rehearse(
             if workload.shard and reduction is not None:
                 share_out_rehearsed(model, reduction.ranks.count_sent)  # type: ignore[attr-defined]
             optimizer = prepare(model, workload, draws, mean=work is not None, reduction=reduction)
+            if gpu is None:
+                hold_masters(model)
             take_steps(model, optimizer, workload, tracker, make_batch, gpu)
             if work is not None and reduction is not None and isinstance(reduction.ranks, RehearsedRanks):
                 repeats = workload.accumulate / min(workload.accumulate, MICRO_BATCHES)

@@ -218,6 +218,12 @@ def _run(
         if options.offload_activations:
             offload_checkpoints(model)
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.
+    if device.type != "cpu" and options.resting not in (None, "16-bit") and method.score_kind() == "outlier":
+        console.print(
+            "note: outlier scores are measured on the host, where the weights are until they rest; --scores uniform or "
+            "weight-norm needs no forwards",
+            highlight=False,
+        )
     scores = facts["scores"] if "scores" in facts else _agreed_scores(model, method, train, options, pad, ranks)
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,

@@ -127,7 +127,7 @@ def load_model_for(
         data.tokenizer.chat_template = default_chat_template(data.tokenizer)
     check_token_ids(model, max(data.train.max_token_id, data.held_out.max_token_id))
     train, held_out = data.train, data.held_out
-    by_segments = not data.is_text and attend_by_segments(model, data.longest)
+    by_segments = not data.is_text and attend_by_segments(model, data.longest, device=device)
     # Where forwards of a few tokens have found that out.
     at_rest(model)
     if data.may_pack and (by_segments or isolates_packed_examples(model)):

@@ -12,11 +12,12 @@ from lisa_kernels.cli import main
 
 
 @pytest.mark.order("late")
-def test_a_run_that_was_stopped_and_goes_on_has_the_bytes_of_one_that_was_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--resting", "nf4"]], ids=["16-bit", "nf4"])
+def test_a_run_that_was_stopped_and_goes_on_has_the_bytes_of_one_that_was_not(more: list[str], tmp_path: Path) -> None:
     """Two steps of four, as a kill after the second checkpoint leaves them, and the rest; in bfloat16."""
     save_small_model(tmp_path)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    given = ["--steps", "4", "--save-every", "2", "--dtype", "auto", "--device", "cuda:0"]
+    given = ["--steps", "4", "--save-every", "2", "--dtype", "auto", "--device", "cuda:0", *more]
     assert main(small_command(tmp_path, whole, *given)) == 0
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoint-4")

@@ -185,3 +185,11 @@ def test_the_models_of_this_file_are_of_several_layers() -> None:
     """A probe counts calls of attention, which one layer would not tell apart from one call too few."""
     assert LAYERS > 1
     assert common()["num_key_value_heads"] < common()["num_attention_heads"]
+
+
+def test_it_is_where_the_model_will_compute_that_has_to_have_the_kernel() -> None:
+    """No GPU has one for float32; nothing is asked of a device that is not there."""
+    model = made("llama")
+    assert not attend_by_segments(model, 8, device=torch.device("cuda"))
+    assert not attends_by_segments(model)
+    assert attend_by_segments(model, 8, device=torch.device("cpu"))

@@ -15,7 +15,9 @@ from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.ops import resting_linear
 from lisa_kernels.ops.resting import KINDS, dequantize_resting_, quantize_resting
+from lisa_kernels.plan import Plan
 from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.plan.rehearsal import Workload, rehearse
 
 OF_KIND = pytest.mark.parametrize("kind", KINDS)
 METHODS: dict[str, Method] = {
@@ -122,7 +124,7 @@ def test_only_the_layers_that_left_rest_anew(kind: str) -> None:
         for path, layer in layers.items():
             left = path.startswith(f"model.layers.{active}.") and optimizer.active_layers != [active]
             assert torch.equal(layer.stored_weight, masters[path]) != left
-            assert torch.equal(layer.codes, codes[path]) != left or not left
+            assert torch.equal(layer.codes, codes[path]) != left
             assert torch.equal(quantize_resting(layer.stored_weight.detach(), kind)[0], layer.codes)
     assert len(set(drawn)) > 1
 
@@ -219,6 +221,17 @@ def test_a_plan_counts_codes_in_the_place_of_weights() -> None:
     assert elements["int8"] == pytest.approx(elements["nf4"], rel=1e-3)
     config = plans["nf4"].workload.model
     assert elements["nf4"] == pytest.approx(matrices_of(config), rel=1e-3)
+
+
+def test_a_plan_for_a_cpu_counts_masters_too() -> None:
+    """Host and device are one there, and codes come on top."""
+    peaks = {}
+    for kind in (None, *KINDS):
+        workload = Workload("preset:tiny", METHODS["galore"], seq_len=64, dtype="bf16", resting=kind)
+        peaks[kind] = Plan(workload, rehearse(workload)).split["weights"]
+    elements = matrices_of("preset:tiny")
+    assert peaks["int8"] - peaks[None] == pytest.approx(1.0625 * elements, rel=1e-3)
+    assert peaks["nf4"] - peaks[None] == pytest.approx(0.5625 * elements, rel=1e-3)
 
 
 def matrices_of(preset: str) -> int:

@@ -119,7 +119,7 @@ def no_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no attention take the borders of examples, as none of float32 does on a GPU."""
     for module in ("train.prepare", "plan.rehearsal"):
         # The package's function of the same name hides one of them.
-        monkeypatch.setattr(import_module(f"lisa_kernels.{module}"), "attend_by_segments", lambda *given: False)
+        monkeypatch.setattr(import_module(f"lisa_kernels.{module}"), "attend_by_segments", lambda *given, **how: False)
 
 
 def bytes_of(data: RunData) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lisa_kernels.ops.autocast import autocast_dtype, no_autocast
+from lisa_kernels.ops.autocast import as_autocast, no_autocast
 from lisa_kernels.ops.lowrank_linear import reference
 from lisa_kernels.ops.lowrank_linear.capture import Choose, bias_gradient, gradients, number_of, numbered_capture
 from lisa_kernels.ops.lowrank_linear.products import is_slow
@@ -99,13 +99,6 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | N
 _lowrank_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    dtype = autocast_dtype(x.device.type)
-    if dtype is None:
-        return (x, *others)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
-
-
 def lowrank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, basis: Tensor,
     scale: float = 1.0, slot_is_zero: bool = False,
@@ -116,8 +109,8 @@ def lowrank_linear(
     dtype, or float32 where it requires a gradient. `slot_is_zero` promises that B is zero now and saves its product; P
     then gets no gradient. Keeps x Pᵀ for the backward, and x where P requires a gradient.
     """
-    x_, weight_, bias_ = _autocast(x, weight, bias)
-    basis_ = basis if basis.requires_grad else _autocast(x, basis)[1]
+    x_, weight_, bias_ = as_autocast(x, weight, bias)
+    basis_ = basis if basis.requires_grad else as_autocast(x, basis)[1]
     y, _ = _lowrank_linear(x_, weight_, bias_, slot, basis_, scale, slot_is_zero)
     return y  # type: ignore[no-any-return]
 
@@ -154,7 +147,7 @@ def capture_linear(
     x: [tokens, n]; the slot B must be zero. `choose` decides whether G is ever formed; `number` is its own, by which a
     compiled model asks it.
     """
-    x_, weight_, bias_ = _autocast(x, weight, bias)
+    x_, weight_, bias_ = as_autocast(x, weight, bias)
     if torch.compiler.is_compiling():
         assert number is not None
         return numbered_capture(x_, weight_, bias_, slot, number)  # type: ignore[no-any-return]
@@ -213,7 +206,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     x: [..., n]; weight: [m, n]; bias: [m] or None. A frozen weight keeps nothing for the backward, one in training x.
     """
-    x_, weight_, bias_ = _autocast(x, weight, bias)
+    x_, weight_, bias_ = as_autocast(x, weight, bias)
     if x_ is None or not is_slow(x_):
         return torch.nn.functional.linear(x_, weight_, bias_)  # type: ignore[arg-type]
     y: Tensor = _linear(x_, weight_, bias_)

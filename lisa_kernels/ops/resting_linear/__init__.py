@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lisa_kernels.ops.autocast import autocast_dtype, no_autocast
+from lisa_kernels.ops.autocast import as_autocast, no_autocast
 from lisa_kernels.ops.lowrank_linear import reference
 from lisa_kernels.ops.lowrank_linear.capture import Choose, bias_gradient, gradients
 from lisa_kernels.ops.resting import dequantize_resting_
@@ -100,13 +100,6 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | N
 _resting_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    dtype = autocast_dtype(x.device.type)
-    if dtype is None:
-        return (x, *others)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
-
-
 def resting_linear(
     x: Tensor, codes: Tensor, absmax: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor | None = None,
     basis: Tensor | None = None, scale: float = 1.0,
@@ -116,7 +109,7 @@ def resting_linear(
     x: [..., n]; codes and absmax: of a weight [rows, n], see `quantize_resting`; slot B: float32 [r, rows] with a basis
     P [r, n], or neither. Keeps x Pᵀ for the backward, and nothing of the weight.
     """
-    x_, bias_, basis_ = _autocast(x, bias, basis)
+    x_, bias_, basis_ = as_autocast(x, bias, basis)
     y, _ = _resting_linear(x_, codes, absmax, kind, rows, bias_, slot, basis_, scale)
     return y  # type: ignore[no-any-return]
 
@@ -149,7 +142,7 @@ def capture_resting_linear(
 
     x: [tokens, n]; the slot B must be zero.
     """
-    x_, bias_ = _autocast(x, bias)
+    x_, bias_ = as_autocast(x, bias)
     y: Tensor = _CaptureRestingLinear.apply(x_, codes, absmax, kind, rows, bias_, slot, choose)  # type: ignore[no-untyped-call]
     return y
 
