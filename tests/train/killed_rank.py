@@ -24,6 +24,10 @@ PLACES = {
     "comparison": ("lisa_kernels.distributed.ranks", "Ranks", "check_equal"),
     "save": ("lisa_kernels.train.trainer", "FineTuneTrainer", "_save_checkpoint"),
     "files": ("lisa_kernels.train.trainer", None, "save_tree"),
+    "rows": ("lisa_kernels.methods.shared_folder", None, "write_together"),
+    "rows in place": ("lisa_kernels.distributed.shard_files", None, "put_in_place"),
+    "rows read": ("lisa_kernels.methods.shared_folder", None, "read_tensors"),
+    "whole weights": ("lisa_kernels.train.finetune", None, "whole_state"),
     "begin": ("lisa_kernels.train.finetune", None, "start_run"),
     "last save": ("lisa_kernels.train.finetune", None, "save_weights"),
 }

@@ -25,6 +25,12 @@ PLACES: list[Trap] = [
     (0, "begin", 1, 0.0), (1, "backward", 2, 0.0), (0, "basis", 3, 0.0), (1, "step", 4, 0.0), (0, "switch", 2, 0.0),
     (1, "save", 1, 0.0), (0, "files", 1, 0.0), (0, "last save", 1, 0.0),
 ]  # fmt: skip
+# Where processes share the weights out each writes its rows, in a folder that is put in its place, and reads them.
+SHARD_PLACES: list[Trap] = [
+    (1, "backward", 2, 0.0), (0, "step", 4, 0.0), (1, "switch", 2, 0.0), (1, "rows", 1, 0.0), (0, "rows", 2, 0.01),
+    (0, "rows in place", 1, 0.0), (0, "files", 1, 0.0), (1, "rows read", 1, 0.0), (1, "whole weights", 1, 0.0),
+    (0, "last save", 1, 0.0),
+]  # fmt: skip
 
 
 def random_moments(seed: int, count: int = 4) -> list[Trap]:
@@ -49,20 +55,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("restart"))
 
 
+@pytest.fixture(scope="module", params=[[], ["--shard"]], ids=["replicas", "shards"])
+def more(request: pytest.FixtureRequest) -> list[str]:
+    """Whether each rank has all weights, or its rows of them."""
+    flags: list[str] = request.param
+    return flags
+
+
 @pytest.fixture(scope="module")
-def whole(data: Path) -> Path:
+def whole(data: Path, more: list[str]) -> Path:
     """Run on two ranks and leave them alone."""
-    output = data.parent / "whole"
-    run = start(data, output, [])
+    output = data.parent / "-".join(["whole", *more])
+    run = start(data, output, [], *more)
     assert run.returncode == 0, run.stderr
     return output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("traps", [PLACES, random_moments(0)], ids=["places", "random moments"])
-def test_kills_change_no_bit(traps: list[Trap], data: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_random", [False, True], ids=["places", "random moments"])
+def test_kills_change_no_bit(at_random: bool, data: Path, more: list[str], whole: Path, tmp_path: Path) -> None:
     """Each start of one launch is killed, in one rank at another moment; the other says one sentence, and ends."""
-    run = start(data, tmp_path / "killed", traps)
+    traps = random_moments(0) if at_random else SHARD_PLACES if more else PLACES
+    run = start(data, tmp_path / "killed", traps, *more)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("exitcode: -9") == len(traps)
     theirs = load_file(whole / "model.safetensors")
