@@ -12,7 +12,7 @@ from lisa_kernels.distributed.fully_sharded import (
     units_of,
     whole_state,
 )
-from lisa_kernels.distributed.launcher import Launch, check_one_launched, read_launch, read_launcher
+from lisa_kernels.distributed.launcher import Launch, check_one_launched, environment_of_one, read_launch, read_launcher
 from lisa_kernels.distributed.processes import Sharing, check_one_process, process_count
 from lisa_kernels.distributed.ranks import LostRankError, Ranks, join, on_first, others_heard, part, ranks_of, together
 from lisa_kernels.distributed.reduction import GradientReduction, check_wire_dtype
@@ -36,6 +36,7 @@ __all__ = [
     "check_one_process",
     "check_sent",
     "check_wire_dtype",
+    "environment_of_one",
     "first_element",
     "first_row",
     "gradients_at_home",

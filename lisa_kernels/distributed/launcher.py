@@ -70,6 +70,12 @@ def read_launch(told: Mapping[str, str] | None = None) -> Launch | None:
     return None
 
 
+def environment_of_one(told: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of this process without its place among others, for a process that has none."""
+    told = os.environ if told is None else told
+    return {name: value for name, value in told.items() if name not in (*ADDRESSES, *TOLD_BY)}
+
+
 def read_launcher(told: Mapping[str, str] | None = None) -> str:
     """Return a name of what started this process and would start it again, which nothing else ever has; "" of nothing.
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lisa_kernels.distributed import process_count
 from lisa_kernels.errors import InputError
 from lisa_kernels.plan.allocator import replay
-from lisa_kernels.plan.data_rows import data_rows
+from lisa_kernels.plan.apart import run_apart
+from lisa_kernels.plan.data_rows import DataRows, data_rows
 from lisa_kernels.plan.duration import Machine
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.fit import Fit, proposals
@@ -33,7 +35,7 @@ from lisa_kernels.plan.times import (
     with_data,
 )
 from lisa_kernels.plan.trace import CATEGORIES, Trace
-from lisa_kernels.plan.travel_report import check_ranks, print_travel
+from lisa_kernels.plan.travel_report import check_ranks, print_travel, travel_sentences
 from lisa_kernels.scores.report import new_figure
 from lisa_kernels.sizes import gb, parse_size
 from lisa_kernels.train.configs import load_config
@@ -99,16 +101,26 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     return result
 
 
-def plan_run(options: FineTuneOptions, ranks: int = 1, data: RunData | None = None) -> PlannedMemory:
+def plan_run(
+    options: FineTuneOptions, ranks: int = 1, data: RunData | None = None, travels: bool = False
+) -> PlannedMemory:  # fmt: skip
     """Return what a run with `options` takes by plan, and what is alive over its steps; of ranks each one's.
 
-    data: what was read for it; without any, or of plain text, every row is one sequence of --seq-len tokens.
+    data: what was read for it; without any, or of plain text, every row is one sequence of --seq-len tokens. travels:
+    whether to tell what ranks send each other too.
     """
-    on_gpu = options.device != "cpu" and torch.cuda.is_available()
     known = None
     if data is not None and not data.is_text:
         known = data_rows(data, empty_model(options.model, options.dtype))
-    trace = rehearse(workload_of(options, ranks, known), gpu=GpuMemory.here() if on_gpu else None)
+    if options.shard and process_count() > 1:
+        return run_apart(_planned, options, ranks, known, travels)
+    return _planned(options, ranks, known, travels)
+
+
+def _planned(options: FineTuneOptions, ranks: int, data: DataRows | None, travels: bool) -> PlannedMemory:
+    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    workload = workload_of(options, ranks, data, options.shard)
+    trace = rehearse(workload, gpu=GpuMemory.here() if on_gpu else None)
     numbers, rows = stacked(trace, PAGE_POINTS)
     names = [trace.events[number].phase for number in numbers]
     starts = [at for at, name in enumerate(names) if at == 0 or name != names[at - 1]]
@@ -116,7 +128,7 @@ def plan_run(options: FineTuneOptions, ranks: int = 1, data: RunData | None = No
     return PlannedMemory(
         trace.peak_bytes if reserve is None else allocated_bytes(reserve), trace.live_at(trace.peak_index),
         held_before_steps(trace), dict(zip(CATEGORIES, rows)), [(at, names[at]) for at in starts],
-        0 if reserve is None else reserve.reserved,
+        0 if reserve is None else reserve.reserved, travel_sentences(Plan(workload, trace)) if travels else [],
     )  # fmt: skip
 
 

@@ -20,25 +20,33 @@ def check_ranks(ranks: int, shard: bool) -> None:
         raise InputError("--shard shares the weights out among ranks, and there is one; give --ranks too.")
 
 
-def print_travel(plan: Plan, console: Console) -> None:
-    """Print the bytes of a step by kind, and how long each link takes for them; nothing of a single rank."""
+def travel_sentences(plan: Plan) -> list[str]:
+    """Return what there is to say of the bytes of a step, by kind; nothing of a single rank."""
     travel = plan.travel
     if travel is None:
-        return
-    console.print(
+        return []
+    said = [
         f"each of {travel.ranks} ranks, whose peak that is, sends {travel.gradients / 1e6:,.2f} MB of gradients a step "
         f"and on average {travel.sketches / 1e6:,.2f} MB of what bases are found from "
         f"({travel.first_bases / 1e6:,.1f} MB in a step after a switch)"
-        + (f"; rank 0 sends {travel.broadcast / 1e6:,.2f} MB of bases" if travel.broadcast else ""),
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        + (f"; rank 0 sends {travel.broadcast / 1e6:,.2f} MB of bases" if travel.broadcast else "")
+    ]
     if plan.workload.shard:
-        console.print(
+        said.append(
             f"weights are shared out: {travel.gathered / 1e6:,.2f} MB of them are gathered a step, and "
             f"{travel.scattered / 1e6:,.2f} MB of gradients of them scattered as sums, bytes of all ranks together; "
-            "gathers may hide behind products, which is not reckoned here",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            "gathers may hide behind products, which is not reckoned here"
+        )
+    return said
+
+
+def print_travel(plan: Plan, console: Console) -> None:
+    """Print the bytes of a step, and how long each link takes for them; nothing of a single rank."""
+    travel = plan.travel
+    if travel is None:
+        return
+    for sentence in travel_sentences(plan):
+        console.print(sentence, highlight=False, soft_wrap=True)
     table = Table("link", "a step's part of it", "hidden behind the backward", box=None)
     for link in LINKS:
         table.add_row(link.name, _milliseconds(travel.seconds(link)), f"{HIDDEN:.0%}")

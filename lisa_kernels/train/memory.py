@@ -97,7 +97,8 @@ class PlannedMemory:
     peak_bytes: as `MemoryMeter` measures it, on a GPU in the blocks of torch's allocator; on a CPU of tensors alone.
     reserved_bytes: what that allocator asks the GPU for to serve them; 0 on a CPU.
     split_bytes: alive at the peak. held_bytes: alive just before an optimizer step, the most over the rehearsed steps.
-    curve: alive at moments of the rehearsal, phases: (number of the first moment, name) of its parts.
+    curve: alive at moments of the rehearsal, phases: (number of the first moment, name) of its parts. travel: sentences
+    on what ranks send each other, where they were asked for.
     """
 
     peak_bytes: int
@@ -106,6 +107,7 @@ class PlannedMemory:
     curve: dict[str, list[int]] = field(default_factory=dict)
     phases: list[tuple[int, str]] = field(default_factory=list)
     reserved_bytes: int = 0
+    travel: list[str] = field(default_factory=list)
 
     @property
     def needed_bytes(self) -> int:
@@ -150,4 +152,6 @@ def planned_memory(
         console.print(f"note: the memory of this run is not planned: {error}", highlight=False)
         return None
     console.print(f"planned peak memory: {planned.peak_bytes / 1e9:.2f} GB", highlight=False)
+    for sentence in planned.travel:
+        console.print(sentence, highlight=False, soft_wrap=True)
     return planned

@@ -59,26 +59,46 @@ def prepare_run(
         settled = dataclasses.replace(options, dtype=dtype)
         if options.shard:
             check_shard(settled, ranks)
-            # Of what ranks share no plan tells yet.
-            plan = None
         if ranks is not None:
             rows, times = share_of_rank(options.batch_size, options.accumulate, ranks.count)
             settled = dataclasses.replace(settled, batch_size=rows, accumulate=times)
             plan = None if plan is None else functools.partial(plan, ranks=ranks.count)
         data = read_data(options, console)
         plan = None if plan is None else functools.partial(plan, data=data)
+    settled, plan_of_run = _planned(ranks, settled, plan, device, console)
     with together(ranks):
-        settled = settle_recomputation(settled, plan, device, console)
-        plan_of_run = None if plan is None else planned_memory(settled, plan, console)
         if device.type == "cuda" and plan_of_run is not None:
             check_room(plan_of_run.peak_bytes, Memory.of(device), device)
         meter = MemoryMeter.start(device)
         model, train, held_out = load_model_for(settled, data, device, console)
-        if plan is not None and data.expected_to_share(model) and train is data.train:
-            # The plan was of rows that examples share.
-            alone = dataclasses.replace(data, may_pack=False)
-            plan_of_run = planned_memory(settled, functools.partial(plan, data=alone), console)
+    if plan is not None and data.expected_to_share(model) and train is data.train:
+        # The plan was of rows that examples share.
+        alone = functools.partial(plan, data=dataclasses.replace(data, may_pack=False))
+        _, plan_of_run = _planned(ranks, settled, alone, device, console)
     on_first(ranks, lambda: rehearse_saving(options, model, data.tokenizer, console))
     return PreparedRun(
         facts, checkpoint, settled, dtype, data.tokenizer, model, train, held_out, plan_of_run, meter
     )  # fmt: skip
+
+
+def _planned(
+    ranks: Ranks | None, options: FineTuneOptions, plan: Callable[..., PlannedMemory] | None, device: torch.device,
+    console: Console,
+) -> tuple[FineTuneOptions, PlannedMemory | None]:  # fmt: skip
+    """Return the options with what memory decides, and the plan of the run, each rank its own.
+
+    Of ranks that share the weights out the first makes it for all: none holds more, and all must do the same.
+    """
+
+    def find() -> tuple[FineTuneOptions, PlannedMemory | None]:
+        settled = settle_recomputation(options, plan, device, console)
+        if plan is None:
+            return settled, None
+        return settled, planned_memory(
+            settled, plan if ranks is None else functools.partial(plan, travels=True), console
+        )
+
+    if options.shard:
+        return on_first(ranks, find)
+    with together(ranks):
+        return find()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lisa_kernels import InputError, cli
-from lisa_kernels.distributed import Launch, check_one_launched, read_launch, read_launcher
+from lisa_kernels.distributed import Launch, check_one_launched, environment_of_one, read_launch, read_launcher
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -62,3 +62,9 @@ def test_a_launcher_is_known_over_its_restarts() -> None:
     assert first == again != other
     assert first.endswith(":/tmp/a_1")
     assert read_launcher({}) == ""
+
+
+def test_a_process_without_others_is_told_of_none() -> None:
+    """And of all else."""
+    assert environment_of_one({**TORCHRUN, "HOME": "/here", "SLURM_STEP_NUM_TASKS": "2"}) == {"HOME": "/here"}
+    assert read_launch(environment_of_one(TORCHRUN)) is None

@@ -84,6 +84,11 @@ def test_a_plan_is_asked_with_the_options_of_the_run() -> None:
     assert (found, text) == (PlannedMemory(1000 * MB), "planned peak memory: 1.00 GB\n")
 
 
+def test_what_ranks_send_is_told_beside_the_peak() -> None:
+    _, text = planned(lambda options: PlannedMemory(1000 * MB, travel=["each sends 1 MB", "and no more"]))
+    assert text.splitlines() == ["planned peak memory: 1.00 GB", "each sends 1 MB", "and no more"]
+
+
 def test_a_run_that_cannot_be_rehearsed_goes_on_and_says_why() -> None:
     def fails(options: FineTuneOptions) -> PlannedMemory:
         raise NotRehearsedError("no such thing.")

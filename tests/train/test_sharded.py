@@ -12,6 +12,9 @@ from train.small_run import arguments, summary, write_text
 from train.test_ranks import command, refusals, weights
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.plan.command import plan_run
+from lisa_kernels.report import read_run
+from lisa_kernels.report.memory import most_held, planned
 from lisa_kernels.train.checkpoint import SHARDS
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.sharded import check_disk, check_shard
@@ -94,6 +97,22 @@ def test_any_number_of_processes_goes_on(ranks: int, more: list[str], text: Path
     if ranks == 2:
         assert unequal(output, shards) == []
     assert summary(output)["eval_loss_after"] == pytest.approx(summary(shards)["eval_loss_after"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_shards_are_planned_as_they_run(text: Path, replicas: Path, shards: Path) -> None:
+    """By the plan that a process without others makes; what tensors hold is as it says, and less than replicas do."""
+    # Of each process.
+    rows = {"batch_size": 2, "seq_len": 32, "dtype": "fp32", "method": "owlore", "rank": 16, "period": 3}
+    options = FineTuneOptions("preset:tiny", str(text), shards, device="cpu", shard=True, **rows)  # type: ignore[arg-type]
+    wanted = plan_run(options, ranks=2, travels=True)
+    assert summary(shards)["peak_bytes_planned"] == wanted.peak_bytes < summary(replicas)["peak_bytes_planned"]
+    ran, other = read_run(shards), read_run(replicas)
+    assert planned(ran)["travel"] == wanted.travel
+    assert wanted.travel[0] == planned(other)["travel"][0]
+    assert "gathered" in wanted.travel[1]
+    assert sum(most_held(ran).values()) == pytest.approx(sum(wanted.held_bytes.values()), rel=1e-3)
+    assert sum(most_held(ran).values()) < 0.7 * sum(most_held(other).values())
 
 
 @pytest.mark.slow
