@@ -207,7 +207,7 @@ CONTESTANTS = (
             f'GaLore(rank=32, embeddings="low-rank"), resting in {kind}',
             GaLore(rank=32, scale=1.0, embeddings="low-rank"), 2.5e-4, resting=kind,
         )
-        for kind in ("int8", "nf4")
+        for kind in ("int8", "mixed", "nf4")
     ),
     *(
         ours(f"OwLore(20, period=3, rank=32), resting in {kind}", OwLore(20, 3, rank=32), 5e-4, resting=kind)

@@ -50,6 +50,12 @@ def llama(layers: int = LAYERS, tied: bool = False, **changes: Any) -> Any:
     return build("LlamaForCausalLM", "LlamaConfig", **settings)
 
 
+def gemma3(layers: int = LAYERS, **changes: Any) -> Any:
+    """Return a Gemma 3: its embedding scales what it looks up, tied."""
+    settings = common(num_hidden_layers=layers, head_dim=8, sliding_window=16, tie_word_embeddings=True, **changes)
+    return build("Gemma3ForCausalLM", "Gemma3TextConfig", **settings)
+
+
 def gpt2(layers: int = LAYERS) -> Any:
     """Return a GPT-2 without dropout: weights stored transposed, learned positions, tied."""
     return build(

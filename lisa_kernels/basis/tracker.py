@@ -58,7 +58,8 @@ class BasisTracker:
 
     `summed` adds up a tensor over the ranks that train together: gradients are then the sums of theirs, bases the same
     on all of them, and the host waits until it has heard, for all ranks have to do the same. `of_first` puts what rank
-    0 has into a tensor, where the others' products may differ in their last bits.
+    0 has into a tensor, where the others' products may differ in their last bits. `waits` has the host wait in any
+    case: where a basis that is due changes more than itself, equal runs have to agree about it.
     """
 
     rank: int
@@ -69,6 +70,7 @@ class BasisTracker:
     early: bool = True
     summed: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     of_first: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    waits: bool = False
     activation: int = 0
     steps: int = 0
     due: bool = True
@@ -113,7 +115,7 @@ class BasisTracker:
             return False
         if self._heard is None:
             return True
-        return not (self._heard.is_true() if self.summed is None else self._heard.wait())
+        return not (self._heard.wait() if self.waits or self.summed is not None else self._heard.is_true())
 
     def update(self, gradient: Gradient, basis: Tensor) -> Tensor:
         """Write the basis that is due into `basis` [r, n] from `gradient` [m, n], and return it.

@@ -1,10 +1,12 @@
 """The bridge to a model: find its decoder blocks, give linears a low-rank slot, keep frozen what is frozen."""
 
+from lisa_kernels.layers.accumulating import AccumulatingSlot, hold_masters
 from lisa_kernels.layers.attachable import check_attachable, without_compiler
 from lisa_kernels.layers.blocks import ModelParts, find_blocks, no_ones, split_model
 from lisa_kernels.layers.checkpointing import checkpoint_blocks
 from lisa_kernels.layers.compiling import compile_blocks
 from lisa_kernels.layers.embedding import (
+    AccumulatingEmbedding,
     LowRankEmbedding,
     OrderedTables,
     TappedEmbedding,
@@ -17,11 +19,13 @@ from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
 from lisa_kernels.layers.lowrank import LowRankLinear, ReadWeights, TrainedBasisLinear, swap_linears
 from lisa_kernels.layers.offload import offload_checkpoints
 from lisa_kernels.layers.plain_linears import PlainLinears
-from lisa_kernels.layers.resting import RestingLinear, hold_masters
+from lisa_kernels.layers.resting import RestingLinear
 from lisa_kernels.layers.segments import attend_by_segments, attends_by_segments, borders_mask
 from lisa_kernels.layers.slot import SlotModule
 
 __all__ = [
+    "AccumulatingEmbedding",
+    "AccumulatingSlot",
     "FreezeGuard",
     "LossWithoutLogits",
     "LowRankEmbedding",

@@ -1,9 +1,13 @@
-"""A token embedding with a low-rank slot, hung on the model's own, or one whose table trains in full."""
+"""A token embedding with a low-rank slot, hung on the model's own, or one whose table trains in full.
+
+Beside weights that rest the table is in host memory, and lookups are made there: of it only rows reach the device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lisa_kernels.basis import BasisTracker
 from lisa_kernels.distributed import is_sharded, is_unit
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers.accumulating import AccumulatingSlot, keep_where_it_is
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding, ordered_embedding
 
@@ -41,12 +46,23 @@ class LowRankEmbedding(SlotModule):
         return self.weight  # type: ignore[return-value]
 
 
+class AccumulatingEmbedding(AccumulatingSlot, LowRankEmbedding):
+    """The slot of a table that is in host memory, where what the slot has accumulated is put from time to time.
+
+    Lookups wait for their ids: a model whose table is on the host is one wait a forward behind a GPU.
+    """
+
+    def __init__(self, embedding: nn.Embedding, rank: int, tracker: BasisTracker) -> None:
+        super().__init__(embedding, rank, tracker)
+        self._keep_master()
+
+
 class EmbeddingTap:
     """A forward hook that takes the gradient of looked-up rows into the slot of `layer`.
 
     `layer` is the embedding's own slot or, where the table is tied to the output layer's weight, the slot of that
     layer: both uses then add up in one gradient, in one basis. While it rests, the rows pass as they are, and nothing
-    below the blocks is in the graph.
+    below the blocks is in the graph. What an accumulating slot has learnt is added to the rows.
     """
 
     def __init__(self, embedding: nn.Embedding, layer: SlotModule) -> None:
@@ -58,14 +74,68 @@ class EmbeddingTap:
     def __call__(self, embedding: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         """Return the rows with the slot in their graph, as a forward hook is called."""
         layer = self.layer
-        if self.rests or not layer.active or not torch.is_grad_enabled():
+        if isinstance(layer, AccumulatingSlot):
+            y = y.to(layer.device)
+        if not layer.active:
             return y
-        ids = _ids(args, kwargs)
+        ids = _ids(args, kwargs).to(y.device)
+        # Before a basis is found beside it a slot is settled.
+        live = layer.is_adapter and not layer.capturing
+        if self.rests or not torch.is_grad_enabled():
+            if not live:
+                return y
+            return lowrank_embedding(y, ids, layer.slot.detach(), layer.basis, self.factor, self.padding, False)
         if layer.capturing and layer.shares_basis:
             return capture_embedding(y, ids, layer.slot, layer.refresh_from_rows, self.factor, self.padding, None)
         if layer.capturing:
             return capture_embedding(y, ids, layer.slot, layer.refresh_basis, self.factor, self.padding, layer.rank)
-        return lowrank_embedding(y, ids, layer.slot, layer.basis, self.factor, self.padding)
+        return lowrank_embedding(y, ids, layer.slot, layer.basis, self.factor, self.padding, not live)
+
+
+class HostTable:
+    """Hooks on an embedding whose table is the master of an accumulating slot, and in host memory.
+
+    Ids go to the table; the table stays where it is when the model moves, and is saved and loaded as what was learnt.
+    """
+
+    def __init__(self, embedding: nn.Embedding, layer: AccumulatingSlot) -> None:
+        self.embedding, self.layer = embedding, layer
+        # What a class of the model's own multiplies its rows by is where the rows are.
+        for name, buffer in embedding._buffers.items():
+            embedding._buffers[name] = None if buffer is None else buffer.to(embedding.weight.device)
+        keep_where_it_is(embedding)
+        self._handles = [
+            embedding.register_forward_pre_hook(self._bring_ids, with_kwargs=True),
+            embedding.register_state_dict_post_hook(partial(self._save)),
+            embedding.register_load_state_dict_pre_hook(self._load),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        del self.embedding._apply
+
+    def _bring_ids(self, embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        ids, device = _ids(args, kwargs), self.layer.stored_weight.device
+        if ids.device == device:
+            return args, kwargs
+        # The host waits for the ids here, as it would for any number of a GPU.
+        return ((ids.to(device), *args[1:]), kwargs) if args else (args, {**kwargs, "input": ids.to(device)})
+
+    def _save(self, embedding: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if self.layer.is_adapter:
+            state[f"{prefix}weight"] = self.layer.saved_in(state)
+
+    def _load(self, embedding: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Hand over what is here where that is what is loaded; else the slot begins anew."""
+        given, layer = state.get(f"{prefix}weight"), self.layer
+        if not layer.is_adapter or not isinstance(given, Tensor) or given.shape != layer.stored_weight.shape:
+            return
+        if layer.holds(given):
+            state[f"{prefix}weight"] = layer.stored_weight
+        else:
+            layer.begin_anew()
 
 
 class OrderedLookup:
@@ -124,6 +194,7 @@ class TappedEmbedding:
     layer: SlotModule
     tap: EmbeddingTap
     handle: RemovableHandle
+    host_table: HostTable | None = None
 
     def rest(self, rests: bool) -> None:
         """Leave the lookups out of the slot's gradient, or take them in again."""
@@ -132,6 +203,8 @@ class TappedEmbedding:
     def undo(self) -> None:
         """Take hook and slot off; the embedding is as it was, with its table as it is now."""
         self.handle.remove()
+        if self.host_table is not None:
+            self.host_table.remove()
         self.embedding._modules.pop(CHILD, None)
 
 
@@ -184,8 +257,9 @@ def lookup_factor(embedding: nn.Embedding) -> float:
 
 def tap_embedding(path: str, embedding: nn.Embedding, layer: SlotModule) -> TappedEmbedding:
     """Lead the gradient of `embedding`'s rows into the slot of `layer`, which it carries if it is its own."""
+    host_table = HostTable(embedding, layer) if isinstance(layer, AccumulatingSlot) else None
     tap = EmbeddingTap(embedding, layer)
     handle = embedding.register_forward_hook(tap, with_kwargs=True)
     if isinstance(layer, LowRankEmbedding):
         embedding.add_module(CHILD, layer)
-    return TappedEmbedding(path, embedding, layer, tap, handle)
+    return TappedEmbedding(path, embedding, layer, tap, handle, host_table)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,17 +19,30 @@ from lisa_kernels.ops.lowrank_linear import linear
 MIN_SIDE = 8
 
 
+# Functions of a module that are put on modules of a model as their methods.
+_ours: set[Callable[..., Any]] = set()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def plain_function(function: _Function) -> _Function:
+    """Have a function of a module survive, as a method put on a layer, when the layer is saved or sent elsewhere."""
+    _ours.add(function)
+    return function
+
+
 def plain_forward(layer: nn.Module) -> MethodType:
     """Return a forward for a linear layer, to be put on the layer itself, that is its own but for the products."""
     return MethodType(_forward_transposed if is_conv1d(layer) else _forward, layer)
 
 
+@plain_function
 def _forward(layer: nn.Module, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     return linear(x, weight, bias)  # type: ignore[arg-type]
 
 
+@plain_function
 def _forward_transposed(layer: nn.Module, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
@@ -42,10 +55,11 @@ def _is_plain(forward: object) -> bool:
 
 def _reduced(method: MethodType) -> str | tuple[Any, ...]:
     """Return what a pickle holds of a method: of ours the function, for which no layer could be asked by name."""
-    return (_bound, (method.__func__, method.__self__)) if _is_plain(method) else method.__reduce__()
+    function = method.__func__
+    return (_bound, (function, method.__self__)) if function in _ours else method.__reduce__()
 
 
-def _bound(function: Callable[..., Tensor], layer: nn.Module) -> MethodType:
+def _bound(function: Callable[..., Any], layer: nn.Module) -> MethodType:
     return MethodType(function, layer)
 
 

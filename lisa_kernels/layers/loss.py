@@ -20,8 +20,10 @@ from lisa_kernels.layers.linears import is_linear, linear_shape
 from lisa_kernels.layers.logits_on_demand import can_form_on_demand, form_logits_on_demand
 from lisa_kernels.layers.loss_probe import IGNORED, MISFITS, PROBED_TOKENS, Probe, is_plain_loss
 from lisa_kernels.layers.lowrank import LowRankLinear
+from lisa_kernels.layers.resting import RestingLinear
 from lisa_kernels.ops.autocast import autocast_dtype
 from lisa_kernels.ops.linear_cross_entropy import Curve, Head, linear_cross_entropy
+from lisa_kernels.ops.resting import RestingWeight
 from lisa_kernels.uncompiled import uncompiled
 
 PLAIN = Curve()
@@ -57,9 +59,12 @@ def head_of(layer: nn.Module) -> Head:
     """Return what the loss needs of an output layer."""
     if not isinstance(layer, LowRankLinear):
         return Head(layer.weight, layer.bias)  # type: ignore[arg-type]
+    weight: Tensor | RestingWeight = layer.resting if isinstance(layer, RestingLinear) else layer.matrix
     if not layer.active:
-        return Head(layer.matrix, layer.bias)
-    return Head(layer.matrix, layer.bias, layer.slot, layer.basis, layer.scale, layer.tracker is not None)
+        return Head(weight, layer.bias)
+    # One that rests is settled before a basis is found, and not after each step.
+    is_zero = layer.capturing if isinstance(weight, RestingWeight) else layer.tracker is not None
+    return Head(weight, layer.bias, layer.slot, layer.basis, layer.scale, is_zero)
 
 
 @dataclass
@@ -192,8 +197,9 @@ class LossWithoutLogits:
         stand_in = self.layer.register_forward_hook(self._probe.stand_in) if weight.is_meta else None
         try:
             ids = torch.arange(PROBED_TOKENS).unsqueeze(0)
-            labels = ids if weight.is_meta else ids.to(weight.device)
-            output = self.model(input_ids=ids.to(weight.device), labels=labels)
+            device = self.layer.device if isinstance(self.layer, LowRankLinear) else weight.device
+            labels = ids if weight.is_meta else ids.to(device)
+            output = self.model(input_ids=ids.to(device), labels=labels)
             found = self._probe.curves
             if not can_form_on_demand(output) or len(found) != 1 or found[0] is None:
                 return False

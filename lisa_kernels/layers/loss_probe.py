@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.ops.linear_cross_entropy import Curve, Head
+from lisa_kernels.ops.linear_cross_entropy import Curve, Head, logits_of
 
 IGNORED = -100
 # The largest logits of the two positions that a model is probed with: no soft cap changes the one, every one the other.
@@ -35,9 +35,11 @@ class Probe:
             return hidden[..., : len(PROBED_LOGITS), :]
         drawn = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
         row = drawn.to(hidden.device, hidden.dtype)
-        largest = nn.functional.linear(row, head.weight).abs().max().clamp_min(torch.finfo(torch.float16).tiny)
+        head = head._replace(curve=Curve())
+        faint = logits_of(row.unsqueeze(0), head._replace(bias=None))
+        largest = faint.abs().max().clamp_min(torch.finfo(torch.float16).tiny)
         rows = torch.stack([row * (logit / largest) for logit in PROBED_LOGITS])
-        self._plain = nn.functional.linear(rows, head.weight, head.bias)
+        self._plain = logits_of(rows, head).to(hidden.dtype)
         return rows.expand(*hidden.shape[:-2], -1, -1)
 
     def stand_in(self, layer: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor:

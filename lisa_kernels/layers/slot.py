@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker, Gradient, ScatteredGradient
-from lisa_kernels.distributed.shards import first_element, first_row, local
+from lisa_kernels.distributed.shards import first_row, local
 from lisa_kernels.errors import InputError
 from lisa_kernels.ops.fold import fold_
 
@@ -138,11 +138,18 @@ class SlotModule(nn.Module):
 
         Of one that is shared out the rows that are here.
         """
-        left, right = self.lifting_factors()
-        rows, first = local(weight), first_row(weight)
+        rows = local(weight)
         if rows.numel():
-            left = left[:, first : first + len(rows)]
-            fold_(rows, left, right, decay=decay, key=key, remainder=remainder, start=first_element(weight))
+            self.fold_rows(rows, first_row(weight), decay, key, remainder)
+
+    @torch.no_grad()
+    def fold_rows(
+        self, rows: Tensor, first: int, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None
+    ) -> None:
+        """Do what `fold_into` does to rows of a weight as it is stored, of which `first` is the number of the first."""
+        left, right = self.lifting_factors()
+        start = first * rows.shape[1]
+        fold_(rows, left[:, first : first + len(rows)], right, decay=decay, key=key, remainder=remainder, start=start)
 
     @torch.no_grad()
     def add_slot_(self, weight: Tensor) -> Tensor:
@@ -174,8 +181,9 @@ class SlotModule(nn.Module):
         # The basis too, where it is a parameter.
         for name in BESIDE:
             destination.pop(f"{prefix}{name}", None)
-        if self.is_adapter:
-            destination[f"{prefix}weight"] = self._merged().cpu()
+        # A table is saved by the embedding that has it.
+        if self.is_adapter and f"{prefix}weight" in destination:
+            destination[f"{prefix}weight"] = self.saved_in(destination)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load the layer's function as a plain weight; an adapter begins anew at zero, being in the weight.
@@ -187,7 +195,7 @@ class SlotModule(nn.Module):
         key = f"{prefix}weight"
         given = state_dict.get(key)
         fits = isinstance(given, Tensor) and given.shape == self.stored_weight.shape
-        changes = fits and not self._holds(given)
+        changes = fits and not self.holds(given)
         if fits and not changes:
             state_dict[key] = self.stored_weight
         # What trains beside the weight is never saved: hand over what is here, so that strict loading misses nothing.
@@ -198,12 +206,21 @@ class SlotModule(nn.Module):
             del state_dict[name]
         if changes and self.is_adapter:
             self.restarted = self.restarted or bool(self.slot.any())
-            self.slot.data.zero_()
+            self.begin_anew()
+
+    def saved_in(self, destination: dict[str, Any]) -> Tensor:
+        """Return the layer's function as a plain weight in host memory, to be saved in `destination`."""
+        return self._merged().cpu()
+
+    def begin_anew(self) -> None:
+        """Forget what the slot has learnt: it is in the weight, or the weight is another."""
+        self.slot.data.zero_()
 
     def _merged(self) -> Tensor:
         return self.add_slot_(self.stored_weight.detach().clone()) if self.is_adapter else self.stored_weight.detach()
 
-    def _holds(self, weight: Tensor) -> bool:
+    def holds(self, weight: Tensor) -> bool:
+        """Return whether a weight is the layer's function as it would be saved."""
         return torch.equal(weight.to(self.stored_weight.device, self.stored_weight.dtype), self._merged())
 
     def extra_repr(self) -> str:

@@ -22,15 +22,15 @@ from lisa_kernels.distributed import (
     together,
     units_of,
 )
-from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.errors import InputError
 from lisa_kernels.layers import TappedEmbedding, check_attachable, without_compiler
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.agreement import agree
 from lisa_kernels.methods.definitions import Method
+from lisa_kernels.methods.resting import check_resting
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
 from lisa_kernels.methods.units import make_layout
-from lisa_kernels.ops.resting import KINDS
 from lisa_kernels.optim.settings import check_hyper, check_settings
 from lisa_kernels.samplers import Sampler
 from lisa_kernels.scores import compute_scores
@@ -57,10 +57,12 @@ def attach(
     stays frozen, which is said once; a layer that is frozen whole keeps its number and is never drawn. Of a compiled
     model the one inside is attached.
 
-    resting: "int8" or "nf4" keeps the matrices of the decoder blocks in 8 or 4 bits where the model computes, those of
-    layers that train too, and their 16-bit masters in host memory; None or "16-bit" leaves them as they are. What is
+    resting: "int8" or "nf4" keeps the matrices of the decoder blocks and of the output layer in 8 or 4 bits where the
+    model computes, those of layers that train too, and their 16-bit masters in host memory, where the token embedding
+    is as well; "mixed" has those in 8 bits that lose most in 4; None or "16-bit" leaves them as they are. What is
     learnt is put into the masters when a layer leaves or gets a new basis, and it is they that are saved. For methods
-    whose layers train through slots (OwLore, GaLore) and one process.
+    whose layers train through slots (OwLore, GaLore) and one process; embeddings that train at full rank stay as they
+    are.
 
     ranks: "auto" is the default process group of torch.distributed, where it has several processes; another group; or
     None for a caller who reduces gradients. Each process (rank) has the whole model, or its rows of one that was given
@@ -134,26 +136,6 @@ def _check(
     check_hyper(dict(settings))
     check_settings(**general)
     return check_wire_dtype(wire_dtype)
-
-
-def check_resting(resting: str | None, method: Method, shared: bool) -> str | None:
-    """Return how matrices rest, None: as they are; raises InputError where they cannot rest so."""
-    if resting in (None, "16-bit"):
-        return None
-    if resting not in KINDS:
-        raise unknown_name("way to rest", resting, ("16-bit", *KINDS))
-    if method.form != "low-rank":
-        raise InputError(
-            f"resting={resting!r} is for methods that train layers through slots, and {method.name!r} does not; use "
-            "OwLore or GaLore, or leave resting out."
-        )
-    if method.get("master", "none") != "none":
-        raise InputError(
-            f"master={method.get('master', 'none')!r} is beside weights that rest in 16 bits; leave one out."
-        )
-    if shared:
-        raise InputError(f"resting={resting!r} is for one process, and this one has others; leave it out.")
-    return resting
 
 
 def _tell_what_differs(survey: Survey) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import RestingLinear
+from lisa_kernels.methods.resting import AS_THEY_ARE
 from lisa_kernels.methods.slots import check_slots_state, slots_state
 from lisa_kernels.samplers import Sampler, sampler_from_state
 
@@ -26,22 +26,16 @@ def attachment_state(optimizer: SampledAdamW) -> dict[str, Any]:
         "history": [list(row) for row in optimizer.history],
         "norms": {str(index): seen for index, seen in optimizer._norms.items()},
         "slots": slots_state(optimizer._layers(), optimizer._shelf.held()),
-        "resting": _resting(optimizer),
+        "resting": optimizer.layout.resting,
     }
-
-
-def _resting(optimizer: SampledAdamW) -> str | None:
-    """Return how the model's matrices rest, None: as they are."""
-    kinds = [layer.kind for layer in optimizer._layers().values() if isinstance(layer, RestingLinear)]
-    return kinds[0] if kinds else None
 
 
 def check_attachment(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> Sampler | None:
     """Return the sampler of a state; InputError unless it is of this method and of such a model. Changes nothing."""
     if saved["method"] != optimizer.method.settings():
         raise InputError(f"the state was saved with {saved['method']}; this run has {optimizer.method.settings()}.")
-    if saved.get("resting") != _resting(optimizer):
-        was, now = (kind or "16-bit" for kind in (saved.get("resting"), _resting(optimizer)))
+    if saved.get("resting") != optimizer.layout.resting:
+        was, now = (way or AS_THEY_ARE for way in (saved.get("resting"), optimizer.layout.resting))
         raise InputError(f"the state was saved with resting={was!r}; this run has {now!r}.")
     layout = optimizer.layout
     sampler = None if saved["sampler"] is None else sampler_from_state(saved["sampler"])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from lisa_kernels.basis import BasisTracker
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import (
+    AccumulatingEmbedding,
     LowRankEmbedding,
     LowRankLinear,
     ModelParts,
+    RestingLinear,
     SlotModule,
     TappedEmbedding,
     find_linears,
@@ -51,11 +54,7 @@ def find_outer(model: nn.Module, parts: ModelParts) -> OuterPlaces | None:
 
     Raises InputError where they cannot carry one.
     """
-    layers = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        get = getattr(model, name, None)
-        layers.append(get() if callable(get) else None)
-    embedding, output = layers
+    embedding, output = _ends(model)
     weight = getattr(embedding, "weight", None)
     tied = weight is not None and getattr(output, "weight", None) is weight
     head = find_linears({"": model}, 0, lambda path, layer: layer is output and is_trainable(layer))
@@ -73,16 +72,44 @@ def find_outer(model: nn.Module, parts: ModelParts) -> OuterPlaces | None:
     return OuterPlaces(path, embedding, head, tied)
 
 
+def find_still_outer(model: nn.Module) -> OuterPlaces | None:
+    """Return the places of embedding and head that never train, so that they can rest; None where neither can."""
+    embedding, output = _ends(model)
+    head = find_linears({"": model}, 0, lambda path, layer: layer is output)
+    tied = embedding is not None and getattr(output, "weight", None) is embedding.weight
+    if not isinstance(embedding, nn.Embedding) or (tied and not head):
+        return OuterPlaces("", None, head, False) if head and not tied else None
+    path = next(path for path, module in model.named_modules() if module is embedding)
+    try:
+        lookup_factor(embedding)
+    except InputError:
+        # It changes its table, or returns more than its rows: it stays as it is, and what is tied to it.
+        return OuterPlaces("", None, head, False) if head and not tied else None
+    return OuterPlaces(path, embedding, head, tied)
+
+
+def _ends(model: nn.Module) -> tuple[Any, Any]:
+    """Return what transformers calls a model's input and output embeddings, None where there is none."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(model, name, None)
+        found.append(get() if callable(get) else None)
+    return found[0], found[1]
+
+
 def add_outer_slots(
-    places: OuterPlaces, rank: int, make_tracker: Callable[[int], BasisTracker]
+    places: OuterPlaces, rank: int, make_tracker: Callable[[int], BasisTracker], resting: str | None = None
 ) -> tuple[dict[str, SlotModule], list[Swap], list[TappedEmbedding]]:
     """Give embedding and head a slot of at most `rank`, one between them where they are tied.
 
-    Returns the layers by path and what was changed. make_tracker: from the rank that fits to a tracker.
+    Returns the layers by path and what was changed. make_tracker: from the rank that fits to a tracker. resting: how
+    the head rests, None: as it is; the embedding's table is then in host memory.
     """
 
     def make(layer: nn.Module, path: str) -> LowRankLinear:
         fits = min(rank, *linear_shape(layer))
+        if resting is not None:
+            return RestingLinear(layer, fits, resting, make_tracker(fits), path)
         return LowRankLinear(layer, fits, tracker=make_tracker(fits))
 
     layers: dict[str, SlotModule] = {}
@@ -90,7 +117,8 @@ def add_outer_slots(
     table = places.embedding
     if table is not None and not places.tied:
         fits = min(rank, table.num_embeddings, table.embedding_dim)
-        layers[places.path] = LowRankEmbedding(table, fits, make_tracker(fits))
+        kind = LowRankEmbedding if resting is None else AccumulatingEmbedding
+        layers[places.path] = kind(table, fits, make_tracker(fits))
     if swaps:
         layers[swaps[0].path] = swaps[0].layer
     if table is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lisa_kernels.basis import transport_many
 from lisa_kernels.distributed.shards import local, rows_like, shard_like
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import RestingLinear, SlotModule
+from lisa_kernels.layers import AccumulatingSlot, SlotModule
 from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.optim.moments import read_moments, write_moments
 
@@ -123,9 +123,9 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
     """
     tracked = [layer for layer in layers if layer.tracker is not None]
     groups, decays = group_of(optimizer), Decays(optimizer)
-    folded = [layer for layer in tracked if not isinstance(layer, RestingLinear)]
+    folded = [layer for layer in tracked if not isinstance(layer, AccumulatingSlot)]
     for layer in tracked:
-        if isinstance(layer, RestingLinear):
+        if isinstance(layer, AccumulatingSlot):
             layer.kept *= decays.of(groups[layer.slot], layer.device)
     for layer in folded:
         layer.fold_into(
@@ -139,7 +139,7 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
 def settle_slots(optimizer: AdamW8bit, layers: Iterable[SlotModule], last: bool = False) -> None:
     """Put the slots of resting layers into their masters, which rest anew; `last`: rounded to nearest."""
     for layer in layers:
-        if isinstance(layer, RestingLinear) and layer.active:
+        if isinstance(layer, AccumulatingSlot) and layer.active:
             layer.settle(None if last else optimizer.step_key(layer.slot))
 
 
@@ -168,7 +168,7 @@ def slots_state(
         if "basis" in entry:
             if layer.is_adapter:
                 entry["slot"], entry["weight"] = layer.slot.detach(), layer.stored_weight.detach()
-            if isinstance(layer, RestingLinear) and layer.active:
+            if isinstance(layer, AccumulatingSlot) and layer.active:
                 entry["kept"] = layer.kept
             if layer.tracker is not None:
                 entry["tracker"] = layer.tracker.state_dict()
@@ -206,7 +206,7 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
             layer.slot.data.copy_(entry["slot"])
             local(layer.stored_weight).copy_(rows_like(layer.stored_weight, entry["weight"]))
             layer.restarted = False
-        if isinstance(layer, RestingLinear) and layer.active:
+        if isinstance(layer, AccumulatingSlot) and layer.active:
             layer.rest_anew()
             layer.kept.copy_(entry["kept"])
         if layer.tracker is not None:
@@ -223,7 +223,7 @@ def slots_in_shape(layers: Iterable[SlotModule]) -> Iterator[None]:
     try:
         for layer in resting:
             shape = (layer.rank, layer.out_features)
-            layer.slot.data = torch.zeros((), device=layer.stored_weight.device).expand(shape)
+            layer.slot.data = torch.zeros((), device=layer.device).expand(shape)
         yield
     finally:
         for layer in resting:

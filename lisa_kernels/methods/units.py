@@ -19,7 +19,8 @@ from lisa_kernels.layers import (
 )
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.definitions import LoRA
-from lisa_kernels.methods.outer_slots import add_outer_slots
+from lisa_kernels.methods.outer_slots import add_outer_slots, find_still_outer
+from lisa_kernels.methods.resting import Kinds
 from lisa_kernels.methods.survey import Survey, UnitPlan
 
 # Steps between two refreshes of a basis, for methods that only have embedding and head in low rank.
@@ -62,6 +63,7 @@ class Layout:
 
     drawable: the numbers of the units that can be drawn; the others were frozen whole before. with_first: what is
     active while unit 0 is and has no number of its own. below: whether every backward reaches below the blocks.
+    resting: how matrices rest, None: as they are.
     """
 
     drawn: list[Unit]
@@ -70,6 +72,7 @@ class Layout:
     drawable: list[int]
     with_first: Unit | None = None
     below: bool = False
+    resting: str | None = None
 
     def units(self) -> list[Unit]:
         """Return every unit, the drawn ones first."""
@@ -86,7 +89,8 @@ class _SlotMaker:
     """Makes the layers with slots of one model, each with random numbers of its own."""
 
     def __init__(self, survey: Survey, seed: int, resting: str | None) -> None:
-        self.method, self.seed, self.resting, self.made = survey.method, seed, resting, 0
+        self.method, self.seed, self.made = survey.method, seed, 0
+        self.kinds = None if resting is None else Kinds(resting, survey)
 
     def tracker(self, rank: int) -> BasisTracker:
         self.made += 1
@@ -95,8 +99,8 @@ class _SlotMaker:
 
     def layer(self, original: nn.Module, path: str) -> LowRankLinear:
         rank = self.method.get("rank", 0)
-        if self.resting is not None:
-            return RestingLinear(original, rank, self.resting, self.tracker(rank), path)
+        if self.kinds is not None:
+            return RestingLinear(original, rank, self.kinds.of(original), self.tracker(rank), path)
         if self.method.form != "adapter":
             return LowRankLinear(original, rank, tracker=self.tracker(rank))
         kind = TrainedBasisLinear if isinstance(self.method, LoRA) else LowRankLinear
@@ -114,20 +118,24 @@ class _SlotMaker:
 
 
 def make_layout(survey: Survey, seed: int = 0, resting: str | None = None) -> Layout:
-    """Do to the model what the survey found possible; resting: how the blocks' matrices rest, None: as they are."""
+    """Do to the model what the survey found possible; resting: how matrices rest, None: as they are."""
     maker = _SlotMaker(survey, seed, resting)
     swaps = swap_linears(survey.places(), maker.layer)
     made = {swap.original: swap.layer for swap in swaps}
     # One in several places belongs to the first unit that has it.
     drawn = [_make_unit(plan, made) for plan in survey.drawn]
     always = _make_unit(survey.always, made)
-    layout = Layout(drawn, always, [*swaps], survey.drawable, below=survey.below)
+    layout = Layout(drawn, always, [*swaps], survey.drawable, below=survey.below, resting=resting)
     if survey.with_first.full or survey.slot_with_first:
         layout.with_first = _make_unit(survey.with_first, made)
-    if survey.outer is not None:
-        layers, heads, taps = add_outer_slots(survey.outer, survey.method.get("rank", 0), maker.tracker)
+    outer, kind = survey.outer, None if maker.kinds is None else maker.kinds.of_head
+    if outer is None and kind is not None and survey.method.get("embeddings", "always") == "frozen":
+        outer = find_still_outer(survey.model)
+    if outer is not None:
+        layers, heads, taps = add_outer_slots(outer, survey.method.get("rank", 0), maker.tracker, kind)
         layout.swaps += [*heads, *taps]
-        _share_out(layout, layers, taps)
+        if survey.outer is not None:
+            _share_out(layout, layers, taps)
     return layout
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import Method
+from lisa_kernels.methods.resting import check_resting
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.sizes import gb
 
@@ -33,7 +34,7 @@ def fit(workload: Workload, device_bytes: int, make_plan: Callable[[Workload], P
 
     First what changes no result beyond rounding: fewer rows at a time and as many more accumulated (tokens per step
     stay), gradient checkpointing, its inputs offloaded to host memory, state paged to it (of methods that train every
-    layer, and of layers that left where it is kept). Then what changes the training, see `lighter_methods`. Memory
+    layer, and of layers that left where it is kept). Then what changes the training, see `lighter_workloads`. Memory
     falls along these lists, so each is searched by halving.
 
     blocks: of the model, where not all need be recomputed: then as few are as fit. Raises InputError, with the bytes
@@ -94,12 +95,12 @@ def _recomputation(workload: Workload) -> dict[str, Any]:
 
 
 def _lighter(workload: Workload, search: _Search) -> Workload:
-    methods = list(lighter_methods(workload.method))
-    rungs = [_most_frugal(replace(workload, method=method)) for method in methods]
+    lighter = list(lighter_workloads(workload))
+    rungs = [_most_frugal(each) for each in lighter]
     best = search.first(rungs)
     if best is None:
         raise search.nothing_fits(rungs[-1])
-    workload = replace(workload, method=methods[rungs.index(best)])
+    workload = lighter[rungs.index(best)]
     by_stage = (search.first(list(_smaller_batches(stage))) for stage in _stages(workload))
     return next(found for found in by_stage if found is not None)
 
@@ -160,7 +161,31 @@ class _Search:
 def _described(workload: Workload) -> str:
     fields = ("active_layers", "rank", "embeddings")
     settings = [f"{name}={getattr(workload.method, name)}" for name in fields if hasattr(workload.method, name)]
+    settings += [] if workload.resting is None else [f"resting={workload.resting}"]
     return ", ".join([*settings, f"batch {workload.batch_size} × {workload.seq_len}"])
+
+
+def lighter_workloads(workload: Workload) -> Iterator[Workload]:
+    """Yield the workload and then others in less and less memory: the lighter methods, and weights at rest.
+
+    Where weights are in 16 bits and could rest, they do so in 8 bits before anything is given up, which changes a loss
+    in its third digit, and in fewer only where all that can be given up is not enough.
+    """
+    methods = list(lighter_methods(workload.method))
+    if workload.resting is not None or not _can_rest(workload):
+        yield from (replace(workload, method=method) for method in methods)
+        return
+    yield workload
+    yield from (replace(workload, method=method, resting="int8") for method in methods)
+    yield replace(workload, resting="mixed")
+    yield from (replace(workload, method=method, resting="nf4") for method in methods)
+
+
+def _can_rest(workload: Workload) -> bool:
+    try:
+        return check_resting("int8", workload.method, workload.ranks > 1) is not None
+    except InputError:
+        return False
 
 
 def lighter_methods(method: Method) -> Iterator[Method]:

@@ -22,7 +22,7 @@ from lisa_kernels.layers import (
     offload_checkpoints,
 )
 from lisa_kernels.methods import Method, SampledAdamW
-from lisa_kernels.methods.attach import check_resting
+from lisa_kernels.methods.resting import check_resting
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import make_layout
 from lisa_kernels.paging import check_paging

@@ -392,11 +392,15 @@ class HeardLate:
         return True
 
 
-@pytest.mark.parametrize("shares", [False, True], ids=["alone", "with other ranks"])
-def test_ranks_that_hear_late_decide_as_those_that_heard(shares: bool) -> None:
-    """Alone an early attempt is made and thrown away; ranks wait, for one alone would find a basis with nobody."""
+@pytest.mark.parametrize("case", ["alone", "with other ranks", "waits"])
+def test_ranks_that_hear_late_decide_as_those_that_heard(case: str) -> None:
+    """Alone an early attempt is made and thrown away; ranks wait, for one alone would find a basis with nobody.
+
+    So does one that is told to, since what it does when a basis is due can be seen in the weights.
+    """
     followed, _ = started(gap=10)
-    followed.summed = (lambda sketch: sketch) if shares else None
+    followed.summed = (lambda sketch: sketch) if case == "with other ranks" else None
+    followed.waits = case == "waits"
     followed._heard = HeardLate()  # type: ignore[assignment]
     followed.advance()
-    assert followed.due is not shares
+    assert followed.due is (case == "alone")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import gpt2, llama, logits, tokens, train
+from families import gemma3, gpt2, llama, logits, tokens, train
+from safetensors import safe_open
 from torch import Tensor
 
 from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach, plan
-from lisa_kernels.layers import RestingLinear
+from lisa_kernels.basis import BasisTracker
+from lisa_kernels.layers import AccumulatingSlot, RestingLinear
+from lisa_kernels.layers import resting as layers
 from lisa_kernels.methods import Method, SampledAdamW
-from lisa_kernels.ops import resting_linear
+from lisa_kernels.ops import resting as ops
 from lisa_kernels.ops.resting import KINDS, dequantize_resting_, quantize_resting
 from lisa_kernels.plan import Plan
 from lisa_kernels.plan.empty_model import empty_model
@@ -27,12 +32,22 @@ METHODS: dict[str, Method] = {
     "owlore-keep": OwLore(active_layers=1, period=2, gap=3, rank=4, scores="uniform", retired_state="keep"),
     "owlore-page": OwLore(active_layers=1, period=2, gap=3, rank=4, scores="uniform", retired_state="page"),
     "galore": GaLore(rank=4, gap=3, embeddings="low-rank"),
+    "galore-tied": GaLore(rank=4, gap=3, embeddings="low-rank"),
+    # Its embedding multiplies what it looks up.
+    "galore-gemma": GaLore(rank=4, gap=3, embeddings="low-rank"),
+    "owlore-first": OwLore(active_layers=1, period=2, gap=3, rank=4, scores="uniform", embeddings="with-first-block"),
 }
 
 
-def start(method: Method, kind: str | None, dtype: torch.dtype = torch.float32) -> tuple[Any, SampledAdamW]:
-    model = llama(layers=3, hidden_size=64, intermediate_size=96).to(dtype)
-    return model, attach(model, method, lr=3e-3, seed=5, resting=kind)
+def made(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    if name.endswith("gemma"):
+        return gemma3(layers=3, hidden_size=64, intermediate_size=96).to(dtype)
+    return llama(layers=3, tied=name.endswith("tied"), hidden_size=64, intermediate_size=96).to(dtype)
+
+
+def start(name: str, kind: str | None, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Any, SampledAdamW]:
+    model = made(name, dtype)
+    return model, attach(model, METHODS[name], lr=3e-3, seed=5, resting=kind, **settings)
 
 
 def run(model: Any, optimizer: SampledAdamW, first: int, last: int) -> None:
@@ -57,10 +72,10 @@ def woken(layer: RestingLinear) -> Tensor:
 
 @OF_KIND
 def test_a_layer_computes_with_what_its_codes_mean(kind: str) -> None:
-    model, plain = start(METHODS["galore"], kind)[0], llama(layers=3, hidden_size=64, intermediate_size=96)
+    model, plain = start("galore", kind)[0], made("galore")
     for path, layer in resting(model).items():
         plain.get_submodule(path).weight.data.copy_(woken(layer))
-    assert len(resting(model)) == 3 * 7
+    assert len(resting(model)) == 3 * 7 + 1
     assert torch.equal(logits(model, tokens()), logits(plain, tokens()))
 
 
@@ -68,10 +83,10 @@ def test_a_layer_computes_with_what_its_codes_mean(kind: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_masters_learn_what_slots_did(name: str, kind: str) -> None:
     """In float32: what is saved in mid-training is what is there after it, and it is near what 16 bits learn."""
-    before = llama(layers=3, hidden_size=64, intermediate_size=96).state_dict()
+    before = made(name).state_dict()
     ends: list[dict[str, Tensor]] = []
     for how in (kind, None):
-        model, optimizer = start(METHODS[name], how)
+        model, optimizer = start(name, how)
         run(model, optimizer, 0, 10)
         saved = {key: value.clone() for key, value in model.state_dict().items()}
         optimizer.detach()
@@ -85,24 +100,28 @@ def test_masters_learn_what_slots_did(name: str, kind: str) -> None:
     assert float(alike) > (0.9 if kind == "int8" else 0.6)
 
 
+def bytes_of(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Stands for codes that lose nothing."""
+    return weight.reshape(-1).view(torch.uint8).clone(), weight.new_empty((0,))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_that_lose_nothing_at_rest_learn_what_folded_ones_do(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With codes that mean the weight itself, a slot that waits to be settled ends where one does that is folded."""
-    meant: dict[int, Tensor] = {}
-
-    def rest(layer: RestingLinear, master: Tensor) -> None:
-        quantise(layer, master)
-        meant[layer.codes.data_ptr()] = layer.matrix.detach().clone()
-
-    quantise = RestingLinear._rest
-    monkeypatch.setattr(RestingLinear, "_rest", rest)
-    monkeypatch.setattr(resting_linear, "_woken", lambda like, codes, *_: meant[codes.data_ptr()])
-    before, ends = llama(layers=3, hidden_size=64, intermediate_size=96).state_dict(), []
+    monkeypatch.setattr(ops, "quantize_resting", bytes_of)
+    monkeypatch.setattr(layers, "quantize_resting", bytes_of)
+    monkeypatch.setattr(
+        ops, "dequantize_resting_", lambda out, codes, *_: out.copy_(codes.view(out.dtype).view_as(out))
+    )
+    monkeypatch.setattr(ops, "code_count", lambda elements, kind: 4 * elements)
+    monkeypatch.setattr(ops, "block_count", lambda elements: 0)
+    # Some weights in one tile, others in several.
+    monkeypatch.setattr(ops, "TILE_ELEMENTS", 64 * 64)
+    before, ends = made(name).state_dict(), []
     for kind in ("nf4", None):
-        model = llama(layers=3, hidden_size=64, intermediate_size=96)
-        optimizer = attach(model, METHODS[name], lr=3e-3, seed=5, rounding="nearest", resting=kind)
+        model, optimizer = start(name, kind, rounding="nearest")
         run(model, optimizer, 0, 10)
         ends.append(torch.cat([(end - before[key]).flatten() for key, end in optimizer.detach().state_dict().items()]))
     assert float((ends[0] - ends[1]).norm()) < 2e-3 * float(ends[1].norm())
@@ -111,7 +130,7 @@ def test_weights_that_lose_nothing_at_rest_learn_what_folded_ones_do(
 @OF_KIND
 def test_only_the_layers_that_left_rest_anew(kind: str) -> None:
     """Between switches neither masters nor codes move; after one, codes are those of the masters."""
-    model, optimizer = start(METHODS["owlore"], kind)
+    model, optimizer = start("owlore", kind)
     layers, drawn = resting(model), []
     for period in range(3):
         [active] = optimizer.active_layers
@@ -125,19 +144,19 @@ def test_only_the_layers_that_left_rest_anew(kind: str) -> None:
             left = path.startswith(f"model.layers.{active}.") and optimizer.active_layers != [active]
             assert torch.equal(layer.stored_weight, masters[path]) != left
             assert torch.equal(layer.codes, codes[path]) != left
-            assert torch.equal(quantize_resting(layer.stored_weight.detach(), kind)[0], layer.codes)
+            assert torch.equal(quantize_resting(layer.stored_weight.detach(), layer.kind)[0], layer.codes)
     assert len(set(drawn)) > 1
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_is_bit_equal(name: str) -> None:
     """Stopped in mid-period, with slots that are in no master yet."""
-    model, optimizer = start(METHODS[name], "nf4", torch.bfloat16)
+    model, optimizer = start(name, "nf4", torch.bfloat16)
     run(model, optimizer, 0, 9)
-    stopped, before = start(METHODS[name], "nf4", torch.bfloat16)
+    stopped, before = start(name, "nf4", torch.bfloat16)
     run(stopped, before, 0, 5)
     weights, state = through_disk(stopped.state_dict()), through_disk(before.state_dict())
-    resumed, after = start(METHODS[name], "nf4", torch.bfloat16)
+    resumed, after = start(name, "nf4", torch.bfloat16)
     resumed.load_state_dict(weights)
     after.load_state_dict(state)
     run(resumed, after, 5, 9)
@@ -151,9 +170,9 @@ def test_a_resumed_run_is_bit_equal(name: str) -> None:
 def test_a_state_is_loaded_into_weights_that_rest_alike() -> None:
     """Else what is in the slots would be lost."""
     for kind, other in (("nf4", "int8"), ("nf4", None), (None, "nf4")):
-        state = start(METHODS["galore"], kind)[1].state_dict()
+        state = start("galore", kind)[1].state_dict()
         with pytest.raises(InputError, match=f"resting='{kind or '16-bit'}'; this run has '{other or '16-bit'}'"):
-            start(METHODS["galore"], other)[1].load_state_dict(state)
+            start("galore", other)[1].load_state_dict(state)
 
 
 def test_decay_reaches_a_master_as_it_does_a_weight() -> None:
@@ -173,22 +192,129 @@ def test_decay_reaches_a_master_as_it_does_a_weight() -> None:
     assert float(ends[0]) == pytest.approx(float(ends[1]), rel=2e-3)
 
 
-def test_weights_loaded_into_an_attached_model_rest() -> None:
-    model, optimizer = start(METHODS["galore"], "int8")
+@pytest.mark.parametrize("name", ["galore", "galore-tied"])
+def test_weights_loaded_into_an_attached_model_rest(name: str) -> None:
+    """A tied one is in files by one of its names."""
+    model, optimizer = start(name, "int8")
     run(model, optimizer, 0, 2)
-    other = {
-        key: value * 1.5 for key, value in llama(layers=3, hidden_size=64, intermediate_size=96).state_dict().items()
-    }
-    model.load_state_dict(other)
+    assert sum(bool(layer.slot.any()) for layer in slots(model)) > 10
+    other = {key: value * 1.5 for key, value in made(name).state_dict().items()}
+    if name == "galore-tied":
+        del other["lm_head.weight"]
+    model.load_state_dict(other, strict=False)
+    assert torch.equal(model.model.embed_tokens.weight, other["model.embed_tokens.weight"])
     for path, layer in resting(model).items():
-        assert torch.equal(layer.stored_weight, other[f"{path}.weight"])
-        assert torch.equal(layer.codes, quantize_resting(other[f"{path}.weight"], "int8")[0])
-        assert not layer.slot.any()
+        given = other["model.embed_tokens.weight" if path == "lm_head" and "tied" in name else f"{path}.weight"]
+        assert torch.equal(layer.stored_weight, given)
+        assert torch.equal(layer.codes, quantize_resting(given, "int8")[0])
+    assert not any(layer.slot.any() for layer in slots(model))
+
+
+@pytest.mark.parametrize("name", ["galore", "galore-tied"])
+def test_weights_loaded_again_change_nothing(name: str) -> None:
+    """What was saved is what a slot and its master make together, and they stay two."""
+    model, optimizer = start(name, "int8", torch.bfloat16)
+    run(model, optimizer, 0, 2)
+    held = [tensor.clone() for layer in slots(model) for tensor in (layer.slot, layer.stored_weight, layer.kept)]
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
+    now = [tensor for layer in slots(model) for tensor in (layer.slot, layer.stored_weight, layer.kept)]
+    assert all(torch.equal(one, other) for one, other in zip(held, now, strict=True))
+
+
+def slots(model: Any) -> list[AccumulatingSlot]:
+    return [module for module in model.modules() if isinstance(module, AccumulatingSlot)]
+
+
+def test_a_tied_weight_is_saved_once(tmp_path: Path) -> None:
+    """With what its slot has learnt, under each of its names; and a folder of it loads as an ordinary model."""
+    model, optimizer = start("galore-tied", "nf4")
+    run(model, optimizer, 0, 2)
+    saved = model.state_dict()
+    table = saved["model.embed_tokens.weight"]
+    assert saved["lm_head.weight"].data_ptr() == table.data_ptr()
+    assert not torch.equal(table, model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert sum(file.get_tensor(name).shape == table.shape for name in file.keys()) == 1  # noqa: SIM118
+    assert torch.equal(type(model).from_pretrained(tmp_path).lm_head.weight, table)
+
+
+def test_lookups_add_what_the_slot_has_learnt() -> None:
+    """With gradients and without, and while the lookups do not train."""
+    model, optimizer = start("galore-gemma", "int8")
+    run(model, optimizer, 0, 2)
+    embedding, [tap] = model.model.embed_tokens, [swap for swap in optimizer.layout.swaps if hasattr(swap, "tap")]
+    ids, head = tokens()["input_ids"], model.lm_head
+    wanted = 8.0 * (embedding.weight + head.slot.t() @ head.basis)[ids]
+    for rests in (False, True):
+        tap.rest(rests)
+        looked_up = embedding(ids)
+        assert looked_up.requires_grad != rests
+        torch.testing.assert_close(looked_up, wanted)
+        with torch.no_grad():
+            torch.testing.assert_close(embedding(ids), wanted)
+
+
+def test_masters_stay_where_they_are_when_the_model_moves() -> None:
+    model, optimizer = start("galore-gemma", "int8")
+    layers = [(layer, layer.stored_weight.data_ptr()) for layer in slots(model)]
+    scale = model.model.embed_tokens.embed_scale
+    model._apply(torch.clone)
+    assert all(layer.stored_weight.data_ptr() == where for layer, where in layers)
+    assert model.model.embed_tokens.embed_scale is scale
+    assert all(torch.equal(one, other) for one, other in zip(pickled(model).parameters(), model.parameters()))
+    plain = optimizer.detach()
+    plain._apply(torch.clone)
+    assert all(layer.stored_weight.data_ptr() != where for layer, where in layers)
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def test_mixed_has_the_widest_inputs_and_the_head_in_8_bits() -> None:
+    model, _ = start("galore", "mixed")
+    in_8_bits = {path for path, layer in resting(model).items() if layer.kind == "int8"}
+    assert in_8_bits == {"lm_head", *(f"model.layers.{number}.mlp.down_proj" for number in range(3))}
+
+
+def test_outer_weights_that_never_train_rest_too() -> None:
+    """Without slots; a head that is frozen as part of the model, and one that is tied to a table."""
+    for name, tied in (("owlore", False), ("owlore", True)):
+        model = llama(layers=3, tied=tied, hidden_size=64, intermediate_size=96)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        optimizer = attach(model, METHODS[name], lr=3e-3, seed=5, resting="nf4")
+        run(model, optimizer, 0, 4)
+        assert resting(model)["lm_head"].kind in KINDS
+        assert torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
+        end = optimizer.detach().state_dict()
+        assert torch.equal(end["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+        assert not resting(model)
+
+
+@OF_KIND
+def test_tiles_settle_as_a_whole_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Master and codes to the bit, under stochastic rounding; of rows that are no whole blocks, too."""
+    ends = []
+    for elements in (1 << 24, 1 << 8):
+        monkeypatch.setattr(ops, "TILE_ELEMENTS", elements)
+        torch.manual_seed(0)
+        plain = torch.nn.Linear(40, 70, bias=False, dtype=torch.bfloat16)
+        layer = RestingLinear(plain, 4, kind, BasisTracker(rank=4, gap=3, offset=0, seed=0, stream=1), "layer")
+        layer.activate(torch.randn(4, 40))
+        layer.slot.data.normal_()
+        merged = layer.add_slot_(layer.stored_weight.detach().clone())
+        layer.settle(torch.tensor(12345))
+        ends.append([merged, layer.stored_weight, layer.codes, layer.absmax])
+        whole = quantize_resting(layer.stored_weight.detach(), kind)
+        assert torch.equal(layer.codes, whole[0])
+        assert torch.equal(layer.absmax, whole[1])
+    assert all(torch.equal(one, other) for one, other in zip(*ends))
 
 
 def test_code_that_goes_past_a_layer_multiplies_by_what_it_computes_with() -> None:
     """Within a forward; outside of one the weight is the master."""
-    model, optimizer = start(METHODS["galore"], "nf4")
+    model, optimizer = start("galore", "nf4")
     run(model, optimizer, 0, 2)
     layer = next(iter(resting(model).values()))
     seen: list[Tensor] = []
@@ -212,15 +338,14 @@ def test_weights_stored_transposed_rest_too() -> None:
 
 
 def test_a_plan_counts_codes_in_the_place_of_weights() -> None:
-    """Of each matrix in a block 1.0625 bytes a weight in int8 in the place of 2, 0.5625 in nf4."""
+    """Of each matrix 1.0625 bytes a weight in int8 in the place of 2, in blocks 0.5625 in nf4; of the table nothing."""
     settings: dict[str, Any] = {"seq_len": 64, "dtype": "bf16", "gradient_checkpointing": False}
     plans = {kind: plan("preset:tiny", METHODS["galore"], resting=kind, **settings) for kind in (None, *KINDS)}
     weights = {kind: each.split["weights"] for kind, each in plans.items()}
-    saved = {"int8": 2 - 1.0625, "nf4": 2 - 0.5625}
-    elements = {kind: (weights[None] - weights[kind]) / each for kind, each in saved.items()}
-    assert elements["int8"] == pytest.approx(elements["nf4"], rel=1e-3)
-    config = plans["nf4"].workload.model
-    assert elements["nf4"] == pytest.approx(matrices_of(config), rel=1e-3)
+    inside, head, table = elements_of("preset:tiny")
+    for kind, size in (("int8", 1.0625), ("nf4", 0.5625)):
+        gained = (2 - size) * inside + (2 - 1.0625) * head + 2 * table
+        assert weights[None] - weights[kind] == pytest.approx(gained, rel=1e-3)
 
 
 def test_a_plan_for_a_cpu_counts_masters_too() -> None:
@@ -229,15 +354,17 @@ def test_a_plan_for_a_cpu_counts_masters_too() -> None:
     for kind in (None, *KINDS):
         workload = Workload("preset:tiny", METHODS["galore"], seq_len=64, dtype="bf16", resting=kind)
         peaks[kind] = Plan(workload, rehearse(workload)).split["weights"]
-    elements = matrices_of("preset:tiny")
-    assert peaks["int8"] - peaks[None] == pytest.approx(1.0625 * elements, rel=1e-3)
-    assert peaks["nf4"] - peaks[None] == pytest.approx(0.5625 * elements, rel=1e-3)
+    inside, head, _ = elements_of("preset:tiny")
+    for kind, size in (("int8", 1.0625), ("nf4", 0.5625)):
+        assert peaks[kind] - peaks[None] == pytest.approx(size * inside + 1.0625 * head, rel=1e-3)
 
 
-def matrices_of(preset: str) -> int:
-    """Return the elements of the linear layers in a preset's blocks."""
-    blocks = empty_model(preset, "bf16").get_submodule("model.layers")
-    return sum(module.weight.numel() for module in blocks.modules() if isinstance(module, torch.nn.Linear))
+def elements_of(preset: str) -> tuple[int, int, int]:
+    """Return the elements of the linears in a preset's blocks, of its head, and of a table that is not the head's."""
+    model = empty_model(preset, "bf16")
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    linears = [layer for layer in model.get_submodule("model.layers").modules() if isinstance(layer, torch.nn.Linear)]
+    return sum(layer.weight.numel() for layer in linears), head.numel(), 0 if table is head else table.numel()
 
 
 def test_what_cannot_rest_is_refused() -> None:

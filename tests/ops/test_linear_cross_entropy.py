@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.ops import resting
 from lisa_kernels.ops.linear_cross_entropy import Curve, Head, HeadGradient, linear_cross_entropy
 from lisa_kernels.ops.linear_cross_entropy.reference import NO_LABEL
 from lisa_kernels.ops.lowrank_linear import products
+from lisa_kernels.ops.resting import KINDS
 
 ROWS, N, VOCABULARY, RANK = 70, 24, 101, 8
 # Sums of at most a hundred float32 products.
@@ -39,6 +41,7 @@ def head_of(kind: str, dtype: torch.dtype = torch.float32) -> Head:
 
 
 def plain_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    assert isinstance(head.weight, Tensor)
     logits = hidden @ head.weight.t()
     if head.slot is not None and head.basis is not None:
         logits = logits + head.scale * (hidden @ head.basis.t()) @ head.slot
@@ -81,6 +84,31 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(
         assert one is not None
         assert other is not None
         assert torch.allclose(one, other, rtol=EXACT, atol=EXACT * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slot", [False, True], ids=["frozen", "slot"])
+@pytest.mark.parametrize("tile", [1, 1 << 24], ids=["tiles", "whole"])
+def test_a_head_at_rest_is_the_one_that_its_codes_mean(
+    kind: str, slot: bool, tile: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few classes at a time: neither the weight nor its logits' errors are formed otherwise."""
+    monkeypatch.setattr(resting, "TILE_ELEMENTS", tile)
+    labels, plain = labels_of(True).to(device), head_of("adapter")
+    codes = resting.quantize_resting(plain.weight.to(device), kind)
+    weight = resting.RestingWeight(*codes, kind, VOCABULARY, N)
+    results = []
+    for each in (weight, weight.woken(torch.float32)):
+        hidden = normal(ROWS, N).to(device).requires_grad_()
+        leaf = plain.slot.detach().to(device).requires_grad_() if plain.slot is not None and slot else None
+        head = Head(each, None, leaf, None if plain.basis is None or not slot else plain.basis.to(device), 0.5)
+        loss = linear_cross_entropy(hidden, head, labels, chunk_rows=16) if each is weight else None
+        (plain_loss(hidden, head, labels) if loss is None else loss).backward()
+        results.append([hidden.grad, *([leaf.grad] if leaf is not None else [])])
+    for one, other in zip(*results):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one, other, rtol=EXACT, atol=EXACT * float(other.abs().max()))
 
 
 def test_16_bit_heads_err_by_their_own_rounding_only(device: torch.device) -> None:

@@ -184,3 +184,21 @@ def test_compiled_and_fake_runs_see_it() -> None:
     torch.compile(loss, fullgraph=True, backend="aot_eager")(slots[1]).backward()
     assert slots[0].grad is not None
     torch.testing.assert_close(slots[1].grad, slots[0].grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_given_what_a_slot_has_accumulated(dtype: torch.dtype, device: torch.device) -> None:
+    """y + f · B[:, ids]ᵀ P, and the slot's gradient as beside one of zeros."""
+    ids, basis = tokens("repeated").to(device), basis_of(dtype).to(device)
+    start, looked_up = normal(RANK, VOCABULARY, seed=4).to(device), normal(3, 20, N, dtype=dtype).to(device)
+    dy, gradients = normal(3, 20, N, seed=2, dtype=dtype).to(device), []
+    for is_zero in (False, True):
+        slot = start.clone().requires_grad_()
+        y = lowrank_embedding(looked_up, ids, slot, basis, FACTOR, -1, is_zero)
+        gradients.append(torch.autograd.grad(y, slot, dy)[0])
+        wanted = looked_up.double() + (0.0 if is_zero else FACTOR) * (start.t().double() @ basis.double())[ids]
+        rounding = 1e-5 if dtype == torch.float32 else 2**-6
+        torch.testing.assert_close(y.double(), wanted, rtol=rounding, atol=rounding * float(wanted.abs().max()))
+    assert torch.equal(*gradients)
+    arguments = (looked_up, ids, start.requires_grad_(), basis, FACTOR, -1, False)
+    torch.library.opcheck(torch.ops.lisa_kernels.lowrank_embedding, arguments)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lisa_kernels.ops import resting
 from lisa_kernels.ops.lowrank_linear import capture_linear, linear, lowrank_linear
 from lisa_kernels.ops.resting import KINDS, dequantize_resting_, quantize_resting
 from lisa_kernels.ops.resting_linear import capture_resting_linear, resting_linear
@@ -84,6 +85,27 @@ def test_a_basis_is_found_as_beside_the_woken_weight(kind: str, device: torch.de
     assert_equal(ours, plain)
     assert len(asked) == 2
     assert_equal(list(asked[0]), list(asked[1]))
+
+
+@OF_KIND
+def test_a_weight_of_several_tiles_is_one_weight(
+    kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the order in which dX is summed; no more than a tile of it is woken at a time."""
+    layer = Layer(kind, torch.bfloat16, device)
+    whole = layer.gradients(resting_linear(layer.x, *layer.resting, layer.slot, layer.basis), layer.slot)
+    woken: list[int] = []
+
+    def decode(out: Tensor, *parts: Any) -> Tensor:
+        woken.append(out.numel())
+        return dequantize_resting_(out, *parts)
+
+    monkeypatch.setattr(resting, "TILE_ELEMENTS", 40 * N)
+    monkeypatch.setattr(resting, "dequantize_resting_", decode)
+    tiles = layer.gradients(resting_linear(layer.x, *layer.resting, layer.slot, layer.basis), layer.slot)
+    for one, other in zip(tiles, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-7 * float(other.abs().max()))
+    assert woken == [40 * N, 40 * N, 16 * N] * 2
 
 
 @OF_KIND

@@ -31,6 +31,12 @@ class Run:
     paging: str | None = None
     seq_len: int = 512
     checkpointed_blocks: int | None = None
+    # As someone has chosen who wants no other; None leaves it to the search.
+    resting: str | None = "16-bit"
+    ranks: int = 1
+
+
+WEIGHTS = {None: 1000, "16-bit": 1000, "int8": 530, "mixed": 400, "nf4": 300}
 
 
 def need_mib(run: Run) -> int:
@@ -41,7 +47,7 @@ def need_mib(run: Run) -> int:
     kept = method.get("retired_state", "drop" if hasattr(method, "period") else "keep") == "keep"
     state = 100 * (run.paging is None and kept)
     return (
-        1000
+        WEIGHTS[run.resting]
         + embeddings
         + int(layers)
         + state
@@ -111,6 +117,26 @@ def test_then_the_rank_is_halved_and_active_layers_go_one_by_one() -> None:
 def test_last_of_all_the_embeddings_freeze() -> None:
     wanted = Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), **FRUGAL)
     assert found(Run(), need_mib(wanted)) == wanted
+
+
+def test_weights_rest_in_8_bits_before_anything_is_given_up_and_in_4_after_all_else() -> None:
+    free = Run(resting=None)
+    for wanted in (
+        Run(resting="int8", **FRUGAL),
+        Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), resting="int8", **FRUGAL),
+        Run(resting="mixed", **FRUGAL),
+        Run(resting="nf4", **FRUGAL),
+        Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), resting="nf4", **FRUGAL),
+    ):
+        assert found(free, need_mib(wanted)) == wanted
+
+
+@pytest.mark.parametrize("run", [Run(LISA(), resting=None), Run(resting=None, ranks=2)], ids=["method", "ranks"])
+def test_weights_that_cannot_rest_are_left_as_they_are(run: Run) -> None:
+    tried: list[Run] = []
+    with pytest.raises(InputError):
+        search(run, 10, lambda asked: tried.append(asked) or need_mib(asked))  # type: ignore[func-returns-value]
+    assert {each.resting for each in tried} == {None}
 
 
 BLOCKS = 32
@@ -286,7 +312,7 @@ def test_nothing_fits_is_one_sentence_with_the_bytes_that_are_missing() -> None:
         search(Run(), need_mib(smallest) - 100)
     text = str(error.value)
     assert "no setting of owlore fits" in text
-    assert "active_layers=1, rank=32, embeddings=frozen, batch 1 × 512" in text
+    assert "active_layers=1, rank=32, embeddings=frozen, resting=16-bit, batch 1 × 512" in text
     assert "104.9 MB too much" in text
     assert text.count(". ") == 0
 

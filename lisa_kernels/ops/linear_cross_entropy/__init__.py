@@ -22,12 +22,14 @@ from lisa_kernels.ops.linear_cross_entropy.reference import (
     Head,
     HeadGradient,
     chunk_loss,
+    logits_of,
     spans,
 )
+from lisa_kernels.ops.resting import RestingWeight
 from lisa_kernels.ops.tiles import to_device
 from lisa_kernels.uncompiled import uncompiled
 
-__all__ = ["CHUNK_ROWS", "LOSS_NODE", "Curve", "Head", "HeadGradient", "linear_cross_entropy"]
+__all__ = ["CHUNK_ROWS", "LOSS_NODE", "Curve", "Head", "HeadGradient", "linear_cross_entropy", "logits_of"]
 
 CHUNK_ROWS = 256
 
@@ -66,16 +68,18 @@ def _select(rows: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor | None, head: Head, labels: Tensor,
-        chunk_rows: int, refresh: Refresh | None, graded: bool,
+        ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, slot: Tensor | None, head: Head,
+        labels: Tensor, chunk_rows: int, refresh: Refresh | None, graded: bool,
     ) -> Tensor:  # fmt: skip
         # Which says what requires a gradient where gradients are off, too.
         needs_rows, needs_weight, needs_bias, needs_slot, *_ = (graded and each for each in ctx.needs_input_grad)
-        # Under autocast the weight is narrowed here, once, and its gradient is in its own dtype all the same.
-        head = head._replace(weight=weight.to(rows.dtype))
+        if weight is not None:
+            # Under autocast the weight is narrowed here, once, and its gradient is in its own dtype all the same.
+            head = head._replace(weight=weight.to(rows.dtype))
         hidden = torch.empty_like(rows) if needs_rows else None
         # In float32 the weight's gradient is summed on the way, in the memory that it will have anyway.
-        dweight = _zeros(weight, needs_weight and rows.dtype == weight.dtype == torch.float32)
+        dtype = None if weight is None else weight.dtype
+        dweight = _zeros(weight, needs_weight and rows.dtype == dtype == torch.float32)
         dbias = _zeros(bias, needs_bias)
         dslot = _zeros(slot, needs_slot and refresh is None)
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -89,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dslot = gradient.project(refresh(gradient)).mul_(head.scale)
         ctx.save_for_backward(hidden, dbias, dslot, *((rows, labels, total, head.weight) if needs_weight else ()))
         ctx.head, ctx.dweight = head if needs_weight else None, dweight
-        ctx.settings = (chunk_rows, weight.dtype, None if bias is None else bias.dtype)
+        ctx.settings = (chunk_rows, dtype, None if bias is None else bias.dtype)
         return loss
 
     @staticmethod
@@ -132,6 +136,7 @@ def linear_cross_entropy(
             f"hidden is {list(hidden.shape)} and labels {list(labels.shape)}; a head of {list(head.weight.shape)} "
             f"takes hidden [..., {head.weight.shape[1]}] with one label per row."
         )
+    weight = None if isinstance(head.weight, RestingWeight) else head.weight
     if (head.slot is None) != (head.basis is None):
         raise InputError("a slot without a basis, or a basis without a slot, was given; both or neither are wanted.")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -139,6 +144,6 @@ def linear_cross_entropy(
     rows = rows.to(autocast_dtype(rows.device.type) or rows.dtype)
     with no_autocast(rows.device.type):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            rows, head.weight, head.bias, head.slot, head, flat, chunk_rows, refresh, torch.is_grad_enabled()
+            rows, weight, head.bias, head.slot, head, flat, chunk_rows, refresh, torch.is_grad_enabled()
         )
     return loss

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.ops.lowrank_linear.products import matmul, sum_of_outer_products
+from lisa_kernels.ops.resting import RestingWeight
+from lisa_kernels.ops.resting_linear import linear_with, times
 
 LOGSUMEXP_ROWS = 32
 # The label of rows that count for nothing: no class of any vocabulary, and no mistake that someone makes.
@@ -42,10 +44,11 @@ class Curve(NamedTuple):
 class Head(NamedTuple):
     """The output layer: W [V, n], bias [V] or None, and a slot B float32 [r, V] with basis P [r, n], or neither.
 
-    slot_is_zero promises that B is zero now and saves its products.
+    slot_is_zero promises that B is zero now and saves its products. A weight at rest never trains by itself, and is
+    there a tile of the vocabulary at a time, once for the logits of a chunk and once for their gradient.
     """
 
-    weight: Tensor
+    weight: Tensor | RestingWeight
     bias: Tensor | None = None
     slot: Tensor | None = None
     basis: Tensor | None = None
@@ -75,7 +78,11 @@ def spans(length: int, step: int) -> Iterator[slice]:
 
 def logits_of(rows: Tensor, head: Head, band: slice = slice(None)) -> Tensor:
     """Return the logits of `rows` [c, n] for one band of the vocabulary, float32 [c, band]."""
-    logits = matmul(rows, head.weight[band].t()).to(torch.float32)
+    if isinstance(head.weight, RestingWeight):
+        assert band == slice(None), "bands are for the gradient of a weight"
+        logits = linear_with(head.weight, rows, None).to(torch.float32)
+    else:
+        logits = matmul(rows, head.weight[band].t()).to(torch.float32)
     if head.reads_slot and head.slot is not None and head.basis is not None:
         projected = matmul(rows, head.basis.to(rows.dtype).t()).to(torch.float32)
         logits.addmm_(projected, head.slot[:, band], alpha=head.scale)
@@ -118,7 +125,7 @@ def chunk_loss(rows: Tensor, labels: Tensor, head: Head, gradients: Gradients) -
     errors = errors_of(logits, total, labels, head.curve)
     narrow = errors.to(rows.dtype)
     if gradients.hidden is not None:
-        dh = matmul(narrow, head.weight)
+        dh = times(narrow, head.weight) if isinstance(head.weight, RestingWeight) else matmul(narrow, head.weight)
         if head.reads_slot and head.slot is not None and head.basis is not None:
             dh = dh + (head.scale * (errors @ head.slot.t() @ head.basis.to(torch.float32))).to(dh.dtype)
         gradients.hidden.copy_(dh)

@@ -1,7 +1,7 @@
 """An embedding with a low-rank slot beside its table, or a table that trains: contract, autograd, `torch.library`.
 
-The lookup itself stays the model's own; what it returns passes through here and takes the slot's gradient along. Saved
-for the backward are the ids and the basis.
+The lookup itself stays the model's own; what it returns passes through here, is given what a slot that accumulates has
+learnt, and takes the slot's gradient along. Saved for the backward are the ids and the basis.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from lisa_kernels.uncompiled import uncompiled
 __all__ = ["DEFINITIONS", "capture_embedding", "lowrank_embedding", "ordered_embedding"]
 
 
-@torch.library.custom_op("lisa_kernels::lowrank_embedding", mutates_args=())
-def _lowrank_embedding(y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float, padding: int) -> Tensor:
-    return y.clone()
+def _forward_definition(
+    y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float, padding: int, slot_is_zero: bool
+) -> Tensor:
+    return y.clone() if slot_is_zero else reference.with_slot(y, ids, slot, basis, factor)
+
+
+_lowrank_embedding = torch.library.custom_op("lisa_kernels::lowrank_embedding", _forward_definition, mutates_args=())
 
 
 @_lowrank_embedding.register_fake
-def _(y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float, padding: int) -> Tensor:
+def _(y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float, padding: int, slot_is_zero: bool) -> Tensor:
     return torch.empty_like(y)
 
 
@@ -45,7 +49,7 @@ def _(dy: Tensor, ids: Tensor, basis: Tensor, vocabulary: int, factor: float, pa
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids, slot, basis, factor, padding = inputs
+    _, ids, slot, basis, factor, padding, _ = inputs
     ctx.save_for_backward(ids, basis)
     ctx.settings = (slot.shape[1], factor, padding)
 
@@ -54,22 +58,23 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs_y, _, needs_slot, *_ = ctx.needs_input_grad
     ids, basis = ctx.saved_tensors
     dslot = _lowrank_embedding_backward(dy, ids, basis, *ctx.settings) if needs_slot else None
-    return (dy if needs_y else None), None, dslot, None, None, None
+    return (dy if needs_y else None), None, dslot, None, None, None, None
 
 
 _lowrank_embedding.register_autograd(_backward, setup_context=_setup_context)
 
 
 def lowrank_embedding(
-    y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float = 1.0, padding: int = -1
-) -> Tensor:
-    """Return y = factor · E[ids] as it was looked up, with a gradient for the slot B, which must be zero.
+    y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float = 1.0, padding: int = -1,
+    slot_is_zero: bool = True,
+) -> Tensor:  # fmt: skip
+    """Return y = factor · E[ids] as it was looked up, plus factor · B[:, ids]ᵀ P, with a gradient for the slot B.
 
     y: [..., n]; ids: integers [...]; slot: float32 [r, V]; basis P: [r, n]. Tokens of the id `padding` (-1: none) give
-    no gradient.
+    no gradient. slot_is_zero promises that B is zero now, and saves the sum.
     """
     # Without its version: where the table is the head's too, that one may refresh the basis before this backward.
-    result: Tensor = _lowrank_embedding(y, ids, slot, basis.data, factor, padding)
+    result: Tensor = _lowrank_embedding(y, ids, slot, basis.data, factor, padding, slot_is_zero)
     return result
 
 
@@ -147,5 +152,8 @@ def ordered_embedding(y: Tensor, ids: Tensor, table: Tensor, factor: float = 1.0
     return result
 
 
-# What the backward is made of: for a plan, to which it is one operation otherwise, with nothing inside.
-DEFINITIONS = {torch.ops.lisa_kernels.lowrank_embedding_backward.default: _backward_definition}
+# What these operations are made of: for a plan, to which they are one each otherwise, with nothing inside.
+DEFINITIONS = {
+    torch.ops.lisa_kernels.lowrank_embedding.default: _forward_definition,
+    torch.ops.lisa_kernels.lowrank_embedding_backward.default: _backward_definition,
+}

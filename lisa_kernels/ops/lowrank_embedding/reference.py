@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lisa_kernels.ops.lowrank_linear.products import matmul
+from lisa_kernels.ops.lowrank_linear.products import add_product_, matmul
 
 # Elements of a band of columns: `table_gradient` holds eight bytes for each beside the table, 4 MiB.
 BAND = 1 << 19
@@ -35,6 +35,14 @@ def add_rows_(total: Tensor, place: Tensor, rows: Tensor) -> Tensor:
     if total.device.type == "cpu":
         return total.index_add_(0, place, rows)
     return total.index_put_((place,), rows, accumulate=True)
+
+
+def with_slot(y: Tensor, ids: Tensor, slot: Tensor, basis: Tensor, factor: float) -> Tensor:
+    """Return y [..., n] + f · B[:, ids]ᵀ P in y's dtype."""
+    columns = slot.index_select(1, ids.reshape(-1)).t()
+    result = y.clone(memory_format=torch.contiguous_format)
+    add_product_(result.view(-1, result.shape[-1]), columns.to(y.dtype), basis, factor)
+    return result
 
 
 def slot_gradient(dy: Tensor, ids: Tensor, basis: Tensor, vocabulary: int, factor: float, padding: int) -> Tensor:

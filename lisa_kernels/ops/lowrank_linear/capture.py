@@ -34,16 +34,19 @@ def number_of(choose: Choose) -> Tensor:
     return torch.frombuffer(array("q", [number]), dtype=torch.int64)
 
 
+def slot_gradient_in_new_basis(dy: Tensor, x: Tensor, choose: Choose) -> Tensor:
+    """Return dB = P Gᵀ for G = dYᵀ x, of the basis P that `choose(dY, x)` gives."""
+    basis = choose(dy, x)
+    return reference.slot_gradient(dy, matmul(x, basis.t().to(x.dtype)), 1.0)
+
+
 def gradients(
     dy: Tensor, x: Tensor, weight: Tensor, choose: Choose, needs_dx: bool, needs_slot: bool
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return dX and dB = P Gᵀ for G = dYᵀ x, of the basis P that `choose(dY, x)` gives; None for what is not wanted."""
-    dslot = None
     with no_autocast(dy.device.type):
         # The basis first: what it takes to find one is gone when dX comes.
-        if needs_slot:
-            basis = choose(dy, x)
-            dslot = reference.slot_gradient(dy, matmul(x, basis.t().to(x.dtype)), 1.0)
+        dslot = slot_gradient_in_new_basis(dy, x, choose) if needs_slot else None
         dx = reference.input_gradient(dy, weight, None, None, 1.0) if needs_dx else None
     return dx, dslot
 

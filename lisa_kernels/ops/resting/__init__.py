@@ -6,6 +6,10 @@ are uint8 whatever they mean: what shares tensors out among processes leaves byt
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +20,8 @@ from lisa_kernels.ops.resting import cpu_kernel, reference
 KINDS = ("int8", "nf4")
 BLOCK = reference.BLOCK
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Weights that are in more than the bits they rest in at a time: 32 MiB in 16.
+TILE_ELEMENTS = 1 << 24
 
 
 def code_count(elements: int, kind: str) -> int:
@@ -92,3 +98,63 @@ def dequantize_resting_(out: Tensor, codes: Tensor, absmax: Tensor, kind: str) -
         )
     _dequantize(out.view(-1), codes.contiguous(), absmax.contiguous(), kind)
     return out
+
+
+def rows_of_a_tile(columns: int) -> int:
+    """Return how many rows of a weight with so many columns are a tile: whole blocks, whatever the columns."""
+    unit = BLOCK // math.gcd(columns, BLOCK)
+    return max(1, TILE_ELEMENTS // (unit * columns)) * unit
+
+
+class RestingWeight(NamedTuple):
+    """A weight [m, n] at rest: what `quantize_resting` made of it."""
+
+    codes: Tensor
+    absmax: Tensor
+    kind: str
+    m: int
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.m, self.n
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are no values: of a plan."""
+        return self.codes.is_meta
+
+    def rows(self, rows: slice) -> RestingWeight:
+        """Return some rows, which are whole blocks, or the rest of all: views of codes and absmax."""
+        first, last = rows.start * self.n, rows.stop * self.n
+        codes = self.codes[code_count(first, self.kind) : code_count(last, self.kind)]
+        absmax = self.absmax[block_count(first) : block_count(last)]
+        return RestingWeight(codes, absmax, self.kind, rows.stop - rows.start, self.n)
+
+    def rest_(self, weight: Tensor) -> None:
+        """Let another weight [m, n] rest in the place of this one."""
+        codes, absmax = quantize_resting(weight.contiguous(), self.kind)
+        self.codes.copy_(codes)
+        self.absmax.copy_(absmax)
+
+    def woken(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the weight [m, n] in a float dtype; `out`: memory for it, of as many elements or more."""
+        flat = self.absmax.new_empty((self.m * self.n,), dtype=dtype) if out is None else out[: self.m * self.n]
+        return dequantize_resting_(flat.view(self.m, self.n), self.codes, self.absmax, self.kind)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, the weight there in `dtype`) over the whole of it, each in the memory of the one before."""
+        step = rows_of_a_tile(self.n)
+        if step >= self.m:
+            yield slice(0, self.m), self.woken(dtype)
+            return
+        buffer = self.absmax.new_empty((step * self.n,), dtype=dtype)
+        for start in range(0, self.m, step):
+            rows = slice(start, min(start + step, self.m))
+            yield rows, self.rows(rows).woken(dtype, buffer)

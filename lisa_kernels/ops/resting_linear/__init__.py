@@ -3,8 +3,9 @@
     y = x Ŵᵀ + b + s · (x Pᵀ) B          Ŵ [m, n]: what the codes mean, in x's dtype
     dX = dY Ŵ + s · dY Bᵀ P,  dB = s · (x Pᵀ)ᵀ dY
 
-The weight is decoded in the forward and once more in the backward, and is gone at the end of each: what is kept are the
-codes, which nobody changes, and x Pᵀ. So one matrix in 16 bits exists at a time, whatever the depth of the model.
+The weight is decoded in the forward and once more in the backward, a tile of rows at a time, and is gone at the end of
+each: what is kept are the codes, which nobody changes, and x Pᵀ. So one tile in 16 bits exists at a time, whatever the
+depth of the model and the size of its vocabulary. A dX of several tiles is summed in float32.
 """
 
 from __future__ import annotations
@@ -16,14 +17,36 @@ from torch import Tensor
 
 from lisa_kernels.ops.autocast import as_autocast, no_autocast
 from lisa_kernels.ops.lowrank_linear import reference
-from lisa_kernels.ops.lowrank_linear.capture import Choose, bias_gradient, gradients
-from lisa_kernels.ops.resting import dequantize_resting_
+from lisa_kernels.ops.lowrank_linear.capture import Choose, bias_gradient, slot_gradient_in_new_basis
+from lisa_kernels.ops.lowrank_linear.products import add_product_, matmul
+from lisa_kernels.ops.resting import RestingWeight
 
-__all__ = ["DEFINITIONS", "capture_resting_linear", "resting_linear"]
+__all__ = ["DEFINITIONS", "capture_resting_linear", "linear_with", "resting_linear", "times"]
 
 
-def _woken(like: Tensor, codes: Tensor, absmax: Tensor, kind: str, m: int, n: int) -> Tensor:
-    return dequantize_resting_(like.new_empty((m, n)), codes, absmax, kind)
+def linear_with(weight: RestingWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Ŵᵀ + b [..., m] in x's dtype."""
+    y = None
+    for rows, part in weight.tiles(x.dtype):
+        y_part = reference.linear(x, part, None if bias is None else bias[rows])
+        if len(part) == weight.m:
+            return y_part
+        y = x.new_empty((*x.shape[:-1], weight.m)) if y is None else y
+        y[..., rows] = y_part
+    assert y is not None
+    return y
+
+
+def times(dy: Tensor, weight: RestingWeight) -> Tensor:
+    """Return dY Ŵ [..., n] in dy's dtype."""
+    total = None
+    for rows, part in weight.tiles(dy.dtype):
+        dx_part = matmul(dy[..., rows], part)
+        if len(part) == weight.m:
+            return dx_part
+        total = dx_part.to(torch.float32) if total is None else total.add_(dx_part)
+    assert total is not None
+    return total.to(dy.dtype)
 
 
 def _forward_definition(
@@ -31,10 +54,13 @@ def _forward_definition(
     basis: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with no_autocast(x.device.type):
-        weight = _woken(x, codes, absmax, kind, m, x.shape[-1])
+        weight = RestingWeight(codes, absmax, kind, m, x.shape[-1])
         if slot is None or basis is None:
-            return reference.linear(x, weight, bias), x.new_empty((0,))
-        return reference.forward(x, weight, bias, slot, basis, scale, False)
+            return linear_with(weight, x, bias), x.new_empty((0,))
+        projected = matmul(x, basis.t().to(x.dtype))
+        y = linear_with(weight, x, bias)
+        add_product_(y, projected, slot, scale)
+        return y, projected
 
 
 _resting_linear = torch.library.custom_op("lisa_kernels::resting_linear", _forward_definition, mutates_args=())
@@ -58,9 +84,10 @@ def _backward_definition(
         dslot = nothing if slot is None else reference.slot_gradient(dy, projected, scale)
         if not needs_dx:
             return nothing.clone(), dslot
-        through = None if slot is None else reference.through(dy, slot)
-        weight = _woken(dy, codes, absmax, kind, dy.shape[-1], n)
-        return reference.input_gradient(dy, weight, through, basis, scale), dslot
+        dx = times(dy, RestingWeight(codes, absmax, kind, dy.shape[-1], n))
+        if slot is not None and basis is not None:
+            add_product_(dx, reference.through(dy, slot), basis, scale)
+        return dx, dslot
 
 
 _resting_linear_backward = torch.library.custom_op(
@@ -123,14 +150,16 @@ class _CaptureRestingLinear(torch.autograd.Function):
         ctx.save_for_backward(x, codes, absmax)
         ctx.kind, ctx.choose = kind, choose
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return reference.linear(x, _woken(x, codes, absmax, kind, rows, x.shape[-1]), bias)
+        return linear_with(RestingWeight(codes, absmax, kind, rows, x.shape[-1]), x, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, codes, absmax = ctx.saved_tensors
         needs_dx, needs_bias, needs_slot = (ctx.needs_input_grad[place] for place in (0, 5, 6))
-        weight = _woken(x, codes, absmax, ctx.kind, dy.shape[-1], x.shape[-1])
-        dx, dslot = gradients(dy, x, weight, ctx.choose, needs_dx, needs_slot)
+        with no_autocast(dy.device.type):
+            # The basis first: what it takes to find one is gone when dX comes.
+            dslot = slot_gradient_in_new_basis(dy, x, ctx.choose) if needs_slot else None
+            dx = times(dy, RestingWeight(codes, absmax, ctx.kind, dy.shape[-1], x.shape[-1])) if needs_dx else None
         dbias = bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
         return dx, None, None, None, None, dbias, dslot, None
 

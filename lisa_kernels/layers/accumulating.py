@@ -1,0 +1,145 @@
+"""A slot that stays beside its weight until it is settled into it: a master in host memory that learns now and then."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisa_kernels.layers.linears import plain_function
+from lisa_kernels.layers.slot import SlotModule
+from lisa_kernels.ops.resting import rows_of_a_tile
+
+
+class AccumulatingSlot(SlotModule):
+    """A weight whose slot accumulates: what the layer computes with is decay · W + scale · Bᵀ P until `settle`.
+
+    What learns is the master W. On a model that computes elsewhere it moves to host memory, page-locked, and stays
+    there after `detach()`; it comes to the device a tile of rows at a time.
+    """
+
+    kept: Tensor
+
+    def _keep_master(self) -> None:
+        """Move the weight to where its master is kept."""
+        assert self.tracker is not None
+        # Before a basis is found the slot is settled, which rounds.
+        self.tracker.waits = True
+        # What weight decay has left of the master since it was settled, as a factor.
+        self.register_buffer("kept", torch.ones((), device=self.slot.device), persistent=False)
+        self._saved: tuple[weakref.ref[Any], weakref.ref[Tensor]] | None = None
+        self.stored_weight.data = _in_host_memory(self.stored_weight.detach())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return self.slot.device
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the slot is a part of the layer's function: while it is active."""
+        return self.active
+
+    @torch.no_grad()
+    def settle(self, key: Tensor | None) -> None:
+        """Put the slot into the master, let that rest anew, and begin again at zero; `key` rounds a 16-bit master."""
+        for rows, part in self._tiles():
+            here = self._here(part)
+            self._fold_rows(here, rows, key)
+            self._rest_rows(here, rows)
+            if here is not part:
+                part.copy_(here)
+        self.begin_anew()
+
+    @torch.no_grad()
+    def rest_anew(self) -> None:
+        """Take the master as it is now: something else has written to it."""
+        for rows, part in self._tiles():
+            self._rest_rows(self._here(part), rows)
+
+    def begin_anew(self) -> None:
+        """Forget what the slot has learnt, and what decay has left."""
+        super().begin_anew()
+        self.kept.fill_(1.0)
+
+    def deactivate(self, keep: bool = False) -> None:
+        """Free the slot's storage, its gradient's, and the basis unless it is kept; the master is as it was settled."""
+        super().deactivate(keep)
+        self.kept.fill_(1.0)
+
+    @torch.no_grad()
+    def add_slot_(self, weight: Tensor) -> Tensor:
+        """Make a copy of the master what the layer has learnt, in place; returns it."""
+        for rows, part in self._tiles(weight):
+            here = self._here(part)
+            self._fold_rows(here, rows, None)
+            if here is not part:
+                part.copy_(here)
+        return weight
+
+    def saved_in(self, destination: dict[str, Any]) -> Tensor:
+        """Return the same tensor to all modules that read the weight, so that a tied one is saved once."""
+        if self._saved is not None and self._saved[0]() is destination:
+            known = self._saved[1]()
+            if known is not None:
+                return known
+        merged = super().saved_in(destination)
+        try:
+            self._saved = weakref.ref(destination), weakref.ref(merged)
+        except TypeError:
+            # A plain dict of someone's, to which nothing can refer weakly.
+            self._saved = None
+        return merged
+
+    def _fold_rows(self, here: Tensor, rows: slice, key: Tensor | None) -> None:
+        self.fold_rows(here, rows.start, self.kept, key)
+
+    def _rest_rows(self, here: Tensor, rows: slice) -> None:
+        """Let some rows of the stored weight rest, which are where the layer computes."""
+
+    def _tiles(self, weight: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of the master, or of what has its shape, a tile at a time."""
+        weight = self.stored_weight.detach() if weight is None else weight
+        step = rows_of_a_tile(weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = slice(start, min(start + step, len(weight)))
+            yield rows, weight[rows]
+
+    def _here(self, part: Tensor) -> Tensor:
+        """Return rows of a master where the layer computes: themselves, or a copy while it is worked on."""
+        # One that takes no memory is a plan's, of a device that does not hold it.
+        if part.device == self.device and part.is_contiguous():
+            return part
+        return torch.empty(part.shape, dtype=part.dtype, device=self.device).copy_(part)
+
+
+def keep_where_it_is(module: nn.Module) -> None:
+    """Have a module's own parameters and buffers stay when the model is moved or cast; its children's go along."""
+    module._apply = MethodType(_apply_to_children, module)  # type: ignore[method-assign]
+
+
+@plain_function
+def _apply_to_children(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    return module
+
+
+def hold_masters(model: nn.Module) -> None:
+    """Give masters without values the memory that they take where a model computes in host memory: for a plan."""
+    for layer in model.modules():
+        if isinstance(layer, AccumulatingSlot):
+            layer.stored_weight.data = torch.empty_like(layer.stored_weight, memory_format=torch.contiguous_format)
+
+
+def _in_host_memory(weight: Tensor) -> Tensor:
+    """Return a weight as its master is kept; of one without values, a plan's, nothing that takes memory."""
+    if weight.device.type == "cpu":
+        return weight
+    if weight.is_meta:
+        return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+    return torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(weight)
