@@ -53,7 +53,12 @@ def _badam(model: Any, case: Case) -> Trainee:
 
 
 def _qlora(model: Any, case: Case) -> Trainee:
-    """peft LoRA over NF4 weights with doubly quantised scales, as QLoRA has them; only the blocks' linears are."""
+    four_bit_blocks(model)
+    return CONTESTANTS["peft-lora"].start(model, case, 1)
+
+
+def four_bit_blocks(model: Any) -> None:
+    """Put the linears of a decoder's blocks in NF4 with doubly quantised scales, as QLoRA has them."""
     import bitsandbytes
 
     for block in model.model.layers:
@@ -61,7 +66,6 @@ def _qlora(model: Any, case: Case) -> Trainee:
             if isinstance(layer, nn.Linear):
                 parent = block.get_submodule(path.rpartition(".")[0])
                 setattr(parent, path.rpartition(".")[2], _four_bit(bitsandbytes, layer))
-    return CONTESTANTS["peft-lora"].start(model, case, 1)
 
 
 def _four_bit(bitsandbytes: Any, layer: nn.Linear) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.memory_runs import four_bit_blocks
 from bench.pretrained_ideas import (
     FlooredOwLore,
     GentleGaLore,
@@ -91,6 +92,18 @@ def peft_lora(name: str, *rates: float, **settings: Any) -> Contestant:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=WEIGHT_DECAY)
 
     return Contestant(name, start, rates)
+
+
+def peft_qlora(name: str, *rates: float, **settings: Any) -> Contestant:
+    """Return peft's QLoRA as a contestant: LoRA beside blocks in bitsandbytes' NF4, with which it is asked."""
+    lora = peft_lora(name, *rates, **settings)
+
+    def start(model: nn.Module, lr: float, seed: int, calibration: Any) -> torch.optim.Optimizer:
+        four_bit_blocks(model)
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+        return lora.start(model, lr, seed, calibration)
+
+    return replace(lora, start=start)
 
 
 def peft_lora_plus(name: str, ratio: float, *rates: float, **settings: Any) -> Contestant:
@@ -180,6 +193,7 @@ CONTESTANTS = (
     peft_lora_plus("peft LoRA+ r = 16, ratio 4", 4.0, 2e-3, r=16, lora_alpha=32),
     peft_lora("peft LoRA r = 64", 1e-3, r=64, lora_alpha=128),
     peft_lora("peft rsLoRA r = 64", 5e-4, r=64, lora_alpha=32, use_rslora=True),
+    peft_qlora("peft QLoRA r = 16", 5e-4, 1e-3, 2e-3, r=16, lora_alpha=32),
     peft_lora("peft DoRA r = 16", 1e-3, r=16, lora_alpha=32, use_dora=True),
     Contestant("galore-torch GaLoreAdamW, r = 128", _galore_torch, (2e-4, 4e-4, 8e-4)),
     Contestant("badam BlockOptimizer, 2 steps a block", _badam, (5e-4, 1e-3, 2e-3)),
