@@ -129,6 +129,20 @@ def _apply_to_children(module: nn.Module, fn: Callable[[Tensor], Tensor], recurs
     return module
 
 
+def put_host_memory_last(module: nn.Module) -> None:
+    """Have `module.parameters()` name what is in host memory after what is not, until `module.parameters` is deleted.
+
+    Whoever wants to know where a model computes asks its first parameter, transformers and trainers included; that is
+    most often the table of the token embedding.
+    """
+    module.parameters = MethodType(_host_memory_last, module)  # type: ignore[method-assign]
+
+
+@plain_function
+def _host_memory_last(module: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
+    return iter(sorted(type(module).parameters(module, recurse), key=lambda param: param.device.type == "cpu"))
+
+
 def hold_masters(model: nn.Module) -> None:
     """Give masters without values the memory that they take where a model computes in host memory: for a plan."""
     for layer in model.modules():

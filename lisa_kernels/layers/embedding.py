@@ -5,7 +5,7 @@ Beside weights that rest the table is in host memory, and lookups are made there
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lisa_kernels.basis import BasisTracker
 from lisa_kernels.distributed import is_sharded, is_unit
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers.accumulating import AccumulatingSlot, keep_where_it_is
+from lisa_kernels.layers.accumulating import AccumulatingSlot, keep_where_it_is, put_host_memory_last
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.lowrank_embedding import capture_embedding, lowrank_embedding, ordered_embedding
 
@@ -96,14 +96,17 @@ class HostTable:
     """Hooks on an embedding whose table is the master of an accumulating slot, and in host memory.
 
     Ids go to the table; the table stays where it is when the model moves, and is saved and loaded as what was learnt.
+    around: the modules that the embedding is in, of which it is no longer the first parameter.
     """
 
-    def __init__(self, embedding: nn.Embedding, layer: AccumulatingSlot) -> None:
-        self.embedding, self.layer = embedding, layer
+    def __init__(self, embedding: nn.Embedding, layer: AccumulatingSlot, around: Sequence[nn.Module]) -> None:
+        self.embedding, self.layer, self.around = embedding, layer, around
         # What a class of the model's own multiplies its rows by is where the rows are.
         for name, buffer in embedding._buffers.items():
             embedding._buffers[name] = None if buffer is None else buffer.to(embedding.weight.device)
         keep_where_it_is(embedding)
+        for module in around:
+            put_host_memory_last(module)
         self._handles = [
             embedding.register_forward_pre_hook(self._bring_ids, with_kwargs=True),
             embedding.register_state_dict_post_hook(partial(self._save)),
@@ -115,6 +118,8 @@ class HostTable:
         for handle in self._handles:
             handle.remove()
         del self.embedding._apply
+        for module in self.around:
+            del module.parameters
 
     def _bring_ids(self, embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         ids, device = _ids(args, kwargs), self.layer.stored_weight.device
@@ -255,9 +260,14 @@ def lookup_factor(embedding: nn.Embedding) -> float:
     return 1.0 if abs(factor - 1.0) < 1e-3 else factor
 
 
-def tap_embedding(path: str, embedding: nn.Embedding, layer: SlotModule) -> TappedEmbedding:
-    """Lead the gradient of `embedding`'s rows into the slot of `layer`, which it carries if it is its own."""
-    host_table = HostTable(embedding, layer) if isinstance(layer, AccumulatingSlot) else None
+def tap_embedding(
+    path: str, embedding: nn.Embedding, layer: SlotModule, around: Sequence[nn.Module] = ()
+) -> TappedEmbedding:
+    """Lead the gradient of `embedding`'s rows into the slot of `layer`, which it carries if it is its own.
+
+    around: the modules that the embedding is in.
+    """
+    host_table = HostTable(embedding, layer, around) if isinstance(layer, AccumulatingSlot) else None
     tap = EmbeddingTap(embedding, layer)
     handle = embedding.register_forward_hook(tap, with_kwargs=True)
     if isinstance(layer, LowRankEmbedding):

@@ -35,13 +35,15 @@ ADVICE = 'use embeddings="always", "frozen" or "sampled".'
 class OuterPlaces:
     """Where a model's token embedding and its output layer are; `tied` if they read one weight.
 
-    Without the embedding where that is frozen, without a head where that is or can carry no slot.
+    Without the embedding where that is frozen, without a head where that is or can carry no slot. around: the modules
+    that the embedding is in.
     """
 
     path: str
     embedding: nn.Embedding | None
     head: list[Place]
     tied: bool
+    around: tuple[nn.Module, ...] = ()
 
     def weights(self) -> list[nn.Parameter]:
         """Return the weights that train through slots."""
@@ -65,11 +67,11 @@ def find_outer(model: nn.Module, parts: ModelParts) -> OuterPlaces | None:
             f"{type(model).__name__} names no token embedding (get_input_embeddings) that could train in low rank; "
             f"{ADVICE}"
         )
-    path = next(path for path, module in model.named_modules() if module is embedding)
+    path, around = _way_to(embedding, model)
     lookup_factor(embedding)
     if tied and not head:
         raise InputError(f"{path} is tied to an output layer that cannot carry a low-rank slot; {ADVICE}")
-    return OuterPlaces(path, embedding, head, tied)
+    return OuterPlaces(path, embedding, head, tied, around)
 
 
 def find_still_outer(model: nn.Module) -> OuterPlaces | None:
@@ -79,13 +81,20 @@ def find_still_outer(model: nn.Module) -> OuterPlaces | None:
     tied = embedding is not None and getattr(output, "weight", None) is embedding.weight
     if not isinstance(embedding, nn.Embedding) or (tied and not head):
         return OuterPlaces("", None, head, False) if head and not tied else None
-    path = next(path for path, module in model.named_modules() if module is embedding)
+    path, around = _way_to(embedding, model)
     try:
         lookup_factor(embedding)
     except InputError:
         # It changes its table, or returns more than its rows: it stays as it is, and what is tied to it.
         return OuterPlaces("", None, head, False) if head and not tied else None
-    return OuterPlaces(path, embedding, head, tied)
+    return OuterPlaces(path, embedding, head, tied, around)
+
+
+def _way_to(module: nn.Module, model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
+    """Return a module's path, and the modules that it is in, the model first."""
+    path = next(path for path, found in model.named_modules() if found is module)
+    names = path.split(".")
+    return path, tuple(model.get_submodule(".".join(names[:depth])) for depth in range(len(names)))
 
 
 def _ends(model: nn.Module) -> tuple[Any, Any]:
@@ -124,4 +133,4 @@ def add_outer_slots(
     if table is None:
         return layers, swaps, []
     holder = swaps[0].layer if places.tied else layers[places.path]
-    return layers, swaps, [tap_embedding(places.path, table, holder)]
+    return layers, swaps, [tap_embedding(places.path, table, holder, places.around)]
