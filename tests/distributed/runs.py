@@ -74,12 +74,13 @@ class Run:
 
 def train(
     method: Method, tied: bool, rank: int | None, *, steps: int = STEPS, accumulate: int = 1, sync_all: bool = False,
-    dtype: torch.dtype = torch.float32, clip: bool = False, recompute: bool = False,
+    dtype: torch.dtype = torch.float32, clip: bool = False, recompute: bool = False, alone: bool = False,
     prepare: Callable[[Any], Any] = lambda model: model, **settings: Any,
 ) -> Run:  # fmt: skip
     """Train on the rows of `rank`; of None, alone on all of them.
 
-    clip: as loops clip, between backward and step. prepare: what is done to the model before it is attached.
+    clip: as loops clip, between backward and step. alone: on the rows of `rank` too, whatever others there are.
+    prepare: what is done to the model before it is attached.
     """
     model = prepare(model_of(tied, dtype))
     if recompute:
@@ -88,7 +89,7 @@ def train(
     settings = {"lr": 3e-3, "max_grad_norm": None if clip else 1.0, "calibration": calibration, **settings}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = attach(model, method, ranks=None if rank is None else "auto", **settings)
+        optimizer = attach(model, method, ranks=None if rank is None or alone else "auto", **settings)
     run = Run(model, optimizer)
     for step in range(steps):
         for part in range(accumulate):

@@ -94,6 +94,28 @@ def test_shards_of_other_methods_become_what_whole_models_do(name: str) -> None:
     check(name, on_ranks(both, [name]))
 
 
+# Of embeddings in low rank that are not tied ranks find the basis from scattered rows, and one alone from those of ids.
+AS_ALONE = [name for name in METHODS if name not in ("OwLore", "GaLore", "LoRA")]
+
+
+def beside_one(rank: int, names: list[str]) -> dict[str, list[str]]:
+    """Train shards on the same rows on each rank, and one whole model without others."""
+    found = {}
+    for name in names:
+        make, tied = METHODS[name]
+        settings: dict[str, Any] = {"dtype": torch.bfloat16, "steps": STEPS}
+        shards = train(make(), tied, 0, prepare=sharded, **settings)
+        found[name] = unequal(shards, train(make(), tied, 0, alone=True, **settings))
+    return found
+
+
+@pytest.mark.slow
+def test_shards_become_what_one_process_would() -> None:
+    """Bit for bit, where each rank's gradients are those of one."""
+    for each in on_ranks(beside_one, AS_ALONE):
+        assert each == {name: [] for name in AS_ALONE}
+
+
 LOW_RANK = OwLore(active_layers=2, period=3, rank=8, gap=2, scores="uniform")
 FULL_RANK = LISA(active_layers=2, period=3)
 
