@@ -67,3 +67,13 @@ def limited_link(rate: str) -> Iterator[tuple[End, End]]:
     finally:
         for end in made:
             _run(["ip", "netns", "delete", end.namespace])
+
+
+@contextmanager
+def unplugged(end: End) -> Iterator[None]:
+    """Take the link down at one end, and up again."""
+    _run(end.inside(["ip", "link", "set", end.device, "down"]))
+    try:
+        yield
+    finally:
+        _run(end.inside(["ip", "link", "set", end.device, "up"]))
