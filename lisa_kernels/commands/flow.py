@@ -39,6 +39,8 @@ def _add_train(actions: Any) -> None:
     add("--data", required=True, help=_DATA_HELP)
     add("--output", type=Path, required=True, help="folder for the flow, checkpoints, summary.json and report.html")
     add("--image-size", type=int, help="pixels of a side that images are brought to (default: as they are)")
+    add("--autoencoder", help="folder of an autoencoder of diffusers, which stays as it is: the flow learns latents of "
+        "the images, and samples are decoded")  # fmt: skip
     add("--groups", type=int, default=4, help="of layers, each the expert for an interval of time")
     add("--backbone", help="a language model, as --model of finetune, that stays as it is: it reads what to draw (a "
         "handwritten seven), and copies of its layers are trained to draw it")  # fmt: skip
@@ -47,7 +49,7 @@ def _add_train(actions: Any) -> None:
     add("--layers", type=int, help="of all groups together (default: 8, or the backbone's)")
     add("--hidden", type=int, help="numbers of a token (default: 128, or the backbone's)")
     add("--heads", type=int, help="of attention (default: 4, or the backbone's)")
-    add("--patch", type=int, default=2, help="pixels of a token's side")
+    add("--patch", type=int, default=2, help="pixels of a token's side, or numbers of a latent's")
     add("--residual-attention", default="before", help=_REUSE_HELP)
     add("--boundaries", default="quantile", help="between intervals: quantile (an equal share of the times that are "
         "drawn), uniform, or numbers from 0 to 1 as 0,0.5,1")  # fmt: skip
@@ -118,6 +120,8 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     options = FlowOptions(**_told(arguments, FlowOptions.__dataclass_fields__))
     if options.backbone is not None:
         require("flow train --backbone", "transformers", "tokenizers")
+    if options.autoencoder is not None:
+        require("flow train --autoencoder", "diffusers", extra="latents")
     code, summary = train_flow(options, console, plan_flow_run)
     if arguments.json:
         print(json.dumps(summary))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.flow.autoencoder import Autoencoder, check_same_latents
 from lisa_kernels.flow.model_file import Classes, load_model
 from lisa_kernels.flow.transformer import GroupedFlow
 
@@ -37,12 +38,13 @@ def copy_groups(model: GroupedFlow, source: GroupedFlow) -> None:
     model.load_state_dict(weights)
 
 
-def begin_from(model: GroupedFlow, classes: Classes, spec: Path) -> None:
+def begin_from(model: GroupedFlow, classes: Classes, spec: Path, autoencoder: Autoencoder | None = None) -> None:
     """Make the weights of `model` those of the flow in a run's folder, see `copy_groups`. Raises InputError."""
-    source, known = load_model(spec)
+    source, known, theirs = load_model(spec)
     if known.names != classes.names:
         raise InputError(
             f"the flow in {spec} draws {', '.join(known.names[:12])}, and the data of this run are "
             f"{', '.join(classes.names[:12])}; begin from a flow of the same classes."
         )
+    check_same_latents(autoencoder, theirs, spec)
     copy_groups(model, source)

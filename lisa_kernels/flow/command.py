@@ -65,7 +65,7 @@ def _rows(options: SampleOptions, model: GroupedFlow, classes: Classes) -> tuple
 def draw_samples(options: SampleOptions, console: Console) -> dict[str, Any]:
     """Write the picture; returns what it shows and what it took."""
     device = choose_device(options.device, survey_machine())
-    model, classes = load_model(options.model.expanduser())
+    model, classes, autoencoder = load_model(options.model.expanduser())
     rows, names = _rows(options, model, classes)
     model.to(device)
     labels = torch.tensor(rows).repeat_interleave(options.count)
@@ -73,7 +73,7 @@ def draw_samples(options: SampleOptions, console: Console) -> dict[str, Any]:
     with sampling_bar(console, options.steps) as bar:
         images = make_images(
             model, labels, steps=options.steps, solver=options.solver, guidance=options.guidance, seed=options.seed,
-            progress=lambda: bar.advance(bar.task_ids[0]),
+            autoencoder=autoencoder, progress=lambda: bar.advance(bar.task_ids[0]),
         )  # fmt: skip
     seconds = time.perf_counter() - begun
     write_grid(images, options.count, options.plot, names)

@@ -34,6 +34,7 @@ _IMAGES_MAGIC, _LABELS_MAGIC = 0x803, 0x801
 class Images:
     """pixels: float32 [images, channels, height, width] from −1 to 1; labels: int64 [images], places in `names`.
 
+    Latents of an autoencoder stand in for pixels where one was given.
     kind: what an image is called in a sentence, as "handwritten {}" of a class's name.
     """
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.flow.autoencoder import Autoencoder, load_described
 from lisa_kernels.flow.build import described_reader, saved_model
 from lisa_kernels.flow.path import CONVENTION
 from lisa_kernels.flow.transformer import GroupedFlow
@@ -43,29 +44,36 @@ class Classes:
         raise InputError(f"--label {given!r} is no class of this model; it knows {shown}.")
 
 
-def save_model(model: GroupedFlow, classes: Classes, folder: Path, seed: int = 0) -> None:
+def save_model(
+    model: GroupedFlow, classes: Classes, folder: Path, seed: int = 0, autoencoder: Autoencoder | None = None
+) -> None:  # fmt: skip
     """Write the model into `folder`, weights first, each file whole or not at all.
 
-    seed: of the run, for the random weights of a preset that reads texts.
+    seed: of the run, for the random weights of a preset that reads texts. autoencoder: whose latents it draws.
     """
     weights = folder / f".{WEIGHTS_FILE}.partial"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, weights)
     os.replace(weights, folder / WEIGHTS_FILE)
     settings = folder / f".{SETTINGS_FILE}.partial"
-    settings.write_text(json.dumps(described(model, classes, seed), indent=2) + "\n")
+    settings.write_text(json.dumps(described(model, classes, seed, autoencoder), indent=2) + "\n")
     os.replace(settings, folder / SETTINGS_FILE)
 
 
-def described(model: GroupedFlow, classes: Classes, seed: int) -> dict[str, Any]:
+def described(
+    model: GroupedFlow, classes: Classes, seed: int, autoencoder: Autoencoder | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Return what is to be known of the weights."""
     return {
         "format": FORMAT, "times": CONVENTION, "routing": ROUTING, "model": model.settings(),
         "classes": dataclasses.asdict(classes), "backbone": described_reader(model, seed),
+        "autoencoder": None if autoencoder is None else autoencoder.described(),
     }  # fmt: skip
 
 
-def load_model(spec: Path) -> tuple[GroupedFlow, Classes]:
+def load_model(spec: Path) -> tuple[GroupedFlow, Classes, Autoencoder | None]:
     """Return the model in a run's folder, or of its last checkpoint where the run has not ended; in evaluation.
+
+    With it come its classes, and the autoencoder whose latents it draws; None where it draws pixels.
 
     Raises InputError for a folder without one, and for a model whose times or routing are of another convention.
     """
@@ -78,12 +86,14 @@ def load_model(spec: Path) -> tuple[GroupedFlow, Classes]:
         weights = load_file(folder / WEIGHTS_FILE)
         model = saved_model(settings["model"], settings["backbone"], folder)
         classes = Classes(tuple(settings["classes"]["names"]), settings["classes"]["kind"])
+        latents = settings.get("autoencoder")
+        autoencoder = None if latents is None else load_described(latents, folder)
     except InputError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no whole flow ({error}); train it again, or give another.") from error
     _fill(model, weights, folder)
-    return model.eval(), classes
+    return model.eval(), classes, autoencoder
 
 
 def check_convention(settings: Any, folder: Path) -> None:

@@ -29,6 +29,7 @@ class FlowOptions:
     data: str
     output: Path
     image_size: int | None = None
+    autoencoder: str | None = None
     backbone: str | None = None
     begin_from: str | None = None
     groups: int = 4
@@ -111,7 +112,7 @@ class FlowOptions:
     def sources(self) -> list[tuple[str, str]]:
         """Return each (flag, value) that may name a file which the run reads."""
         folder = self.data.partition(":")[2] or self.data
-        read = {"--backbone": self.backbone, "--begin-from": self.begin_from}
+        read = {"--autoencoder": self.autoencoder, "--backbone": self.backbone, "--begin-from": self.begin_from}
         return [("--data", folder), *((flag, value) for flag, value in read.items() if value)]
 
     def fixed(self) -> dict[str, Any]:

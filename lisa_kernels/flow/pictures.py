@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.flow.autoencoder import Autoencoder
 from lisa_kernels.flow.sample import guided, sample
 from lisa_kernels.flow.transformer import GroupedFlow
 
@@ -25,9 +26,12 @@ def check_picture(path: Path) -> None:
 
 def make_images(
     model: GroupedFlow, labels: Tensor, *, steps: int = 40, solver: str = "euler", guidance: float = 1.0,
-    seed: int = 0, progress: Callable[[], None] | None = None,
+    seed: int = 0, autoencoder: Autoencoder | None = None, progress: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return float32 [labels, channels, height, width] from −1 to 1 on the CPU; the noise depends on the seed alone."""
+    """Return float32 [labels, channels, height, width] from −1 to 1 on the CPU; the noise depends on the seed alone.
+
+    autoencoder: that of the latents that the model draws.
+    """
     device = next(model.parameters()).device
     shape = model.shape
     noise = torch.randn(
@@ -39,7 +43,8 @@ def make_images(
         guided(model, guidance, anything), model.route, noise.to(device), condition, steps=steps, solver=solver,
         progress=progress,
     )  # fmt: skip
-    return images.float().clamp(-1, 1).cpu()
+    pixels = images.float() if autoencoder is None else autoencoder.decode(images.float())
+    return pixels.clamp(-1, 1).cpu()
 
 
 def write_grid(images: Tensor, columns: int, path: Path, names: Sequence[str] = ()) -> None:
@@ -66,10 +71,12 @@ def write_grid(images: Tensor, columns: int, path: Path, names: Sequence[str] = 
 
 
 def write_samples(
-    model: GroupedFlow, path: Path, names: Sequence[str] = (), each: int = 10, seed: int = 0, most: int = 20
+    model: GroupedFlow, path: Path, names: Sequence[str] = (), each: int = 10, seed: int = 0, most: int = 20,
+    autoencoder: Autoencoder | None = None,
 ) -> None:  # fmt: skip
     """Draw `each` images of the first `most` classes."""
     classes = min(model.any_class, most)
     labels = torch.arange(classes).repeat_interleave(each)
     steps = max(40, model.route.groups)
-    write_grid(make_images(model, labels, steps=steps, seed=seed), each, path, names[:classes])
+    images = make_images(model, labels, steps=steps, seed=seed, autoencoder=autoencoder)
+    write_grid(images, each, path, names[:classes])

@@ -15,6 +15,7 @@ from rich.console import Console
 from lisa_kernels.distributed import check_one_launched, check_one_process
 from lisa_kernels.errors import NotRehearsedError
 from lisa_kernels.files import written_whole
+from lisa_kernels.flow.autoencoder import Autoencoder, fit_autoencoder
 from lisa_kernels.flow.average import AveragedGroups
 from lisa_kernels.flow.batches import Batches
 from lisa_kernels.flow.begin import begin_from
@@ -81,13 +82,21 @@ def _train(
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     train, held_out = images.split(options.eval_fraction, options.seed)
     began = {"rows": train.digest(), "held_out": held_out.digest()}
-    if options.backbone is not None and (folder := Path(options.backbone).expanduser()).is_dir():
-        began["model"] = checksum_of_folder(folder)
+    for name in ("backbone", "autoencoder"):
+        spec = getattr(options, name)
+        if spec is not None and (folder := Path(spec).expanduser()).is_dir():
+            began[name] = checksum_of_folder(folder)
     check_unchanged(facts.get("began", {}), began, options.output)
+    autoencoder = None
+    if options.autoencoder is not None:
+        autoencoder, latents = fit_autoencoder(options.autoencoder, images, device)
+        train, held_out = latents.split(options.eval_fraction, options.seed)
+        sizes = (" × ".join(map(str, shape)) for shape in (latents.shape, images.shape))
+        console.print("latents of {} for pictures of {}".format(*sizes), highlight=False)
     planned = None if plan is None else _planned(options, train, device, plan, console)
     if device.type == "cuda" and planned is not None:
         check_room(planned, Memory.of(device), device)
-    run = FlowRun(options, train, held_out, device, console, fresh=checkpoint is None)
+    run = FlowRun(options, train, held_out, device, console, autoencoder, fresh=checkpoint is None)
     if checkpoint is None:
         before = run.held_out_loss(averaged=False)
         facts = {"eval_loss_before": before and before.mean, "began": began, "taken": {}}
@@ -132,14 +141,14 @@ class FlowRun:
 
     def __init__(
         self, options: FlowOptions, train: Images, held_out: Images, device: torch.device, console: Console,
-        fresh: bool = True,
+        autoencoder: Autoencoder | None = None, fresh: bool = True,
     ) -> None:  # fmt: skip
-        self.options, self.device, self.console = options, device, console
+        self.options, self.device, self.console, self.autoencoder = options, device, console, autoencoder
         self.held_out, self.classes = held_out, Classes(train.names, train.kind)
         method, self.meter = options.build_method(), MemoryMeter.start(device)
         model = new_model(options, train, method.intervals())
         if fresh and options.begin_from is not None:
-            begin_from(model, self.classes, Path(options.begin_from).expanduser())
+            begin_from(model, self.classes, Path(options.begin_from).expanduser(), autoencoder)
         self.model = model.to(device)
         self.lr = options.lr or LR * HIDDEN / self.model.shape.hidden
         self.average = AveragedGroups(
@@ -257,7 +266,7 @@ class FlowRun:
         """Write a checkpoint of the step; what it holds can be sampled from as well."""
         folder = self.options.output / f"checkpoint-{self.step}"
         with written_whole(folder) as partial:
-            save_model(self.averaged(), self.classes, partial, self.options.seed)
+            save_model(self.averaged(), self.classes, partial, self.options.seed, self.autoencoder)
             state = {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict(), "losses": self.losses, "seconds": self.seconds,
@@ -285,7 +294,7 @@ class FlowRun:
         """Save the averaged model, then what may fail without losing it; returns the summary."""
         output, console, peak = self.options.output, self.console, self.meter.peak_bytes()
         model = self.averaged()
-        save_model(model, self.classes, output, self.options.seed)
+        save_model(model, self.classes, output, self.options.seed, self.autoencoder)
         after = held_out_loss(model, self.held_out, self.options.seed)
         summary = {
             "method": self.optimizer.method.name, "settings": self.optimizer.method.settings(), "steps": self.step,
@@ -310,8 +319,10 @@ class FlowRun:
         return summary
 
     def _draw(self, model: GroupedFlow, each: int) -> None:
-        write_samples(model, self.options.output / PICTURE_FILE, self.classes.names, each, seed=self.options.seed)
         where = self.options.output / PICTURE_FILE
+        write_samples(
+            model, where, self.classes.names, each, seed=self.options.seed, autoencoder=self.autoencoder
+        )  # fmt: skip
         self.console.print(f"samples of every class in {where}", highlight=False, soft_wrap=True)
 
 

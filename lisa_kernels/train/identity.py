@@ -44,6 +44,8 @@ def check_unchanged(began: dict[str, Any], now: dict[str, str], output: Path) ->
     """Raise InputError where a checksum is not the one that the run in `output` began with."""
     meant = {
         "model": "--model has changed",
+        "backbone": "--backbone has changed",
+        "autoencoder": "--autoencoder has changed",
         "rows": "the training data have changed, or the tokenizer or chat template that reads them",
         "held_out": "the held-out data have changed, or the tokenizer or chat template that reads them",
     }

@@ -76,6 +76,6 @@ def test_a_flow_of_other_sizes_is_refused(source: FlowTransformer) -> None:
 def test_a_flow_of_other_classes_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert main(arguments(output)) == 0
-    model, _ = load_model(output)
+    model, _, _ = load_model(output)
     with pytest.raises(InputError, match="a flow of the same classes"):
         begin_from(model, Classes(("cat", "dog")), output)

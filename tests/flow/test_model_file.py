@@ -24,7 +24,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_a_flow_comes_back_as_it_was(saved: Path) -> None:
-    model, classes = load_model(saved)
+    model, classes, _ = load_model(saved)
     x, labels = inputs()
     times = torch.full((3,), 0.8)
     assert torch.equal(model(x, times, labels), flow(reuse="before")(x, times, labels))
@@ -76,7 +76,7 @@ def test_the_last_checkpoint_stands_for_a_run_that_has_not_ended(tmp_path: Path)
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         save_model(flow(seed=seed), CLASSES, folder)
-    model, _ = load_model(tmp_path)
+    model, _, _ = load_model(tmp_path)
     assert torch.equal(model.patches.places, flow(seed=2).patches.places)
 
 
