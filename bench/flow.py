@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds")
     parser.add_argument("--data", default="digits", help="digits (default) or fashion-mnist[:FOLDER]")
     parser.add_argument("--groups", type=int, action="append", help="arms of so many groups, and their dense models")
+    parser.add_argument("--arm", action="append", metavar="LETTER", help="of these only those that begin so, as B")
     parser.add_argument("--steps", type=int, help="steps of the dense model of all layers")
     parser.add_argument("--plot", type=Path, help="draw samples of some arms, and do nothing else")
     arguments = parser.parse_args()
@@ -212,7 +213,8 @@ def main() -> None:
             if arguments.groups is None
             else [ARMS[0], *(arm for many in arguments.groups for arm in arms_of(many))]
         )
-        measure(size, SEEDS[: arguments.seeds], arguments.data, arms)
+        wanted = [arm for arm in arms if arguments.arm is None or arm.name[0] in arguments.arm]
+        measure(size, SEEDS[: arguments.seeds], arguments.data, wanted)
     report()
 
 

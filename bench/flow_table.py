@@ -137,11 +137,23 @@ def memory_table(rows: list[Row]) -> str:
 MOST = ("weights", "gradients", "moments", "saved activations")
 MEMORY_HEAD = ["run", "peak, GB", *(f"most {part}" for part in MOST), "peak without weights, beside dense"]
 
+
+def runs_table(rows: list[Row]) -> str:
+    """Return what runs of the command draw: the newest row of each run, text and guidance."""
+    latest = {(row["run"], row["steps"], row["told"], row["guidance"]): row for row in rows}
+    lines = []
+    for row in latest.values():
+        losses = f"{row['eval_loss_before']:.3f} to {row['eval_loss_after']:.3f}"
+        guidance = "-" if row["guidance"] is None else f"{row['guidance']:g}"
+        lines.append([row["run"], str(row["steps"]), losses, row["told"], guidance, f"{row['recognised']:.3f}"])
+    return markdown(["run", "steps", "held-out loss", "told", "guidance", "recognised as asked"], lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "flow": ("flow", flow_table), "flow differences": ("flow", differences_table),
     "flow fashion": ("flow_fashion", flow_table), "flow fashion differences": ("flow_fashion", differences_table),
     "flow by time": ("flow", times_table), "flow seams": ("flow", seams_table),
-    "flow memory": ("flow_memory", memory_table),
+    "flow runs": ("flow_runs", runs_table), "flow memory": ("flow_memory", memory_table),
 }  # fmt: skip
 
 
