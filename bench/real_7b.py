@@ -2,6 +2,7 @@
 
     python -m bench.real_7b                     # OwLore, 5 of 32 layers, rank 128, 64 tokens; needs 15 GB
     python -m bench.real_7b --method lisa
+    python -m bench.real_7b --resting nf4       # codes beside masters in 16 bits; needs 18 GB
     python -m bench.real_7b --layers 2          # a thinner stack, to try it
 
 The geometry is Llama-2-7B's, the weights are random bfloat16. The last step trains other layers than those before it;
@@ -63,6 +64,7 @@ class Row:
     peak_resident_bytes: int
     peak_growth_bytes: int
     planned_bytes: int | None = None
+    resting: str | None = None
 
 
 def build_model(layers: int) -> Any:
@@ -118,6 +120,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--active-layers", type=int, help="layers trained at a time (default: owlore 5, lisa 2)")
     add("--rank", type=int, default=128, help="of owlore's layers")
     add("--embeddings", help="embedding and head (default: owlore frozen, lisa always)")
+    add("--resting", help="bits in which matrices compute: int8, mixed or nf4 (owlore; default: 16)")
     add("--seed", type=int, default=0, help="of the draws")
     add("--threads", type=int, help="CPU threads (default: as torch has them)")
     add("--record", action="store_true", help="append the rows to bench/results/real_7b.jsonl")
@@ -138,12 +141,12 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     begin = time.perf_counter()
     model = build_model(arguments.layers)
     built = time.perf_counter()
-    optimizer = attach(model, method, lr=LR, seed=arguments.seed)
+    optimizer = attach(model, method, lr=LR, seed=arguments.seed, resting=arguments.resting)
     attached = time.perf_counter()
     facts = {
         "method": arguments.method, "layers": arguments.layers, "tokens": arguments.tokens,
         "rank": method.get("rank", None), "embeddings": method.get("embeddings", ""),
-        "build_s": built - begin, "attach_s": attached - built,
+        "build_s": built - begin, "attach_s": attached - built, "resting": arguments.resting,
     }  # fmt: skip
     console.print(
         f"built in {facts['build_s']:.1f} s, attached in {facts['attach_s']:.1f} s; {method}", highlight=False
@@ -168,7 +171,8 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
 
 def with_plans(rows: Sequence[Row], config: Any, method: Method) -> list[Row]:
     """Return the rows with the peak of a plan of their steps, in which the same layers are drawn."""
-    workload = Workload(config, method, 1, rows[0].tokens, gradient_checkpointing=False, max_grad_norm=None)
+    tokens, resting = rows[0].tokens, rows[0].resting
+    workload = Workload(config, method, 1, tokens, gradient_checkpointing=False, max_grad_norm=None, resting=resting)
     trace = rehearse(workload, [row.active_layers for row in rows])
     most, planned = 0, []
     for row in rows:
