@@ -14,7 +14,7 @@ from rich.console import Console
 from lisa_kernels.devices import choose_device, survey_machine
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.flow.model_file import Classes, load_model
-from lisa_kernels.flow.pictures import check_picture, make_images, write_grid
+from lisa_kernels.flow.pictures import GUIDANCE, check_picture, make_images, write_grid
 from lisa_kernels.flow.progress import sampling_bar
 from lisa_kernels.flow.sample import SOLVERS
 from lisa_kernels.flow.transformer import GroupedFlow
@@ -31,7 +31,7 @@ class SampleOptions:
     count: int = 10
     steps: int = 40
     solver: str = "euler"
-    guidance: float = 2.0
+    guidance: float = GUIDANCE
     device: str = "auto"
     seed: int = 0
 

@@ -14,6 +14,8 @@ from lisa_kernels.flow.sample import guided, sample
 from lisa_kernels.flow.transformer import GroupedFlow
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+# Strength of guidance where nothing else is asked for.
+GUIDANCE = 2.0
 
 
 def check_picture(path: Path) -> None:
@@ -72,11 +74,11 @@ def write_grid(images: Tensor, columns: int, path: Path, names: Sequence[str] = 
 
 def write_samples(
     model: GroupedFlow, path: Path, names: Sequence[str] = (), each: int = 10, seed: int = 0, most: int = 20,
-    autoencoder: Autoencoder | None = None,
+    guidance: float = GUIDANCE, autoencoder: Autoencoder | None = None,
 ) -> None:  # fmt: skip
     """Draw `each` images of the first `most` classes."""
     classes = min(model.any_class, most)
     labels = torch.arange(classes).repeat_interleave(each)
     steps = max(40, model.route.groups)
-    images = make_images(model, labels, steps=steps, seed=seed, autoencoder=autoencoder)
+    images = make_images(model, labels, steps=steps, guidance=guidance, seed=seed, autoencoder=autoencoder)
     write_grid(images, each, path, names[:classes])

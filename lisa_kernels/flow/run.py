@@ -26,7 +26,7 @@ from lisa_kernels.flow.experts_adamw import ExpertsAdamW
 from lisa_kernels.flow.model_file import Classes, check_checkpoint, save_model
 from lisa_kernels.flow.options import FlowOptions
 from lisa_kernels.flow.path import flow_loss
-from lisa_kernels.flow.pictures import write_samples
+from lisa_kernels.flow.pictures import GUIDANCE, write_samples
 from lisa_kernels.flow.progress import FlowProgress
 from lisa_kernels.flow.transformer import GroupedFlow
 from lisa_kernels.methods import attach
@@ -319,9 +319,11 @@ class FlowRun:
         return summary
 
     def _draw(self, model: GroupedFlow, each: int) -> None:
-        where = self.options.output / PICTURE_FILE
+        where, options = self.options.output / PICTURE_FILE, self.options
+        # What was never left out cannot be guided by.
+        guidance = GUIDANCE if options.label_dropout else 1.0
         write_samples(
-            model, where, self.classes.names, each, seed=self.options.seed, autoencoder=self.autoencoder
+            model, where, self.classes.names, each, seed=options.seed, guidance=guidance, autoencoder=self.autoencoder
         )  # fmt: skip
         self.console.print(f"samples of every class in {where}", highlight=False, soft_wrap=True)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from lisa_kernels.cli import main
+from lisa_kernels.flow.command import SampleOptions
 from lisa_kernels.flow.pictures import make_images, write_grid, write_samples
 
+from .small_run import arguments
 from .test_transformer import flow
 
 
@@ -44,3 +48,19 @@ def test_samples_of_many_classes_are_those_of_the_first(tmp_path: Path) -> None:
     text = (tmp_path / "samples.svg").read_text()
     assert "class 2" in text
     assert "class 3" not in text
+
+
+def test_samples_of_a_run_are_guided_as_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where training left labels out; a flow that never saw that has nothing to be guided by."""
+    model, drawn, told = flow(), list[Any](), list[float]()
+    monkeypatch.setattr("lisa_kernels.flow.pictures.write_grid", lambda images, *_: drawn.append(images))
+    write_samples(model, tmp_path / "samples.png", each=1)
+    labels = torch.arange(model.any_class)
+    assert torch.equal(
+        drawn[0], make_images(model, labels, guidance=SampleOptions(tmp_path, tmp_path / "a.png").guidance)
+    )
+    assert not torch.allclose(drawn[0], make_images(model, labels), atol=1e-3)
+    monkeypatch.setattr("lisa_kernels.flow.run.write_samples", lambda *_, guidance, **__: told.append(guidance))
+    for dropout in ("0.1", "0"):
+        assert main(arguments(tmp_path / dropout, "--steps", "1", "--label-dropout", dropout)) == 0
+    assert told == [2.0, 1.0]
