@@ -31,13 +31,14 @@ PLAIN = Curve()
 
 def causal_loss(
     hidden: Tensor, layer: nn.Module, labels: Tensor, num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = IGNORED, shift_labels: Tensor | None = None, curve: Curve = PLAIN,
+    ignore_index: int = IGNORED, shift_labels: Tensor | None = None, curve: Curve = PLAIN, none_is_zero: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the mean cross entropy of the next tokens, float32 0-d, without logits.
 
     hidden: [..., T, n], what the output layer `layer` reads. labels: [..., T], the tokens themselves;
     shift_labels: the next ones, where they are known. num_items_in_batch: what to divide the sum by, else the number
-    of labels that count. curve: what the model makes of the layer's logits.
+    of labels that count. curve: what the model makes of the layer's logits. none_is_zero: of no labels at all, in the
+    place of a NaN.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -49,7 +50,7 @@ def causal_loss(
     total = linear_cross_entropy(hidden, head, targets, ignore_index=ignore_index, refresh=refresh)
     if num_items_in_batch is None:
         # One number of the CPU is an argument of the division and no copy.
-        return total / (targets != ignore_index).sum()
+        return total / (targets != ignore_index).sum().clamp_min(int(none_is_zero))
     return total / (
         num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     )
@@ -82,9 +83,13 @@ class LossWithoutLogits:
     the model's loss function gets the hidden states that the layer would have read. What else the model adds to its
     loss stays. Logits are formed when they are read from the model's output; evaluation and generation are as before,
     unless `in_evaluation` is set.
+
+    none_is_zero: where ranks train together a batch without labels has the loss 0 and adds nothing; else a NaN, as the
+    model's own.
     """
 
     in_evaluation = False
+    none_is_zero = False
 
     def __init__(self, model: nn.Module, layer: nn.Module) -> None:
         self.model, self.layer = model, layer
@@ -160,7 +165,8 @@ class LossWithoutLogits:
         num_items_in_batch: Tensor | int | None = None, ignore_index: int = IGNORED,
         shift_labels: Tensor | None = None, **others: Any,
     ) -> Tensor:  # fmt: skip
-        return causal_loss(hidden, self.layer, labels, num_items_in_batch, ignore_index, shift_labels, self.curve)
+        settings = num_items_in_batch, ignore_index, shift_labels, self.curve, self.none_is_zero
+        return causal_loss(hidden, self.layer, labels, *settings)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         forward = self._under_way()

@@ -96,6 +96,8 @@ class SampledAdamW(RankAccess):
             self._activate_always()
             self._begin_period()
             self._loss = None if keep_logits else leave_out_logits(model)
+            if self._loss is not None:
+                self._loss.none_is_zero = reduction is not None
         except BaseException:
             self._remove_hooks()
             self._close_pages()

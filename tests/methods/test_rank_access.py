@@ -75,6 +75,23 @@ def no_number(rank: int) -> Both:
     return Both(run.digests(), Difference(True, 0.0, 1.0, 0.0), optimizer.skipped_steps)
 
 
+def unlabelled(rank: int) -> Both:
+    """Train on a batch of which one rank has no label."""
+    model = model_of()
+    optimizer = attach(model, OWLORE, lr=3e-3, scores=[1.0, 1.0, 1.0])
+    for step in range(3):
+        given = batch(step, rank)
+        if step == 1 and rank:
+            given["labels"] = torch.full_like(given["labels"], -100)
+        loss = model(**given).loss
+        assert bool(loss == 0) == (step == 1 and rank == 1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    run = Run(model, optimizer)
+    return Both(run.digests(), Difference(True, 0.0, 1.0, 0.0), optimizer.skipped_steps)
+
+
 def scaled(rank: int) -> list[int]:
     """Train as float16 is trained: the scaler reads gradients before the step."""
     model = model_of()
@@ -235,6 +252,7 @@ def everything(rank: int) -> dict[str, Any]:
         "recomputed": owlore(rank, recompute=True).digests(),
         "clipped by hand": owlore(rank, clip=True).digests(),
         "no number": no_number(rank),
+        "unlabelled": unlabelled(rank),
         "scaled": scaled(rank),
         "prepared": prepared(rank),
         "changed by hand": changed_by_hand(rank),
@@ -281,6 +299,12 @@ def test_a_step_is_skipped_on_all_ranks_or_none(found: list[dict[str, Any]]) -> 
     assert found[0]["no number"] == found[1]["no number"]
     assert found[0]["no number"].skipped == 1
     assert found[0]["scaled"][-2:] == [1, 2**15]
+
+
+def test_a_rank_without_labels_counts_as_none(found: list[dict[str, Any]]) -> None:
+    """Its loss is 0, and the step of the others is taken by all."""
+    assert found[0]["unlabelled"] == found[1]["unlabelled"]
+    assert found[0]["unlabelled"].skipped == 0
 
 
 def test_a_model_that_accelerate_wraps_trains_the_same(found: list[dict[str, Any]]) -> None:
