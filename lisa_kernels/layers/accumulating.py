@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import MethodType
@@ -156,4 +157,14 @@ def _in_host_memory(weight: Tensor) -> Tensor:
         return weight
     if weight.is_meta:
         return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-    return torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(weight)
+    try:
+        held = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        warnings.warn(
+            f"no more host memory can be locked for masters ({reason}); the others are in memory that is not and go to "
+            "the device more slowly: raise the limit of locked memory (ulimit -l).",
+            stacklevel=2,
+        )
+        held = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+    return held.copy_(weight)

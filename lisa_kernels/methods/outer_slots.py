@@ -107,12 +107,14 @@ def _ends(model: nn.Module) -> tuple[Any, Any]:
 
 
 def add_outer_slots(
-    places: OuterPlaces, rank: int, make_tracker: Callable[[int], BasisTracker], resting: str | None = None
-) -> tuple[dict[str, SlotModule], list[Swap], list[TappedEmbedding]]:
+    places: OuterPlaces, rank: int, make_tracker: Callable[[int], BasisTracker],
+    changes: list[Swap | TappedEmbedding], resting: str | None = None,
+) -> tuple[dict[str, SlotModule], list[TappedEmbedding]]:  # fmt: skip
     """Give embedding and head a slot of at most `rank`, one between them where they are tied.
 
-    Returns the layers by path and what was changed. make_tracker: from the rank that fits to a tracker. resting: how
-    the head rests, None: as it is; the embedding's table is then in host memory.
+    Returns the layers by path and the embedding that was tapped; what is changed is added to `changes`. make_tracker:
+    from the rank that fits to a tracker. resting: how the head rests, None: as it is; the embedding's table is then in
+    host memory.
     """
 
     def make(layer: nn.Module, path: str) -> LowRankLinear:
@@ -123,6 +125,7 @@ def add_outer_slots(
 
     layers: dict[str, SlotModule] = {}
     swaps = swap_linears(places.head, make)
+    changes += swaps
     table = places.embedding
     if table is not None and not places.tied:
         fits = min(rank, table.num_embeddings, table.embedding_dim)
@@ -131,6 +134,8 @@ def add_outer_slots(
     if swaps:
         layers[swaps[0].path] = swaps[0].layer
     if table is None:
-        return layers, swaps, []
+        return layers, []
     holder = swaps[0].layer if places.tied else layers[places.path]
-    return layers, swaps, [tap_embedding(places.path, table, holder, places.around)]
+    tap = tap_embedding(places.path, table, holder, places.around)
+    changes.append(tap)
+    return layers, [tap]

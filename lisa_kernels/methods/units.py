@@ -118,22 +118,40 @@ class _SlotMaker:
 
 
 def make_layout(survey: Survey, seed: int = 0, resting: str | None = None) -> Layout:
-    """Do to the model what the survey found possible; resting: how matrices rest, None: as they are."""
+    """Do to the model what the survey found possible; resting: how matrices rest, None: as they are.
+
+    When something cannot be done, nothing is: masters too are where they were.
+    """
+    homes = {param: param.device for param in survey.model.parameters()}
+    changes: list[Swap | TappedEmbedding] = []
+    try:
+        return _make_layout(survey, seed, resting, changes)
+    except BaseException:
+        for change in reversed(changes):
+            change.undo()
+        for param, home in homes.items():
+            if param.device != home:
+                param.data = param.data.to(home)
+        raise
+
+
+def _make_layout(survey: Survey, seed: int, resting: str | None, changes: list[Swap | TappedEmbedding]) -> Layout:
+    """Make a layout whose changes are noted in `changes`, those of it that were made before one failed too."""
     maker = _SlotMaker(survey, seed, resting)
     swaps = swap_linears(survey.places(), maker.layer)
+    changes += swaps
     made = {swap.original: swap.layer for swap in swaps}
     # One in several places belongs to the first unit that has it.
     drawn = [_make_unit(plan, made) for plan in survey.drawn]
     always = _make_unit(survey.always, made)
-    layout = Layout(drawn, always, [*swaps], survey.drawable, below=survey.below, resting=resting)
+    layout = Layout(drawn, always, changes, survey.drawable, below=survey.below, resting=resting)
     if survey.with_first.full or survey.slot_with_first:
         layout.with_first = _make_unit(survey.with_first, made)
     outer, kind = survey.outer, None if maker.kinds is None else maker.kinds.of_head
     if outer is None and kind is not None and survey.method.get("embeddings", "always") == "frozen":
         outer = find_still_outer(survey.model)
     if outer is not None:
-        layers, heads, taps = add_outer_slots(outer, survey.method.get("rank", 0), maker.tracker, kind)
-        layout.swaps += [*heads, *taps]
+        layers, taps = add_outer_slots(outer, survey.method.get("rank", 0), maker.tracker, changes, kind)
         if survey.outer is not None:
             _share_out(layout, layers, taps)
     return layout
