@@ -35,7 +35,7 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8, device=device), persistent=False)
         self.register_buffer("absmax", torch.empty(0, device=device), persistent=False)
         self._rest(self.stored_weight.detach())
-        if not self.absmax.is_meta and not bool(self.absmax.isfinite().all()):
+        if not is_finite(self.absmax):
             raise InputError(
                 f"{path}.weight is to rest in few bits and holds a NaN or an infinity; give a model whose weights are "
                 "finite."
@@ -116,3 +116,8 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
     def extra_repr(self) -> str:
         """Describe the layer as its base does, and how it rests."""
         return f"{super().extra_repr()}, resting={self.kind}"
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values of a tensor are finite; one without values has no others."""
+    return tensor.is_meta or bool(tensor.isfinite().all())

@@ -16,7 +16,7 @@ from device.simulation import SimulatedDevice
 from device.triton_launches import unheard
 from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRAFA, OwLore
 from lisa_kernels.basis.tracker import Heard
-from lisa_kernels.layers import embedding
+from lisa_kernels.layers import embedding, resting
 from lisa_kernels.layers.loss import LossWithoutLogits
 from lisa_kernels.methods import Method, outer_slots
 from lisa_kernels.plan import plan
@@ -36,7 +36,12 @@ CASES: dict[str, tuple[str, Method]] = {
     "full": ("Llama", FullFineTune()),
     "lisa tied": ("Qwen2", LISA(2)),
     "owlore tied": ("Qwen2", OwLore(2, rank=64, scores="uniform")),
+    "owlore resting": ("Llama", OwLore(2, rank=64, scores="uniform")),
+    "galore resting tied": ("Qwen2", GaLore(rank=64, embeddings="low-rank")),
 }
+RESTING = {"owlore resting": "nf4", "galore resting tied": "mixed"}
+# Where weights rest the peak is in the loss, while the head finds its basis: a plan says up to so much more.
+SKETCHES = 1 << 21
 # A batch, and bytes by which numbers of the host are rounded up.
 SMALL = 1 << 14
 # A block of more than 1 MiB keeps up to 1 MiB of what it was cut from; which one is there depends on the order in which
@@ -53,7 +58,9 @@ def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(LossWithoutLogits, "is_exact", lambda self: True)
     for module in (embedding, outer_slots):
         monkeypatch.setattr(module, "lookup_factor", lambda layer: 1.0)
-    monkeypatch.setattr(Heard, "is_true", lambda self: True)
+    for name in ("is_true", "wait"):
+        monkeypatch.setattr(Heard, name, lambda self: True)
+    monkeypatch.setattr(resting, "is_finite", lambda tensor: True)
     driver.sim_set_poison(0)
     # What masks are decided by has values: positions, one more at the head of each row.
     values = SimulatedDevice(largest=BATCH * (SEQ_LEN + 1))
@@ -106,10 +113,11 @@ def peaks_of_steps(workload: Workload) -> tuple[int, int]:
 def test_the_allocator_gives_out_what_was_planned(name: str) -> None:
     """It is asked for the plan's bytes, and gives out what the plan's replay says, but for what blocks keep uncut."""
     family, method = CASES[name]
-    given: dict[str, Any] = {"batch_size": BATCH, "seq_len": SEQ_LEN}
+    given: dict[str, Any] = {"batch_size": BATCH, "seq_len": SEQ_LEN, "resting": RESTING.get(name)}
     planned = plan(config(family), method, **given)
     less = GpuMemory.here().workspace_bytes if name in BEFORE_A_BACKWARD else 0
     asked, given_out = peaks_of_steps(Workload(config(family), method, **given))
     print("APART", name, asked - (planned.peak_bytes - less), given_out - (planned.reserved().allocated - less))
-    assert abs(asked - (planned.peak_bytes - less)) <= SMALL
+    more = SKETCHES if name in RESTING else SMALL
+    assert -more <= asked - (planned.peak_bytes - less) <= SMALL
     assert abs(given_out - (planned.reserved().allocated - less)) <= UNCUT
