@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.pretrained_table import BEFORE, counted_rows
-from bench.pretrained_tasks import FIRST_FIT, Size
+from bench.pretrained_tasks import FIRST_FIT, FULL_ROWS, Size
 from bench.quality_table import best_rows
 from bench.readme import markdown
 from bench.rows import read_rows
@@ -49,12 +49,18 @@ CHOICES = (
 
 def choice_table() -> str:
     """Return the Markdown table; a dash stands where nothing was measured."""
-    # Those of which three seeds of every line are there.
-    size = Size(packed=FIRST_FIT).key().items()
-    pretrained = [row for row in read_rows("pretrained") if row["task"] == "gsm8k" and size <= row.items()]
+    # Those packed as the package packs now, and those before: what was there before training depends on neither.
+    pretrained, older = (
+        [
+            row
+            for row in read_rows("pretrained")
+            if row["task"] == "gsm8k" and Size(packed=packed).key().items() <= row.items()
+        ]
+        for packed in (FULL_ROWS, FIRST_FIT)
+    )
     quality, memory, step = (read_rows(name) for name in ("quality", "memory", "step"))
-    known = [row["known_loss"] for row in pretrained if row["contestant"] == BEFORE]
-    before = [row["answer_loss"] for row in pretrained if row["contestant"] == BEFORE]
+    known = [row["known_loss"] for row in older if row["contestant"] == BEFORE]
+    before = [row["answer_loss"] for row in older if row["contestant"] == BEFORE]
     lines = [
         [
             choice.title, _mean(counted_rows(pretrained, choice.pretrained, SEEDS), "answer_loss", 3),
