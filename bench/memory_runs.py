@@ -79,6 +79,8 @@ def _four_bit(bitsandbytes: Any, layer: nn.Linear) -> Any:
     else:
         made.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
         made = made.to(layer.weight.device)
+    # Where a CPU has bfloat16 products an evaluation packs codes in another order, which training then reads wrongly.
+    made.support_avx512bf16_for_cpu = False
     return made.requires_grad_(False)
 
 
