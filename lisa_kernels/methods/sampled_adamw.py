@@ -167,7 +167,7 @@ class SampledAdamW(RankAccess):
 
     def _begin_period(self) -> None:
         drawn = self._draw()
-        leaving = [self.layout.drawn[index] for index in self._active if index not in drawn]
+        leaving = self.layout.units_of(index for index in self._active if index not in drawn)
         settle_slots(self, (layer for unit in leaving for layer in unit.lowrank.values()))
         self._switch_to(drawn)
         self.history.append(self.active_layers)

@@ -48,7 +48,7 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def start(name: str, kind: str | None, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Any, SampledAdamW]:
     model = made(name, dtype)
-    return model, attach(model, METHODS[name], lr=3e-3, seed=5, resting=kind, **settings)
+    return model, attach(model, METHODS[name], lr=3e-3, seed=0, resting=kind, **settings)
 
 
 def run(model: Any, optimizer: SampledAdamW, first: int, last: int) -> None:
@@ -123,6 +123,10 @@ def test_weights_that_lose_nothing_at_rest_learn_what_folded_ones_do(
     for kind in ("nf4", None):
         model, optimizer = start(name, kind, rounding="nearest")
         run(model, optimizer, 0, 10)
+        if name == "owlore-first":
+            # The embedding has trained with the first block, and left with it.
+            assert [0] in optimizer.history[:-1]
+            assert optimizer.history[-1] != [0]
         ends.append(torch.cat([(end - before[key]).flatten() for key, end in optimizer.detach().state_dict().items()]))
     assert float((ends[0] - ends[1]).norm()) < 2e-3 * float(ends[1].norm())
 
@@ -132,7 +136,7 @@ def test_only_the_layers_that_left_rest_anew(kind: str) -> None:
     """Between switches neither masters nor codes move; after one, codes are those of the masters."""
     model, optimizer = start("owlore", kind)
     layers, drawn = resting(model), []
-    for period in range(3):
+    for period in range(5):
         [active] = optimizer.active_layers
         drawn.append(active)
         masters = {path: layer.stored_weight.clone() for path, layer in layers.items()}
@@ -283,7 +287,7 @@ def test_outer_weights_that_never_train_rest_too() -> None:
     for name, tied in (("owlore", False), ("owlore", True)):
         model = llama(layers=3, tied=tied, hidden_size=64, intermediate_size=96)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        optimizer = attach(model, METHODS[name], lr=3e-3, seed=5, resting="nf4")
+        optimizer = attach(model, METHODS[name], lr=3e-3, seed=0, resting="nf4")
         run(model, optimizer, 0, 4)
         assert resting(model)["lm_head"].kind in KINDS
         assert torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
