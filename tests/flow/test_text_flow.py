@@ -22,7 +22,7 @@ from lisa_kernels.flow.text_flow import Reader, TextFlow
 from lisa_kernels.flow.transformer import FlowShape
 from lisa_kernels.train.models import train_tokenizer
 
-from .small_run import arguments, summary
+from .small_run import arguments, forget_after, summary
 from .test_transformer import runs, woken
 
 TEXTS = ("a handwritten seven", "an owl", "a rather long text about something else")
@@ -191,11 +191,7 @@ def test_a_run_beside_a_backbone_is_stopped_resumed_and_sampled(
     flags = [flag for flag in flags if flag not in ("--layers", "4", "--hidden", "64", "--patch")] + ["--patch", "4"]
     assert main(flags) == 0
     assert summary(output)["eval_loss_after"] > 0
-    whole = (output / "flow.safetensors").read_bytes()
-    for path in output.iterdir():
-        if path.is_file() and path.name not in ("run.json", "history.jsonl"):
-            path.unlink()
-    (output / "checkpoint-2").rename(tmp_path / "gone")
+    whole = forget_after(output, 1)
     assert main([*flags, "--resume"]) == 0
     assert (output / "flow.safetensors").read_bytes() == whole
     told = ["flow", "sample", "--model", str(output), "--plot", str(plot), "--steps", "2", "--count", "1"]
