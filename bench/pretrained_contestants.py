@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.memory_runs import four_bit_blocks
+from bench.four_bit import four_bit_blocks
 from bench.pretrained_ideas import (
     FlooredOwLore,
     GentleGaLore,

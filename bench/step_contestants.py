@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bench.four_bit import four_bit_blocks
 from bench.step_cases import Case, on_the_same_weights
 from lisa_kernels import LISA, BAdam, FullFineTune, GaLore, LoRAFA, OwLore, attach
 from lisa_kernels.errors import unknown_name
@@ -130,7 +131,7 @@ def repeated_refreshes(method: Method, case: Case, period: int) -> float:
     return (sum(counts[period:]) - first) / first if first else 0.0
 
 
-def _ours(method_for: Callable[[Case], Method]) -> Callable[[Any, Case, int], Trainee]:
+def _ours(method_for: Callable[[Case], Method], resting: str | None = None) -> Callable[[Any, Case, int], Trainee]:
     """Return how one of our methods is attached: its draws are its own, each lasts `CYCLE` steps."""
 
     def start(model: Any, case: Case, rounds: int) -> Trainee:
@@ -143,7 +144,7 @@ def _ours(method_for: Callable[[Case], Method]) -> Callable[[Any, Case, int], Tr
                 lambda seed: _sampler(method.make_sampler(case.layers, seed, case.layer_scores())), rounds
             )
             method = dataclasses.replace(method, period=CYCLE)  # type: ignore[call-arg]
-        optimizer = attach(model, method, lr=LR, weight_decay=WEIGHT_DECAY, seed=seed)
+        optimizer = attach(model, method, lr=LR, weight_decay=WEIGHT_DECAY, seed=seed, resting=resting)
         if switches:
             return Trainee(model, optimizer, blocks, CYCLE, CYCLE, switches, repeats, expected_lowest=expected)
         period = method.get("gap", None) if refreshes else None
@@ -212,6 +213,11 @@ def _peft_lora(model: Any, case: Case, rounds: int) -> Trainee:
     return Trainee(wrapped, _adamw(param for param in wrapped.parameters() if param.requires_grad), blocks)
 
 
+def _peft_qlora(model: Any, case: Case, rounds: int) -> Trainee:
+    four_bit_blocks(model)
+    return _peft_lora(model, case, rounds)
+
+
 def _peft_lora_fa(model: Any, case: Case, rounds: int) -> Trainee:
     blocks, wrapped = list(model.model.layers), _peft_model(model, case)
     optimizer = import_module("peft.optimizers").create_lorafa_optimizer(
@@ -271,6 +277,13 @@ CONTESTANTS = {
         ),
         Contestant("owlore-low-rank", "OwLore, embeddings low-rank", _ours(_owlore("low-rank")), 0.1),
         Contestant("owlore-always", "OwLore, embeddings always", _ours(_owlore("always")), 0.2),
+        *(
+            Contestant(
+                f"owlore-{kind}", f"OwLore, embeddings frozen, shallow draws, at rest in {kind}",
+                _ours(_owlore("frozen", "shallow"), kind), 0.7,
+            )
+            for kind in ("int8", "nf4")
+        ),
         Contestant("lisa", "LISA, 2 layers", _ours(lambda case: LISA(min(2, case.layers))), 0.3),
         Contestant("badam-ours", "BAdam()", _ours(lambda case: BAdam(PERIOD)), 0.1),
         Contestant("galore", "GaLore()", _ours(lambda case: GaLore(case.galore_rank, GAP, GALORE_SCALE)), 0.5),
@@ -280,6 +293,7 @@ CONTESTANTS = {
         Contestant("full", "FullFineTune()", _ours(lambda case: FullFineTune()), 0.6),
         Contestant(FULL, "full, AdamW fused", _torch_full, 2.0, "torch"),
         Contestant(LORA, "peft LoRA, AdamW fused", _peft_lora, 0.1, "peft"),
+        Contestant("peft-qlora", "peft QLoRA (NF4 blocks)", _peft_qlora, 0.2, "peft"),
         Contestant("peft-lora-fa", "peft LoRA-FA", _peft_lora_fa, 0.1, "peft"),
         Contestant("galore-torch", "galore-torch GaLoreAdamW", _galore_torch, 1.0, "galore_torch"),
         Contestant("badam", "badam, AdamW fused", _badam, 0.3, "badam"),

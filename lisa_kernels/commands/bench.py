@@ -21,9 +21,10 @@ _PEERS_HELP = (
 )
 _METHODS_HELP = (
     "owlore-frozen, owlore-shallow (draws neighbours together), owlore-sixth (so a sixth of the layers), "
-    "owlore-first-block (so, the embedding while the first layer is drawn), owlore-low-rank, owlore-always, lisa, "
-    "badam-ours, galore, lora-fa, full, torch-full, peft-lora, peft-lora-fa, galore-torch, badam; with --model lora "
-    "too, no peft-lora-fa, and owlore-frozen draws shallow sets; several with commas, ours, peers or all"
+    "owlore-first-block (so, the embedding while the first layer is drawn), owlore-low-rank, owlore-always, "
+    "owlore-int8 and owlore-nf4 (shallow, weights at rest in 8 and 4 bits), lisa, badam-ours, galore, lora-fa, full, "
+    "torch-full, peft-lora, peft-qlora, peft-lora-fa, galore-torch, badam; with --model lora too, no peft-lora-fa, and "
+    "owlore-frozen draws shallow sets; several with commas, ours, peers or all"
 )
 _RECOMPUTATION_HELP = (
     "of --model: compute activations again, in all blocks or in this many of the lowest; auto: in as few as each "
