@@ -71,8 +71,9 @@ def run(
         if size.curve_every and done % size.curve_every == 0 and done < size.steps:
             curve.append([done, round(cpu, 2), round(task.answer_loss(model, size.curve_rows)[0], 5)])
     average.take()
-    if isinstance(optimizer, SampledAdamW) and any(isinstance(module, RestingLinear) for module in model.modules()):
-        optimizer.detach()
+    rests = isinstance(optimizer, SampledAdamW) and any(isinstance(module, RestingLinear) for module in model.modules())
+    if rests and not contestant.in_place:
+        optimizer.detach()  # type: ignore[attr-defined]
     outcome = task.outcome(model)
     if curve:
         curve.append([size.steps, round(cpu, 2), round(task.loss_of_some(outcome["nats"], size.curve_rows), 5)])

@@ -33,6 +33,8 @@ class Contestant:
     """One line of the table: how a model is prepared for training, and the learning rates to begin with.
 
     averaged_steps: the weights asked are the mean of those after each of the last so many steps; 0: the last ones.
+    in_place: where weights rest, the model asked is the one that computes at the end, on codes; else the one that
+    `detach()` leaves, on masters.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Contestant:
     rates: tuple[float, ...]
     method: Method | None = None
     averaged_steps: int = 0
+    in_place: bool = False
 
     @property
     def is_peer(self) -> bool:
@@ -47,8 +50,10 @@ class Contestant:
         return self.method is None
 
 
-def ours(name: str, method: Method, *rates: float, resting: str | None = None) -> Contestant:
-    """Return a method of this package as a contestant; what is asked at its end are masters where weights rest."""
+def ours(
+    name: str, method: Method, *rates: float, resting: str | None = None, in_place: bool = False
+) -> Contestant:  # fmt: skip
+    """Return a method of this package as a contestant."""
 
     def start(
         model: nn.Module, lr: float, seed: int, calibration: Iterable[dict[str, Tensor]]
@@ -57,7 +62,7 @@ def ours(name: str, method: Method, *rates: float, resting: str | None = None) -
             model, method, lr=lr, seed=seed, weight_decay=WEIGHT_DECAY, calibration=calibration, resting=resting
         )
 
-    return Contestant(name, start, rates, method)
+    return Contestant(name, start, rates, method, in_place=in_place)
 
 
 def _by_spectrum(method: RankedGaLore) -> Contestant:
@@ -222,6 +227,14 @@ CONTESTANTS = (
             GaLore(rank=32, scale=1.0, embeddings="low-rank"), 2.5e-4, resting=kind,
         )
         for kind in ("int8", "mixed", "nf4")
+    ),
+    # Asked as QLoRA is: adapters beside the codes that they were trained beside, and once beside masters.
+    *(
+        ours(
+            f'LoRA(rank=16, embeddings="low-rank"), resting in {kind}{", its masters asked" * (not in_place)}',
+            LoRA(rank=16, embeddings="low-rank"), 5e-4, 1e-3, 2e-3, resting=kind, in_place=in_place,
+        )
+        for kind, in_place in (("int8", True), ("mixed", True), ("nf4", True), ("nf4", False))
     ),
     *(
         ours(f"OwLore(20, period=3, rank=32), resting in {kind}", OwLore(20, 3, rank=32), 5e-4, resting=kind)

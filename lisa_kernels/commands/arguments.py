@@ -185,7 +185,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     add(
         "--resting",
         help="bits in which matrices are on the device, their masters and the token embedding in host memory: 16-bit, "
-        "int8, mixed (int8 where nf4 loses most) or nf4 (owlore and galore; default: 16-bit)",
+        "int8, mixed (int8 where nf4 loses most) or nf4 (lora, owlore and galore; default: 16-bit)",
     )
     add("--steps", type=int, help="optimizer steps (default: 200)")
     add("--epochs", type=float, help="passes over the data, in place of --steps")

@@ -14,12 +14,20 @@ from lisa_kernels.layers.embedding import (
     tap_embedding,
 )
 from lisa_kernels.layers.freezing import FreezeGuard
-from lisa_kernels.layers.linears import check_untied, find_linears, is_conv1d, is_linear, is_trainable, linear_shape
+from lisa_kernels.layers.linears import (
+    check_untied,
+    find_linears,
+    is_conv1d,
+    is_linear,
+    is_trainable,
+    linear_shape,
+    untied,
+)
 from lisa_kernels.layers.loss import LossWithoutLogits, leave_out_logits
 from lisa_kernels.layers.lowrank import LowRankLinear, ReadWeights, TrainedBasisLinear, swap_linears
 from lisa_kernels.layers.offload import offload_checkpoints
 from lisa_kernels.layers.plain_linears import PlainLinears
-from lisa_kernels.layers.resting import RestingLinear
+from lisa_kernels.layers.resting import RestingLinear, RestingTrainedBasisLinear
 from lisa_kernels.layers.segments import attend_by_segments, attends_by_segments, borders_mask
 from lisa_kernels.layers.slot import SlotModule
 
@@ -35,6 +43,7 @@ __all__ = [
     "PlainLinears",
     "ReadWeights",
     "RestingLinear",
+    "RestingTrainedBasisLinear",
     "SlotModule",
     "TappedEmbedding",
     "TrainedBasisLinear",
@@ -59,5 +68,6 @@ __all__ = [
     "split_model",
     "swap_linears",
     "tap_embedding",
+    "untied",
     "without_compiler",
 ]

@@ -27,9 +27,9 @@ class AccumulatingSlot(SlotModule):
 
     def _keep_master(self) -> None:
         """Move the weight to where its master is kept."""
-        assert self.tracker is not None
-        # Before a basis is found the slot is settled, which rounds.
-        self.tracker.waits = True
+        if self.tracker is not None:
+            # Before a basis is found the slot is settled, which rounds.
+            self.tracker.waits = True
         # What weight decay has left of the master since it was settled, as a factor.
         self.register_buffer("kept", torch.ones((), device=self.slot.device), persistent=False)
         self._saved: tuple[weakref.ref[Any], weakref.ref[Tensor]] | None = None

@@ -150,11 +150,25 @@ def find_linears(
 
 def check_untied(model: nn.Module, places: Iterable[Place], consequence: str) -> None:
     """Raise InputError, with the `consequence` and what to do, for a weight at `places` that another module reads."""
+    readers = _readers(model)
+    for place in places:
+        if tied := _others(readers, place):
+            raise InputError(f"the weight of {place.path} is tied to that of {tied[0]}, {consequence}.")
+
+
+def untied(model: nn.Module, places: Iterable[Place]) -> list[Place]:
+    """Return those of the places whose weight no other module reads."""
+    readers = _readers(model)
+    return [place for place in places if not _others(readers, place)]
+
+
+def _readers(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     readers: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for param in module.parameters(recurse=False):
             readers.setdefault(id(param), []).append((path, module))
-    for place in places:
-        tied = [path for path, module in readers[id(place.layer.weight)] if module is not place.layer]
-        if tied:
-            raise InputError(f"the weight of {place.path} is tied to that of {tied[0]}, {consequence}.")
+    return readers
+
+
+def _others(readers: Mapping[int, list[tuple[str, nn.Module]]], place: Place) -> list[str]:
+    return [path for path, module in readers[id(place.layer.weight)] if module is not place.layer]

@@ -108,15 +108,12 @@ class TrainedBasisLinear(LowRankLinear):
     Bytes while active: 4·r·(m + n), and as much for the gradients. The layer's input stays for the backward.
     """
 
-    def __init__(self, original: nn.Module, rank: int, scale: float = 1.0) -> None:
-        super().__init__(original, rank, scale)
-        # A buffer until here.
-        del self.basis
-        self.basis: nn.Parameter = nn.Parameter(torch.empty(0, device=self.slot.device), requires_grad=False)
+    basis: nn.Parameter
+    trains_basis = True
 
     def hold_basis(self, basis: Tensor) -> None:
-        """Take a copy of a basis [r, n] for one's own, in float32 on the weight's device."""
-        self.basis.data = basis.detach().to(self.stored_weight.device, torch.float32, copy=True)
+        """Take a copy of a basis [r, n] for one's own, in float32 where the layer computes."""
+        self.basis.data = basis.detach().to(self.device, torch.float32, copy=True)
 
     def free_basis(self) -> None:
         """Give up the basis, its storage and its gradient's."""

@@ -13,14 +13,16 @@ from lisa_kernels.basis import BasisTracker
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.accumulating import AccumulatingSlot
 from lisa_kernels.layers.freezing import replica_advice
-from lisa_kernels.layers.lowrank import LowRankLinear
+from lisa_kernels.layers.lowrank import LowRankLinear, TrainedBasisLinear
 from lisa_kernels.ops.lowrank_linear.whole_weight import whole_weight
 from lisa_kernels.ops.resting import RestingWeight, quantize_resting
 from lisa_kernels.ops.resting_linear import capture_resting_linear, resting_linear
 
 
 class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
-    """y = x Ŵᵀ + b + (x Pᵀ) B, Ŵ being what the codes mean; the slot B stays beside it until it is settled.
+    """y = x Ŵᵀ + b + s · (x Pᵀ) B, Ŵ being what the codes mean; the slot B stays beside it until it is settled.
+
+    Without a tracker it is an adapter's, and stays for good: the master is what it was until adapters are merged.
 
     Between two of these the device never holds the layer in 16 bits but a tile of it at a time, within a product. The
     master is the parameter itself, see `AccumulatingSlot`.
@@ -28,8 +30,10 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
     Bytes on the device: 1.0625 (int8) or 0.5625 (nf4) a weight, and those of an active slot.
     """
 
-    def __init__(self, original: nn.Module, rank: int, kind: str, tracker: BasisTracker, path: str) -> None:
-        super().__init__(original, rank, tracker=tracker)
+    def __init__(
+        self, original: nn.Module, rank: int, kind: str, tracker: BasisTracker | None, path: str, scale: float = 1.0
+    ) -> None:
+        super().__init__(original, rank, scale, tracker)
         self.kind = kind
         device = self.stored_weight.device
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8, device=device), persistent=False)
@@ -116,6 +120,10 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
     def extra_repr(self) -> str:
         """Describe the layer as its base does, and how it rests."""
         return f"{super().extra_repr()}, resting={self.kind}"
+
+
+class RestingTrainedBasisLinear(RestingLinear, TrainedBasisLinear):  # type: ignore[misc]
+    """An adapter beside a weight that rests, of which both factors train, as LoRA has it."""
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -35,6 +35,8 @@ class SlotModule(nn.Module):
     weight: Tensor
     basis: Tensor
     remainder: Tensor
+    # Whether the basis is a parameter as the slot is, in float32.
+    trains_basis = False
 
     def __init__(
         self, shape: tuple[int, int], device: torch.device, rank: int, scale: float = 1.0,
@@ -53,7 +55,10 @@ class SlotModule(nn.Module):
         self.restarted = False
         # On the weight's device from the start: who asks an empty slot for its device is about to make something there.
         self.slot = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
-        self.register_buffer("basis", torch.empty(0, device=device), persistent=False)
+        if self.trains_basis:
+            self.basis = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        else:
+            self.register_buffer("basis", torch.empty(0, device=device), persistent=False)
         # int16 once it holds something: what sends a model's buffers to other processes has no such numbers.
         self.register_buffer("remainder", torch.empty(0, device=device), persistent=False)
 

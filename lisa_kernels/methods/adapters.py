@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.distributed import at_rest, local
-from lisa_kernels.layers import SlotModule
+from lisa_kernels.layers import AccumulatingSlot, SlotModule
 from lisa_kernels.methods.adapter_layout import new_head
 from lisa_kernels.methods.definitions import AdapterMethod
 
@@ -41,7 +41,7 @@ class Adapters:
         return {f"{name}.{key}": value for name, child in children for key, value in child.state_dict().items()}
 
     def merge(self) -> None:
-        """W ← W + scale · Bᵀ A; the layers are then plain linears."""
+        """W ← W + scale · Bᵀ A; the layers are then plain linears, those that rest with codes of the sum."""
         if self.merged:
             return
         at_rest(self.model)
@@ -52,6 +52,7 @@ class Adapters:
         self._add_to_weights()
         for layer in self.layers.values():
             layer.slot.data = torch.empty(0, device=layer.slot.device)
+            _rest_anew(layer)
 
     def merge_for_good(self) -> None:
         """Leave the adapters in the weights; a copy from `merge` is freed."""
@@ -66,8 +67,14 @@ class Adapters:
         for path, (weight, slot) in self.aside.items():
             local(self.layers[path].stored_weight).copy_(weight)
             self.layers[path].slot.data = slot
+            _rest_anew(self.layers[path])
         self.aside = {}
 
     def _add_to_weights(self) -> None:
         for layer in self.layers.values():
             layer.add_slot_(layer.stored_weight.data)
+
+
+def _rest_anew(layer: SlotModule) -> None:
+    if isinstance(layer, AccumulatingSlot):
+        layer.rest_anew()

@@ -60,9 +60,10 @@ def attach(
     resting: "int8" or "nf4" keeps the matrices of the decoder blocks and of the output layer in 8 or 4 bits where the
     model computes, those of layers that train too, and their 16-bit masters in host memory, where the token embedding
     is as well; "mixed" has those in 8 bits that lose most in 4; None or "16-bit" leaves them as they are. What is
-    learnt is put into the masters when a layer leaves or gets a new basis, and it is they that are saved. For methods
-    whose layers train through slots (OwLore, GaLore) and one process; embeddings that train at full rank stay as they
-    are.
+    learnt is put into the masters when a layer leaves or gets a new basis, and it is they that are saved. Adapters
+    learn beside the codes, and what is saved, merged or left by `detach()` are masters with the adapters in them. For
+    methods whose layers train through slots or adapters (OwLore, GaLore, LoRA) and one process; embeddings that train
+    at full rank stay as they are.
 
     ranks: "auto" is the default process group of torch.distributed, where it has several processes; another group; or
     None for a caller who reduces gradients. Each process (rank) has the whole model, or its rows of one that was given

@@ -82,6 +82,11 @@ class Method:
         """Return a field that not every method has."""
         return getattr(self, field, default)
 
+    @property
+    def embeddings_rest(self) -> bool:
+        """Whether token embedding and output layer never train."""
+        return bool(self.get("embeddings", "frozen" if self.form == "adapter" else "always") == "frozen")
+
     def score_kind(self) -> str | None:
         """Return the kind of layer scores to compute before the first draw, or None."""
         return None

@@ -79,7 +79,9 @@ def find_still_outer(model: nn.Module) -> OuterPlaces | None:
     embedding, output = _ends(model)
     head = find_linears({"": model}, 0, lambda path, layer: layer is output)
     tied = embedding is not None and getattr(output, "weight", None) is embedding.weight
-    if not isinstance(embedding, nn.Embedding) or (tied and not head):
+    read = {id(module) for module in model.modules() if _weight(module) is _weight(embedding)}
+    alone = read <= {id(embedding), id(output)}
+    if not isinstance(embedding, nn.Embedding) or (tied and not head) or not alone:
         return OuterPlaces("", None, head, False) if head and not tied else None
     path, around = _way_to(embedding, model)
     try:
@@ -88,6 +90,10 @@ def find_still_outer(model: nn.Module) -> OuterPlaces | None:
         # It changes its table, or returns more than its rows: it stays as it is, and what is tied to it.
         return OuterPlaces("", None, head, False) if head and not tied else None
     return OuterPlaces(path, embedding, head, tied, around)
+
+
+def _weight(module: Any) -> Any:
+    return getattr(module, "_parameters", {}).get("weight")
 
 
 def _way_to(module: nn.Module, model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.layers import linear_shape
+from lisa_kernels.layers import find_linears, linear_shape, untied
+from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.survey import Survey
 
@@ -21,10 +24,10 @@ def check_resting(resting: str | None, method: Method, shared: bool) -> str | No
         return None
     if resting not in WAYS:
         raise unknown_name("way to rest", resting, WAYS)
-    if method.form != "low-rank":
+    if method.form not in ("low-rank", "adapter"):
         raise InputError(
-            f"resting={resting!r} is for methods that train layers through slots, and {method.name!r} does not; use "
-            "OwLore or GaLore, or leave resting out."
+            f"resting={resting!r} is for methods that train layers through slots or adapters, and {method.name!r} does "
+            "not; use LoRA, OwLore or GaLore, or leave resting out."
         )
     if method.get("master", "none") != "none":
         raise InputError(
@@ -47,15 +50,38 @@ class Kinds:
 
     def __init__(self, resting: str, survey: Survey) -> None:
         self.resting = resting
-        self._kinds: Mapping[nn.Module, str] = {}
+        self.still = _still_places(survey)
+        self._kinds: dict[nn.Module, str] = {}
         if resting == "mixed":
-            self._kinds = {
-                place.layer: "int8" if linear_shape(place.layer)[1] == widest else "nf4"
-                for plan in survey.drawn
-                for widest in [max((linear_shape(place.layer)[1] for place in plan.places), default=0)]
-                for place in plan.places
-            }
+            self._kinds = _by_width(survey, [*survey.places(), *self.still])
+        get_output = getattr(survey.model, "get_output_embeddings", None)
+        if callable(get_output) and isinstance(head := get_output(), nn.Module):
+            self._kinds[head] = self.of_head
 
     def of(self, layer: nn.Module) -> str:
-        """Return "int8" or "nf4" for a linear layer of a block."""
+        """Return "int8" or "nf4" for a linear layer."""
         return self._kinds.get(layer, self.resting)
+
+
+def _still_places(survey: Survey) -> list[Place]:
+    """Return the linears of the blocks that carry no slot and whose weight nobody else reads: they rest too."""
+    taken = {place.layer for place in survey.places()}
+    if not survey.path:
+        return []
+    blocks: Any = survey.model.get_submodule(survey.path)
+    roots = {f"{survey.path}.{number}": block for number, block in enumerate(blocks)}
+    return untied(survey.model, find_linears(roots, 0, lambda path, layer: layer not in taken))
+
+
+def _by_width(survey: Survey, places: Iterable[Place]) -> dict[nn.Module, str]:
+    """Return the kind of each layer: of a block "int8" for those with the most inputs, "nf4" for all others."""
+    kinds: dict[nn.Module, str] = {}
+    blocks: dict[str, list[nn.Module]] = defaultdict(list)
+    for place in places:
+        kinds[place.layer] = "nf4"
+        if survey.path and place.path.startswith(f"{survey.path}."):
+            blocks[place.path.removeprefix(f"{survey.path}.").partition(".")[0]].append(place.layer)
+    for layers in blocks.values():
+        widest = max(linear_shape(layer)[1] for layer in layers)
+        kinds |= {layer: "int8" for layer in layers if linear_shape(layer)[1] == widest}
+    return kinds

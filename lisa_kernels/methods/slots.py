@@ -137,9 +137,12 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
 
 
 def settle_slots(optimizer: AdamW8bit, layers: Iterable[SlotModule], last: bool = False) -> None:
-    """Put the slots of resting layers into their masters, which rest anew; `last`: rounded to nearest."""
+    """Put the slots of resting layers into their masters, which rest anew; `last`: rounded to nearest.
+
+    Those of adapters are for `Adapters` to merge.
+    """
     for layer in layers:
-        if isinstance(layer, AccumulatingSlot) and layer.active:
+        if isinstance(layer, AccumulatingSlot) and layer.active and layer.tracker is not None:
             layer.settle(None if last else optimizer.step_key(layer.slot))
 
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import ModelParts, check_untied, find_linears, is_trainable, no_ones, split_model
+from lisa_kernels.layers import (
+    ModelParts,
+    check_untied,
+    find_blocks,
+    find_linears,
+    is_trainable,
+    no_ones,
+    split_model,
+)
 from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.adapter_layout import adapter_places, beyond_adapters, new_head
 from lisa_kernels.methods.definitions import AdapterMethod, Method
@@ -33,8 +41,9 @@ class UnitPlan:
 class Survey:
     """What is in a model and what a method would do to it.
 
-    blocks: the decoder blocks, none for adapters. drawn: one plan for each block and, where they are sampled, for
-    embedding and head; always: what trains beside the draw; outer: embedding and head, where they get slots.
+    blocks: the decoder blocks, none for adapters; path: where their list is, "" where adapters find none. drawn: one
+    plan for each block and, where they are sampled, for embedding and head; always: what trains beside the draw; outer:
+    embedding and head, where they get slots.
     with_first: what trains at full rank while the first block does; slot_with_first: whether the token embedding's does
     so too. below: whether something before the blocks trains always, down to which every backward reaches.
     frozen: what the method would train, had the user not frozen it. beyond: the paths of matrices that adapters on all
@@ -52,6 +61,7 @@ class Survey:
     below: bool = False
     frozen: list[nn.Parameter] = field(default_factory=list)
     beyond: list[str] = field(default_factory=list)
+    path: str = ""
 
     @property
     def drawable(self) -> list[int]:
@@ -109,7 +119,8 @@ def _adapter_survey(model: nn.Module, method: AdapterMethod, blocks: str | None)
     head = shares.take(param for part in new_head(model).values() for param in part.parameters())
     always = UnitPlan("adapters", head, adapter_places(model, method))
     beyond = beyond_adapters(model, always.places) if method.targets == "all-linear" else []
-    survey = Survey(model, method, always=always, frozen=shares.frozen, beyond=beyond)
+    path = _path_if_any(model, blocks)
+    survey = Survey(model, method, always=always, frozen=shares.frozen, beyond=beyond, path=path)
     if method.get("embeddings", "frozen") == "low-rank":
         survey.outer = find_outer(model, split_model(model, blocks))
         twice = {place.layer for place in always.places} & {place.layer for place in _heads(survey.outer)}
@@ -119,6 +130,13 @@ def _adapter_survey(model: nn.Module, method: AdapterMethod, blocks: str | None)
                 "it out of one of them."
             )
     return survey
+
+
+def _path_if_any(model: nn.Module, blocks: str | None) -> str:
+    try:
+        return find_blocks(model, blocks)[0]
+    except InputError:
+        return ""
 
 
 def _heads(outer: OuterPlaces | None) -> list[Place]:
@@ -132,7 +150,7 @@ def _layered_survey(model: nn.Module, method: Method, blocks: str | None) -> Sur
     if wanted > layers:
         raise InputError(f"active_layers is {wanted}, but the model has {layers} layers; use at most {layers}.")
     shares = _Shares()
-    survey = Survey(model, method, parts.blocks, frozen=shares.frozen)
+    survey = Survey(model, method, parts.blocks, frozen=shares.frozen, path=parts.path)
     if method.around == "all":
         # What is frozen there is a model of its own, such as an encoder, and no oversight.
         survey.always.full = shares.take(param for param in no_ones(model, parts.path) if param.requires_grad)

@@ -12,9 +12,11 @@ from lisa_kernels.layers import (
     LowRankEmbedding,
     LowRankLinear,
     RestingLinear,
+    RestingTrainedBasisLinear,
     SlotModule,
     TappedEmbedding,
     TrainedBasisLinear,
+    linear_shape,
     swap_linears,
 )
 from lisa_kernels.layers.lowrank import Swap
@@ -98,15 +100,24 @@ class _SlotMaker:
         return BasisTracker(rank=rank, gap=gap, offset=0, seed=self.seed, stream=self.made)
 
     def layer(self, original: nn.Module, path: str) -> LowRankLinear:
-        rank = self.method.get("rank", 0)
-        if self.kinds is not None:
-            return RestingLinear(original, rank, self.kinds.of(original), self.tracker(rank), path)
-        if self.method.form != "adapter":
-            return LowRankLinear(original, rank, tracker=self.tracker(rank))
-        kind = TrainedBasisLinear if isinstance(self.method, LoRA) else LowRankLinear
-        adapter = kind(original, rank, scale=self.method.get("alpha", 1.0) / rank)
-        adapter.activate(self._random_basis(adapter))
-        return adapter
+        rank, adapts = self.method.get("rank", 0), self.method.form == "adapter"
+        tracker = None if adapts else self.tracker(rank)
+        scale = self.method.get("alpha", 1.0) / rank if adapts else 1.0
+        trains_basis = isinstance(self.method, LoRA)
+        if self.kinds is None:
+            layer = (TrainedBasisLinear if trains_basis else LowRankLinear)(original, rank, scale, tracker)
+        else:
+            resting = RestingTrainedBasisLinear if trains_basis else RestingLinear
+            layer = resting(original, rank, self.kinds.of(original), tracker, path, scale)
+        if adapts:
+            layer.activate(self._random_basis(layer))
+        return layer
+
+    def still(self, original: nn.Module, path: str) -> LowRankLinear:
+        """Return a layer that rests and whose slot is never active."""
+        assert self.kinds is not None
+        rank = min(max(1, self.method.get("rank", 1)), *linear_shape(original))
+        return RestingLinear(original, rank, self.kinds.of(original), self.tracker(rank), path)
 
     def _random_basis(self, layer: LowRankLinear) -> Tensor:
         self.made += 1
@@ -148,12 +159,14 @@ def _make_layout(survey: Survey, seed: int, resting: str | None, changes: list[S
     if survey.with_first.full or survey.slot_with_first:
         layout.with_first = _make_unit(survey.with_first, made)
     outer, kind = survey.outer, None if maker.kinds is None else maker.kinds.of_head
-    if outer is None and kind is not None and survey.method.get("embeddings", "always") == "frozen":
+    if outer is None and kind is not None and survey.method.embeddings_rest:
         outer = find_still_outer(survey.model)
     if outer is not None:
         layers, taps = add_outer_slots(outer, survey.method.get("rank", 0), maker.tracker, changes, kind)
         if survey.outer is not None:
             _share_out(layout, layers, taps)
+    if maker.kinds is not None:
+        changes += swap_linears(maker.kinds.still, maker.still)
     return layout
 
 

@@ -69,6 +69,27 @@ def test_a_layer_with_a_slot_gives_the_bits_of_its_woken_weight(
     assert_equal(layer.gradients(ours, layer.slot), layer.gradients(plain, layer.slot))
 
 
+@DTYPES
+@OF_KIND
+def test_a_basis_that_trains_gets_the_bits_that_it_gets_beside_the_woken_weight(
+    kind: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Where x needs a gradient and where it does not, as in a first layer."""
+    layer = Layer(kind, dtype, device)
+    basis = layer.basis.to(torch.float32).requires_grad_()
+    for x in (layer.x, layer.x.detach()):
+        wanted = [tensor for tensor in (x, layer.slot, basis) if tensor.requires_grad]
+        gradients = [
+            torch.autograd.grad(y, wanted, layer.dy)
+            for y in (
+                resting_linear(x, *layer.resting, layer.slot, basis, 0.5),
+                lowrank_linear(x, layer.weight, layer.bias, layer.slot, basis, 0.5),
+            )
+        ]
+        assert_equal(list(gradients[0]), list(gradients[1]))
+        assert gradients[0][-1].shape == basis.shape
+
+
 @OF_KIND
 def test_a_basis_is_found_as_beside_the_woken_weight(kind: str, device: torch.device) -> None:
     layer = Layer(kind, torch.float32, device)
@@ -121,8 +142,12 @@ def test_nothing_is_kept_but_codes_and_the_projected_input(kind: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = resting_linear(layer.x, *layer.resting, layer.slot, layer.basis)
-    assert [tensor.numel() for tensor in kept] == [TOKENS * RANK]
-    y.backward(layer.dy)
+        assert [tensor.numel() for tensor in kept] == [TOKENS * RANK]
+        y.backward(layer.dy)
+        # Its gradient takes the input too.
+        kept.clear()
+        y = resting_linear(layer.x, *layer.resting, layer.slot, layer.basis.requires_grad_())
+        assert sorted(tensor.numel() for tensor in kept) == [TOKENS * RANK, TOKENS * N]
 
 
 def test_autocast_makes_the_products_sixteen_bit() -> None:
@@ -138,7 +163,7 @@ def test_autocast_makes_the_products_sixteen_bit() -> None:
 @OF_KIND
 def test_the_operations_pass_torchs_own_checks(kind: str) -> None:
     layer = Layer(kind, torch.float32, torch.device("cpu"))
-    for slot, basis in ((None, None), (layer.slot, layer.basis)):
+    for slot, basis in ((None, None), (layer.slot, layer.basis), (layer.slot, layer.basis.clone().requires_grad_())):
         arguments = (layer.x, *layer.resting, slot, basis, 1.0)
         torch.library.opcheck(torch.ops.lisa_kernels.resting_linear, arguments)
 

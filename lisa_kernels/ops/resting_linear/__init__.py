@@ -1,11 +1,12 @@
 """A linear layer whose weight rests in 8 or 4 bits, with or without a low-rank slot: contract, autograd and schema.
 
     y = x Ŵᵀ + b + s · (x Pᵀ) B          Ŵ [m, n]: what the codes mean, in x's dtype
-    dX = dY Ŵ + s · dY Bᵀ P,  dB = s · (x Pᵀ)ᵀ dY
+    dX = dY Ŵ + s · dY Bᵀ P,  dB = s · (x Pᵀ)ᵀ dY,  dP = s · (dY Bᵀ)ᵀ x  (where the basis trains)
 
 The weight is decoded in the forward and once more in the backward, a tile of rows at a time, and is gone at the end of
-each: what is kept are the codes, which nobody changes, and x Pᵀ. So one tile in 16 bits exists at a time, whatever the
-depth of the model and the size of its vocabulary. A dX of several tiles is summed in float32.
+each: what is kept are the codes, which nobody changes, and x Pᵀ, with x where the basis trains. So one tile in 16 bits
+exists at a time, whatever the depth of the model and the size of its vocabulary. A dX of several tiles is summed in
+float32.
 """
 
 from __future__ import annotations
@@ -77,17 +78,21 @@ def _(
 
 def _backward_definition(
     dy: Tensor, codes: Tensor, absmax: Tensor, kind: str, n: int, projected: Tensor, slot: Tensor | None,
-    basis: Tensor | None, scale: float, needs_dx: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    basis: Tensor | None, scale: float, needs_dx: bool, x: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with no_autocast(dy.device.type):
-        nothing = dy.new_empty((0,))
-        dslot = nothing if slot is None else reference.slot_gradient(dy, projected, scale)
-        if not needs_dx:
-            return nothing.clone(), dslot
-        dx = times(dy, RestingWeight(codes, absmax, kind, dy.shape[-1], n))
-        if slot is not None and basis is not None:
-            add_product_(dx, reference.through(dy, slot), basis, scale)
-        return dx, dslot
+        dx, dslot, dbasis = (dy.new_empty((0,)) for _ in range(3))
+        if slot is not None:
+            dslot = reference.slot_gradient(dy, projected, scale)
+        if needs_dx:
+            dx = times(dy, RestingWeight(codes, absmax, kind, dy.shape[-1], n))
+        if slot is not None and (needs_dx or x is not None):
+            through = reference.through(dy, slot)
+            if needs_dx and basis is not None:
+                add_product_(dx, through, basis, scale)
+            if x is not None:
+                dbasis = reference.basis_gradient(through, x, scale)
+        return dx, dslot, dbasis
 
 
 _resting_linear_backward = torch.library.custom_op(
@@ -98,15 +103,16 @@ _resting_linear_backward = torch.library.custom_op(
 @_resting_linear_backward.register_fake
 def _(
     dy: Tensor, codes: Tensor, absmax: Tensor, kind: str, n: int, projected: Tensor, slot: Tensor | None,
-    basis: Tensor | None, scale: float, needs_dx: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    basis: Tensor | None, scale: float, needs_dx: bool, x: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dslot = dy.new_empty((0,)) if slot is None else dy.new_empty(tuple(slot.shape), dtype=torch.float32)
-    return dy.new_empty((*dy.shape[:-1], n) if needs_dx else (0,)), dslot
+    dbasis = dy.new_empty((0,)) if x is None else dy.new_empty((projected.shape[-1], n), dtype=torch.float32)
+    return dy.new_empty((*dy.shape[:-1], n) if needs_dx else (0,)), dslot, dbasis
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, codes, absmax, kind, _, bias, slot, basis, scale = inputs
-    ctx.save_for_backward(codes, absmax, output[1], slot, basis)
+    ctx.save_for_backward(codes, absmax, output[1], slot, basis, x if ctx.needs_input_grad[7] else None)
     ctx.kind, ctx.columns, ctx.scale = kind, x.shape[-1], scale
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
@@ -115,13 +121,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
-    codes, absmax, projected, slot, basis = ctx.saved_tensors
+    codes, absmax, projected, slot, basis, x = ctx.saved_tensors
     needs_dx, needs_bias, needs_slot = (ctx.needs_input_grad[place] for place in (0, 5, 6))
-    dx, dslot = _resting_linear_backward(
-        dy, codes, absmax, ctx.kind, ctx.columns, projected, slot, basis, ctx.scale, needs_dx
+    dx, dslot, dbasis = _resting_linear_backward(
+        dy, codes, absmax, ctx.kind, ctx.columns, projected, slot, basis, ctx.scale, needs_dx, x
     )  # fmt: skip
     dbias = bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
-    return (dx if needs_dx else None), None, None, None, None, dbias, (dslot if needs_slot else None), None, None
+    return (
+        dx if needs_dx else None, None, None, None, None, dbias, dslot if needs_slot else None,
+        None if x is None else dbasis, None,
+    )  # fmt: skip
 
 
 _resting_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -131,12 +140,14 @@ def resting_linear(
     x: Tensor, codes: Tensor, absmax: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor | None = None,
     basis: Tensor | None = None, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Return y = x Ŵᵀ + b + s · (x Pᵀ) B with gradients for x, the bias and the slot B.
+    """Return y = x Ŵᵀ + b + s · (x Pᵀ) B with gradients for x, the bias, the slot B and a basis that trains.
 
     x: [..., n]; codes and absmax: of a weight [rows, n], see `quantize_resting`; slot B: float32 [r, rows] with a basis
-    P [r, n], or neither. Keeps x Pᵀ for the backward, and nothing of the weight.
+    P [r, n], float32 where it requires a gradient, or neither. Keeps x Pᵀ for the backward, x where P requires a
+    gradient, and nothing of the weight.
     """
-    x_, bias_, basis_ = as_autocast(x, bias, basis)
+    x_, bias_ = as_autocast(x, bias)
+    basis_ = basis if basis is None or basis.requires_grad else as_autocast(x, basis)[1]
     y, _ = _resting_linear(x_, codes, absmax, kind, rows, bias_, slot, basis_, scale)
     return y  # type: ignore[no-any-return]
 
