@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from device.simulated import drain, driver
 from device.simulation import SimulatedDevice
 from device.triton_launches import unheard
-from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRAFA, OwLore
+from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore
 from lisa_kernels.basis.tracker import Heard
 from lisa_kernels.layers import embedding, resting
 from lisa_kernels.layers.loss import LossWithoutLogits
@@ -38,8 +38,12 @@ CASES: dict[str, tuple[str, Method]] = {
     "owlore tied": ("Qwen2", OwLore(2, rank=64, scores="uniform")),
     "owlore resting": ("Llama", OwLore(2, rank=64, scores="uniform")),
     "galore resting tied": ("Qwen2", GaLore(rank=64, embeddings="low-rank")),
+    "lora resting": ("Llama", LoRA(rank=16)),
+    "lora-fa resting tied": ("Qwen2", LoRAFA(rank=16)),
 }
-RESTING = {"owlore resting": "nf4", "galore resting tied": "mixed"}
+RESTING = {
+    "owlore resting": "nf4", "galore resting tied": "mixed", "lora resting": "nf4", "lora-fa resting tied": "int8"
+}  # fmt: skip
 # Where weights rest the peak is in the loss, while the head finds its basis: a plan says up to so much more.
 SKETCHES = 1 << 21
 # A batch, and bytes by which numbers of the host are rounded up.
@@ -89,10 +93,12 @@ def peaks_of_steps(workload: Workload) -> tuple[int, int]:
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_stats()
-    with torch.device("cuda"):
+    # What rests comes as codes, as a plan takes it to.
+    with torch.device("cuda" if workload.resting is None else "cpu"):
         model = AutoModelForCausalLM.from_config(workload.model, dtype=torch.bfloat16)
     model.config.use_cache = False
     opt = prepare(model.train(), workload)
+    model.to("cuda")
     torch.cuda.reset_peak_memory_stats()
     for _ in range(len(opt.sampler.draws) if isinstance(opt.sampler, GivenDraws) else STEPS):
         shape = workload.batch_size, workload.seq_len

@@ -8,7 +8,8 @@ import pytest
 import torch
 from families import llama
 
-from lisa_kernels import GaLore, attach
+from lisa_kernels import GaLore, LoRA, attach
+from lisa_kernels.methods import Method
 
 from .training import batch
 
@@ -16,12 +17,15 @@ from .training import batch
 @pytest.mark.order("late")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("first", ["attach", "move"])
-def test_a_model_says_where_it_computes(tied: bool, first: str) -> None:
+@pytest.mark.parametrize(
+    "method", [GaLore(rank=4, gap=3, embeddings="low-rank"), LoRA(rank=4), LoRA(rank=4, targets="q_proj")], ids=str
+)
+def test_a_model_says_where_it_computes(method: Method, tied: bool, first: str) -> None:
     """To those who ask its first parameter, such as transformers' generation; masters stay on the host."""
     model: Any = llama(tied=tied)
     if first == "move":
         model.to("cuda")
-    opt = attach(model, GaLore(rank=4, gap=3, embeddings="low-rank"), lr=1e-2, resting="int8")
+    opt = attach(model, method, lr=1e-2, resting="int8")
     for _ in range(2):
         # A trainer moves what it is given.
         model.to("cuda")

@@ -30,6 +30,7 @@ def _methods() -> dict[str, Any]:
     made["owlore-resting"] = lisa_kernels.OwLore(1, 2, rank=8, gap=2)
     made["galore"] = lisa_kernels.GaLore(rank=8, gap=2)
     made["lora"] = lisa_kernels.LoRA(rank=4)
+    made["lora-resting"] = lisa_kernels.LoRA(rank=4, embeddings="low-rank")
     made["lora-fa"] = lisa_kernels.LoRAFA(rank=4)
     made["full"] = lisa_kernels.FullFineTune()
     return made
