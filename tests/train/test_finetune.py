@@ -121,15 +121,19 @@ def test_what_is_written_is_the_model_that_was_measured(text: Path, tmp_path: Pa
     assert math.isclose(summary(tmp_path / "again")["eval_loss_before"], first["eval_loss_after"], rel_tol=1e-5)
 
 
-def test_a_lora_fa_run_leaves_its_adapter_beside_the_model(text: Path, tmp_path: Path) -> None:
-    """On the base that the run began with, peft computes what the saved model computes."""
+@pytest.mark.parametrize("how", [["lora-fa"], ["lora", "--resting", "nf4"]], ids=" ".join)
+def test_a_run_of_adapters_leaves_them_beside_the_model(how: list[str], text: Path, tmp_path: Path) -> None:
+    """On the base that the run began with, peft computes what the saved model computes: neither holds codes."""
     import peft
     import transformers
 
     from lisa_kernels.train.models import load_model
 
     run = tmp_path / "run"
-    assert main(arguments(text, run, "--targets", "q_proj,v_proj", method="lora-fa")) == 0
+    method, *more = how
+    assert main(arguments(text, run, "--targets", "q_proj,v_proj", *more, method=method)) == 0
+    values = summary(run)
+    assert values["eval_loss_after"] < values["eval_loss_before"]
     ids = torch.arange(3, 60)[None]
     base = load_model("preset:tiny", torch.float32, 0).eval()
     merged = transformers.AutoModelForCausalLM.from_pretrained(run)
@@ -159,18 +163,20 @@ def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["owlore", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lisa", "lora-fa"))]
+    "how",
+    ["owlore", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lisa", "lora-fa", "lora --resting nf4"))],
 )
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_bit_equal(
-    method: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(arguments(text, tmp_path / "whole", method=method)) == 0
+    method, *more = how.split()
+    assert main(arguments(text, tmp_path / "whole", *more, method=method)) == 0
     with monkeypatch.context() as patch:
         _stop_after(3, patch)
-        assert main(arguments(text, tmp_path / "cut", method=method)) == 130
+        assert main(arguments(text, tmp_path / "cut", *more, method=method)) == 130
     assert not (tmp_path / "cut" / "summary.json").exists()
     assert (tmp_path / "cut" / "checkpoint-3").is_dir()
-    assert main(arguments(text, tmp_path / "cut", "--resume", method=method)) == 0
+    assert main(arguments(text, tmp_path / "cut", *more, "--resume", method=method)) == 0
     whole, resumed = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     for name in ("layer_visits", "layer_history", "eval_loss_before", "eval_loss_after", "steps"):
