@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.layers.linears import plain_function
+from lisa_kernels.layers.master_home import MasterHome
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.resting import rows_of_a_tile
 
@@ -20,10 +21,12 @@ class AccumulatingSlot(SlotModule):
     """A weight whose slot accumulates: what the layer computes with is decay · W + scale · Bᵀ P until `settle`.
 
     What learns is the master W. On a model that computes elsewhere it moves to host memory, page-locked, and stays
-    there after `detach()`; it comes to the device a tile of rows at a time.
+    there after `detach()`; it comes to the device a tile of rows at a time. One with a `home` is a file that is mapped:
+    nothing writes into the parameter, which becomes another file, mapped as well, a tile at a time.
     """
 
     kept: Tensor
+    home: MasterHome | None = None
 
     def _keep_master(self) -> None:
         """Move the weight to where its master is kept."""
@@ -48,13 +51,59 @@ class AccumulatingSlot(SlotModule):
     @torch.no_grad()
     def settle(self, key: Tensor | None) -> None:
         """Put the slot into the master, let that rest anew, and begin again at zero; `key` rounds a 16-bit master."""
-        for rows, part in self._tiles():
-            here = self._here(part)
-            self._fold_rows(here, rows, key)
-            self._rest_rows(here, rows)
-            if here is not part:
-                part.copy_(here)
+        if self.home is None:
+            for rows, part in self._tiles():
+                here = self._here(part)
+                self._settle_rows(here, rows, key)
+                if here is not part:
+                    part.copy_(here)
+        else:
+            self._become(self._settle_rows(self._copied(part), rows, key) for rows, part in self._tiles())
         self.begin_anew()
+
+    def _settle_rows(self, here: Tensor, rows: slice, key: Tensor | None) -> Tensor:
+        self._fold_rows(here, rows, key)
+        self._rest_rows(here, rows)
+        return here
+
+    @torch.no_grad()
+    def move_to(self, home: MasterHome, mapped: Tensor | None) -> None:
+        """Have the master live there from now on; mapped: as it is there already, None: it is yet to be written."""
+        self.home = home
+        if mapped is None:
+            mapped = home.write(part for _, part in self._tiles())
+        self.stored_weight.data = mapped
+
+    @torch.no_grad()
+    def take_master(self, weight: Tensor) -> None:
+        """Have another weight for a master, and let it rest."""
+        if self.home is None:
+            self.stored_weight.copy_(weight)
+            self.rest_anew()
+            return
+        dtype = self.stored_weight.dtype
+        self._become(self._rested(part.to(self.device, dtype), rows) for rows, part in self._tiles(weight.detach()))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Have the layer's function, rounded to nearest, for a master; neither the slot nor the codes know of it."""
+        if self.home is None:
+            self.add_slot_(self.stored_weight.data)
+        else:
+            self._become(here for _, here in self._merged_tiles())
+
+    def _rested(self, here: Tensor, rows: slice) -> Tensor:
+        self._rest_rows(here, rows)
+        return here
+
+    def _become(self, tiles: Iterable[Tensor]) -> None:
+        """Put tiles, which rest already, in the place of the master; where that fails all is as it was."""
+        assert self.home is not None
+        try:
+            self.stored_weight.data = self.home.write(tiles)
+        except BaseException:
+            self.rest_anew()
+            raise
 
     @torch.no_grad()
     def rest_anew(self) -> None:
@@ -82,6 +131,49 @@ class AccumulatingSlot(SlotModule):
                 part.copy_(here)
         return weight
 
+    @torch.no_grad()
+    def holds(self, weight: Tensor) -> bool:
+        """Return whether a weight is the layer's function as it would be saved; nothing is made of it but tiles."""
+        return all(
+            torch.equal(weight[rows].to(here.device, here.dtype), here) for rows, here in self._merged_tiles()
+        )  # fmt: skip
+
+    def _merged_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of the layer's function as a plain weight, where the layer computes."""
+        for rows, part in self._tiles():
+            if not self.is_adapter:
+                yield rows, part
+                continue
+            here = self._copied(part)
+            self._fold_rows(here, rows, None)
+            yield rows, here
+
+    def _merged(self) -> Tensor:
+        if self.home is None or not self.is_adapter:
+            return super()._merged()
+        return self.home.aside(here for _, here in self._merged_tiles())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.home is not None:
+            self.home.check()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load the layer's function as a plain weight; a master in a file becomes another file."""
+        self.load_master(state_dict, f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def load_master(self, state_dict: dict[str, Any], key: str) -> bool:
+        """Take the master from there if it lives in a file and is another; whether it was, which it then is no more."""
+        given = state_dict.get(key)
+        if self.home is None or not isinstance(given, Tensor) or given.shape != self.stored_weight.shape:
+            return False
+        if self.holds(given):
+            return False
+        self.take_master(given)
+        state_dict[key] = self.stored_weight
+        return True
+
     def saved_in(self, destination: dict[str, Any]) -> Tensor:
         """Return the same tensor to all modules that read the weight, so that a tied one is saved once."""
         if self._saved is not None and self._saved[0]() is destination:
@@ -104,17 +196,24 @@ class AccumulatingSlot(SlotModule):
 
     def _tiles(self, weight: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows of the master, or of what has its shape, a tile at a time."""
-        weight = self.stored_weight.detach() if weight is None else weight
+        weight = self._whole() if weight is None else weight
         step = rows_of_a_tile(weight.shape[1])
         for start in range(0, len(weight), step):
             rows = slice(start, min(start + step, len(weight)))
             yield rows, weight[rows]
 
+    def _whole(self) -> Tensor:
+        """Return the master, which nobody else has changed."""
+        if self.home is not None:
+            self.home.check()
+        return self.stored_weight.detach()
+
     def _here(self, part: Tensor) -> Tensor:
         """Return rows of a master where the layer computes: themselves, or a copy while it is worked on."""
         # One that takes no memory is a plan's, of a device that does not hold it.
-        if part.device == self.device and part.is_contiguous():
-            return part
+        return part if part.device == self.device and part.is_contiguous() else self._copied(part)
+
+    def _copied(self, part: Tensor) -> Tensor:
         return torch.empty(part.shape, dtype=part.dtype, device=self.device).copy_(part)
 
 
@@ -147,7 +246,7 @@ def _host_memory_last(module: nn.Module, recurse: bool = True) -> Iterator[nn.Pa
 def hold_masters(model: nn.Module) -> None:
     """Give masters without values the memory that they take where a model computes in host memory: for a plan."""
     for layer in model.modules():
-        if isinstance(layer, AccumulatingSlot):
+        if isinstance(layer, AccumulatingSlot) and layer.home is None:
             layer.stored_weight.data = torch.empty_like(layer.stored_weight, memory_format=torch.contiguous_format)
 
 

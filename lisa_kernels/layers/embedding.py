@@ -129,12 +129,18 @@ class HostTable:
         return ((ids.to(device), *args[1:]), kwargs) if args else (args, {**kwargs, "input": ids.to(device)})
 
     def _save(self, embedding: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if self.layer.home is not None:
+            self.layer.home.check()
         if self.layer.is_adapter:
             state[f"{prefix}weight"] = self.layer.saved_in(state)
 
     def _load(self, embedding: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
         """Hand over what is here where that is what is loaded; else the slot begins anew."""
-        given, layer = state.get(f"{prefix}weight"), self.layer
+        layer = self.layer
+        if layer.load_master(state, f"{prefix}weight"):
+            layer.begin_anew()
+            return
+        given = state.get(f"{prefix}weight")
         if not layer.is_adapter or not isinstance(given, Tensor) or given.shape != layer.stored_weight.shape:
             return
         if layer.holds(given):

@@ -98,8 +98,7 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
             yield from super()._tiles(weight)
             return
         # Blocks of neighbours in the codes are not in the rows of such a weight.
-        stored = self.stored_weight.detach() if weight is None else weight
-        yield slice(0, len(stored)), stored
+        yield slice(0, len(self.stored_weight)), self._whole() if weight is None else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Leave the master where it is when the model moves."""

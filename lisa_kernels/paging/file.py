@@ -57,7 +57,7 @@ class FileStore(Store):
             raise InputError(
                 f"{self.folder} cannot hold pages ({error.strerror}); name a folder that can be written to."
             ) from error
-        if not _lock(lock):
+        if not lock_file(lock):
             lock.close()
             raise InputError(f"{self.folder} is in use by another optimizer or process; name another folder.")
         return lock
@@ -99,7 +99,7 @@ class FileStore(Store):
             self.folder.rmdir()
 
 
-def _lock(file: BinaryIO) -> bool:
+def lock_file(file: BinaryIO) -> bool:
     """Lock a file until it is closed; false where another has locked it. Windows has no such lock: always true."""
     if sys.platform == "win32":
         return True
@@ -156,11 +156,11 @@ def write_page_file(path: Path, digest: bytes, body: Tensor) -> int:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
     return checksum
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Bring a rename to the disk; Windows does so by itself and cannot open folders."""
     if sys.platform == "win32":
         return
