@@ -45,10 +45,7 @@ class Adapters:
         if self.merged:
             return
         at_rest(self.model)
-        self.aside = {
-            path: (local(layer.stored_weight).to("cpu", copy=True), layer.slot.detach().clone())
-            for path, layer in self.layers.items()
-        }
+        self.aside = {path: (_held(layer), layer.slot.detach().clone()) for path, layer in self.layers.items()}
         self._add_to_weights()
         for layer in self.layers.values():
             layer.slot.data = torch.empty(0, device=layer.slot.device)
@@ -65,14 +62,27 @@ class Adapters:
         """Put weights and slots back bit for bit."""
         at_rest(self.model)
         for path, (weight, slot) in self.aside.items():
-            local(self.layers[path].stored_weight).copy_(weight)
-            self.layers[path].slot.data = slot
-            _rest_anew(self.layers[path])
+            layer = self.layers[path]
+            if isinstance(layer, AccumulatingSlot):
+                layer.take_master(weight)
+            else:
+                local(layer.stored_weight).copy_(weight)
+            layer.slot.data = slot
         self.aside = {}
 
     def _add_to_weights(self) -> None:
         for layer in self.layers.values():
-            layer.add_slot_(layer.stored_weight.data)
+            if isinstance(layer, AccumulatingSlot):
+                layer.merge()
+            else:
+                layer.add_slot_(layer.stored_weight.data)
+
+
+def _held(layer: SlotModule) -> Tensor:
+    """Return a layer's weight as it is, in host memory, or in the file that another will take the place of."""
+    if isinstance(layer, AccumulatingSlot) and layer.home is not None:
+        return layer.stored_weight.detach()
+    return local(layer.stored_weight).to("cpu", copy=True)
 
 
 def _rest_anew(layer: SlotModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,10 +28,11 @@ from lisa_kernels.layers import TappedEmbedding, check_attachable, without_compi
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.agreement import agree
 from lisa_kernels.methods.definitions import Method
+from lisa_kernels.methods.masters import Masters, check_masters
 from lisa_kernels.methods.resting import check_resting
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
-from lisa_kernels.methods.units import make_layout
+from lisa_kernels.methods.units import Layout, make_layout
 from lisa_kernels.optim.settings import check_hyper, check_settings
 from lisa_kernels.samplers import Sampler
 from lisa_kernels.scores import compute_scores
@@ -41,7 +43,8 @@ def attach(
     weight_decay: float = 1e-2, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
     scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
-    paging: str | None = None, resting: str | None = None, ranks: Any = "auto", wire_dtype: str | None = None,
+    paging: str | None = None, resting: str | None = None, masters: str | os.PathLike[str] | None = None,
+    ranks: Any = "auto", wire_dtype: str | None = None,
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
@@ -65,6 +68,12 @@ def attach(
     methods whose layers train through slots or adapters (OwLore, GaLore, LoRA) and one process; embeddings that train
     at full rank stay as they are.
 
+    masters: "host" (or None) keeps them in host memory; a folder keeps them in files that are mapped, so that they take
+    none but the system's file cache. A master is the file that the model was loaded from, which is never written to,
+    until it changes; from then on it is a file of its own in the folder, written anew when a layer is settled
+    (`optimizer.master_bytes_written` counts). The folder belongs to this run while it lasts and goes at `detach()`;
+    the parameters stay mapped from what was there, and the disk has its place back once the model is gone.
+
     ranks: "auto" is the default process group of torch.distributed, where it has several processes; another group; or
     None for a caller who reduces gradients. Each process (rank) has the whole model, or its rows of one that was given
     to `fully_shard` (FSDP2) before, and attaches it with the same settings; layer scores are those of rank 0. Gradients
@@ -83,6 +92,7 @@ def attach(
             model = without_compiler(model)
             wire = _check(model, method, settings, general, wire_dtype, sharing)
             resting = check_resting(resting, method, sharing is not None or bool(units_of(model)))
+            folder = check_masters(masters, resting)
             at_rest(model)
             survey = survey_model(model, method, blocks)
         if sharing is not None:
@@ -93,7 +103,7 @@ def attach(
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
         more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}
-        optimizer = _attached(sharing, survey, scores, seed, more, resting)
+        optimizer = _attached(sharing, survey, scores, seed, more, resting, folder)
     except BaseException:
         if sharing is not None:
             sharing.close()
@@ -104,15 +114,17 @@ def attach(
 
 def _attached(
     sharing: Ranks | None, survey: Survey, scores: Sequence[float] | None, seed: int, settings: Mapping[str, Any],
-    resting: str | None,
+    resting: str | None, folder: str | None,
 ) -> SampledAdamW:  # fmt: skip
     """Do to the model what was surveyed; on a failure of this rank or another it is as it was."""
     optimizer: SampledAdamW | None = None
+    layout: Layout | None = None
     swaps: list[Swap | TappedEmbedding] = []
     try:
         with together(sharing):
             sampler = _make_sampler(survey, seed, scores)
-            layout = make_layout(survey, seed, resting)
+            masters = None if folder is None or resting is None else Masters(survey, resting, folder)
+            layout = make_layout(survey, seed, resting, masters)
             swaps = layout.swaps
             kind: type[SampledAdamW] = survey.method.optimizer or SampledAdamW
             optimizer = kind(survey.model, survey.method, layout, sampler, seed=seed, **settings)
@@ -122,6 +134,8 @@ def _attached(
         else:
             for swap in swaps:
                 swap.undo()
+            if layout is not None and layout.masters is not None:
+                layout.masters.close()
         raise
     return optimizer
 

@@ -146,6 +146,11 @@ class SampledAdamW(RankAccess):
         return list(self._active)
 
     @property
+    def master_bytes_written(self) -> int:
+        """How many bytes of masters went to the disk so far; 0 where they are in host memory."""
+        return 0 if self.layout.masters is None else self.layout.masters.bytes_written
+
+    @property
     def layer_names(self) -> list[str]:
         """The path of each layer that can be drawn."""
         return [unit.name for unit in self.layout.drawn]
@@ -404,6 +409,8 @@ class SampledAdamW(RankAccess):
         for group in self.param_groups:
             self.retire(group["params"])
         self._close_pages()
+        if self.layout.masters is not None:
+            self.layout.masters.close()
         self._guard = None
         self._active = []
         return self.model

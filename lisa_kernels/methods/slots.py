@@ -207,11 +207,12 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
         layer.hold_basis(entry["basis"])
         if layer.is_adapter:
             layer.slot.data.copy_(entry["slot"])
-            local(layer.stored_weight).copy_(rows_like(layer.stored_weight, entry["weight"]))
+            if isinstance(layer, AccumulatingSlot):
+                layer.take_master(entry["weight"])
+                layer.kept.copy_(entry["kept"])
+            else:
+                local(layer.stored_weight).copy_(rows_like(layer.stored_weight, entry["weight"]))
             layer.restarted = False
-        if isinstance(layer, AccumulatingSlot) and layer.active:
-            layer.rest_anew()
-            layer.kept.copy_(entry["kept"])
         if layer.tracker is not None:
             layer.tracker.load_state_dict(entry["tracker"])
         if "remainder" in entry and layer.exact_master and layer.stored_weight.dtype == torch.bfloat16:

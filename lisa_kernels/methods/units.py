@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker, RandomRows, random_basis
 from lisa_kernels.layers import (
+    AccumulatingSlot,
     LowRankEmbedding,
     LowRankLinear,
     RestingLinear,
@@ -21,6 +22,7 @@ from lisa_kernels.layers import (
 )
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.definitions import LoRA
+from lisa_kernels.methods.masters import Masters
 from lisa_kernels.methods.outer_slots import add_outer_slots, find_still_outer
 from lisa_kernels.methods.resting import Kinds
 from lisa_kernels.methods.survey import Survey, UnitPlan
@@ -65,7 +67,7 @@ class Layout:
 
     drawable: the numbers of the units that can be drawn; the others were frozen whole before. with_first: what is
     active while unit 0 is and has no number of its own. below: whether every backward reaches below the blocks.
-    resting: how matrices rest, None: as they are.
+    resting: how matrices rest, None: as they are. masters: what keeps theirs in files, None: they are in host memory.
     """
 
     drawn: list[Unit]
@@ -75,6 +77,7 @@ class Layout:
     with_first: Unit | None = None
     below: bool = False
     resting: str | None = None
+    masters: Masters | None = None
 
     def units(self) -> list[Unit]:
         """Return every unit, the drawn ones first."""
@@ -90,7 +93,8 @@ class Layout:
 class _SlotMaker:
     """Makes the layers with slots of one model, each with random numbers of its own."""
 
-    def __init__(self, survey: Survey, seed: int, resting: str | None) -> None:
+    def __init__(self, survey: Survey, seed: int, resting: str | None, masters: Masters | None) -> None:
+        self.masters = masters
         self.method, self.seed, self.made = survey.method, seed, 0
         self.kinds = None if resting is None else Kinds(resting, survey)
 
@@ -109,6 +113,7 @@ class _SlotMaker:
         else:
             resting = RestingTrainedBasisLinear if trains_basis else RestingLinear
             layer = resting(original, rank, self.kinds.of(original), tracker, path, scale)
+            self.keep(layer, path)
         if adapts:
             layer.activate(self._random_basis(layer))
         return layer
@@ -117,7 +122,14 @@ class _SlotMaker:
         """Return a layer that rests and whose slot is never active."""
         assert self.kinds is not None
         rank = min(max(1, self.method.get("rank", 1)), *linear_shape(original))
-        return RestingLinear(original, rank, self.kinds.of(original), self.tracker(rank), path)
+        layer = RestingLinear(original, rank, self.kinds.of(original), self.tracker(rank), path)
+        self.keep(layer, path)
+        return layer
+
+    def keep(self, layer: SlotModule, path: str) -> None:
+        """Move the layer's master, if it has one, to where masters are kept."""
+        if self.masters is not None and isinstance(layer, AccumulatingSlot):
+            self.masters.keep(layer, path)
 
     def _random_basis(self, layer: LowRankLinear) -> Tensor:
         self.made += 1
@@ -128,34 +140,42 @@ class _SlotMaker:
         return random_basis(layer.rank, layer.in_features, source, layer.slot.device)
 
 
-def make_layout(survey: Survey, seed: int = 0, resting: str | None = None) -> Layout:
+def make_layout(
+    survey: Survey, seed: int = 0, resting: str | None = None, masters: Masters | None = None
+) -> Layout:  # fmt: skip
     """Do to the model what the survey found possible; resting: how matrices rest, None: as they are.
+
+    masters: what keeps theirs in files, closed where this fails; None: they are in host memory.
 
     When something cannot be done, nothing is: masters too are where they were.
     """
     homes = {param: param.device for param in survey.model.parameters()}
     changes: list[Swap | TappedEmbedding] = []
     try:
-        return _make_layout(survey, seed, resting, changes)
+        return _make_layout(survey, seed, resting, changes, masters)
     except BaseException:
         for change in reversed(changes):
             change.undo()
+        if masters is not None:
+            masters.close()
         for param, home in homes.items():
             if param.device != home:
                 param.data = param.data.to(home)
         raise
 
 
-def _make_layout(survey: Survey, seed: int, resting: str | None, changes: list[Swap | TappedEmbedding]) -> Layout:
+def _make_layout(
+    survey: Survey, seed: int, resting: str | None, changes: list[Swap | TappedEmbedding], masters: Masters | None
+) -> Layout:  # fmt: skip
     """Make a layout whose changes are noted in `changes`, those of it that were made before one failed too."""
-    maker = _SlotMaker(survey, seed, resting)
+    maker = _SlotMaker(survey, seed, resting, masters)
     swaps = swap_linears(survey.places(), maker.layer)
     changes += swaps
     made = {swap.original: swap.layer for swap in swaps}
     # One in several places belongs to the first unit that has it.
     drawn = [_make_unit(plan, made) for plan in survey.drawn]
     always = _make_unit(survey.always, made)
-    layout = Layout(drawn, always, changes, survey.drawable, below=survey.below, resting=resting)
+    layout = Layout(drawn, always, changes, survey.drawable, below=survey.below, resting=resting, masters=masters)
     if survey.with_first.full or survey.slot_with_first:
         layout.with_first = _make_unit(survey.with_first, made)
     outer, kind = survey.outer, None if maker.kinds is None else maker.kinds.of_head
@@ -163,6 +183,8 @@ def _make_layout(survey: Survey, seed: int, resting: str | None, changes: list[S
         outer = find_still_outer(survey.model)
     if outer is not None:
         layers, taps = add_outer_slots(outer, survey.method.get("rank", 0), maker.tracker, changes, kind)
+        for path, layer in layers.items():
+            maker.keep(layer, path)
         if survey.outer is not None:
             _share_out(layout, layers, taps)
     if maker.kinds is not None:
