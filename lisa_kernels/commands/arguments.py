@@ -187,6 +187,11 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="bits in which matrices are on the device, their masters and the token embedding in host memory: 16-bit, "
         "int8, mixed (int8 where nf4 loses most) or nf4 (lora, owlore and galore; default: 16-bit)",
     )
+    add(
+        "--masters",
+        help="where the 16-bit masters of resting weights are: host (memory), or a folder for files that are mapped "
+        "and take none (default: host where they take up to half of what is free, else OUTPUT/masters)",
+    )
     add("--steps", type=int, help="optimizer steps (default: 200)")
     add("--epochs", type=float, help="passes over the data, in place of --steps")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")

@@ -24,16 +24,29 @@ SHARDS = "shards"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
-def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _split(tree: Any, path: str, tensors: dict[str, Tensor], taken: set[int]) -> Any:
     if isinstance(tree, Tensor):
-        # safetensors refuses views of one storage and strided tensors: each gets its own copy.
-        tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
+        tensors[path] = _writable(tree.detach(), taken)
         return {"__tensor__": path}
     if isinstance(tree, dict):
-        return {str(key): _split(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+        return {str(key): _split(value, f"{path}/{key}", tensors, taken) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_split(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
+        return [_split(value, f"{path}/{index}", tensors, taken) for index, value in enumerate(tree)]
     return tree
+
+
+def _writable(tensor: Tensor, taken: set[int]) -> Tensor:
+    """Return a tensor as safetensors writes it: on the CPU, in order, with no memory in common with others (`taken`).
+
+    Itself where it is so: what is mapped from a file need not come into memory.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        return tensor.to("cpu", copy=True).contiguous()
+    storage = tensor.untyped_storage().data_ptr()
+    if storage in taken:
+        return tensor.clone()
+    taken.add(storage)
+    return tensor
 
 
 def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
@@ -58,7 +71,7 @@ def save_tree(tree: dict[str, Any], folder: Path, name: str) -> None:
     Keys become strings and tuples lists.
     """
     tensors: dict[str, Tensor] = {}
-    plain = _split(tree, "", tensors)
+    plain = _split(tree, "", tensors, set())
     save_file(tensors, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(plain, indent=1))
 

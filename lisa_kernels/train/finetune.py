@@ -44,6 +44,7 @@ from lisa_kernels.train.checkpoint import checkpoint_step, find_checkpoints
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
 from lisa_kernels.train.lent_checkpoint import on_every_machine
+from lisa_kernels.train.master_files import settled_masters, tell_written
 from lisa_kernels.train.memory import PlannedMemory, describe_held
 from lisa_kernels.train.options import AUTO, AUTOMATIC, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
@@ -225,10 +226,11 @@ def _run(
             highlight=False,
         )
     scores = facts["scores"] if "scores" in facts else _agreed_scores(model, method, train, options, pad, ranks)
+    masters = settled_masters(options, model, console)
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
-        resting=options.resting, wire_dtype=options.wire_dtype,
+        resting=options.resting, masters=masters, wire_dtype=options.wire_dtype,
     )  # fmt: skip
     if options.resting:
         model.to(device)
@@ -249,7 +251,7 @@ def _run(
         _check_within_float16(run.dtype, facts["eval_loss_before"], len(held_out))
         facts |= {"began": began, "dtype": run.dtype, "taken": dataclasses.asdict(taken)}
         facts[LAUNCHERS] = launchers
-        on_first(ranks, lambda: _begin(options, facts, lock))
+        on_first(ranks, lambda: _begin(options, facts, lock, None if masters is None else Path(masters)))
     if options.shard and ranks is not None:
         check_disk(options, ranks)
     questions = held_out_questions(held_out, 0 if options.shard else samples_for(model, options.samples))
@@ -296,16 +298,17 @@ def _run(
             highlight=False,
         )
     ornament("the memory that was taken", lambda: _tell_memory(memory, excess, console), console)
+    tell_written(optimizer.master_bytes_written, console)
     finish_run(options, optimizer, summary, console)
     _ask(model, run.tokenizer, questions, history, steps, console)
     ornament("the page of the run", lambda: _write_page(options.output, console), console)
     return 0, summary
 
 
-def _begin(options: FineTuneOptions, facts: dict[str, Any], lock: RunLock) -> None:
+def _begin(options: FineTuneOptions, facts: dict[str, Any], lock: RunLock, kept: Path | None) -> None:
     """Begin the run in its folder, which this process holds from before until after."""
     lock.take()
-    start_run(options, facts)
+    start_run(options, facts, kept)
     lock.take()
 
 
@@ -392,7 +395,7 @@ def _summary(
         "given": {name: getattr(options, name) for name in AUTOMATIC},
         "train_loss_first": train_losses[0], "train_loss_last": train_losses[-1],
         "eval_loss_before": losses[0], "eval_loss_after": losses[1], "tokens_per_second": tokens_per_second,
-        "skipped_steps": optimizer.skipped_steps,
+        "skipped_steps": optimizer.skipped_steps, "master_bytes_written": optimizer.master_bytes_written,
         "layer_visits": dict(zip(optimizer.layer_names, optimizer.visits)), "layer_history": optimizer.history,
     }  # fmt: skip
 

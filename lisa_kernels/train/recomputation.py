@@ -81,10 +81,10 @@ def _budget(given: str, device: torch.device) -> int:
         return parse_size(given)
     if device.type == "cuda":
         return Memory.of(device).free
-    return int(_available_bytes() * (1 - KEPT_ON_CPU))
+    return int(available_bytes() * (1 - KEPT_ON_CPU))
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Return what programs may still take of this machine's memory."""
     table = Path("/proc/meminfo")
     if table.exists():

@@ -20,6 +20,8 @@ PARTIAL_RUN_FILE = f".{RUN_FILE}.partial"
 REHEARSAL = ".rehearsal-"
 SUMMARY_FILE = "summary.json"
 ADAPTER_FOLDER = "adapter"
+# Where masters of resting weights are while the run lasts, if they are files and no other folder was named.
+MASTERS_FOLDER = "masters"
 
 
 class RunOptions(Protocol):
@@ -89,7 +91,7 @@ def open_run(options: RunOptions) -> tuple[dict[str, Any], Path | None]:
 
 def _is_leftover(path: Path) -> bool:
     """Return whether a file or folder is what a start that was killed before its run began has left."""
-    return path.name == PARTIAL_RUN_FILE or path.name.startswith(REHEARSAL)
+    return path.name in (PARTIAL_RUN_FILE, MASTERS_FOLDER) or path.name.startswith(REHEARSAL)
 
 
 def _resumed(options: RunOptions, saved: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
@@ -112,17 +114,20 @@ def _resumed(options: RunOptions, saved: dict[str, Any]) -> tuple[dict[str, Any]
     return saved, checkpoints[-1] if checkpoints else None
 
 
-def start_run(options: RunOptions, facts: dict[str, Any]) -> None:
+def start_run(options: RunOptions, facts: dict[str, Any], kept: Path | None = None) -> None:
     """Begin a run in its folder, emptied if it may be: write run.json with what was measured before the first step.
 
-    Called when everything that was given has proved usable, so that a mistake never costs an older run. Raises
-    InputError where another run has begun in the folder since `open_run`.
+    Called when everything that was given has proved usable, so that a mistake never costs an older run. kept: a folder
+    that this run has in use already, wherever it is. Raises InputError where another run has begun in the folder since
+    `open_run`.
     """
     if not (options.overwrite or options.resume) and (options.output / RUN_FILE).exists():
         raise InputError(f"another run has begun in --output {options.output} meanwhile; give another folder.")
     options.output.mkdir(parents=True, exist_ok=True)
     # run.json goes last, by being replaced: a kill in between leaves what may be overwritten again.
     for path in options.output.iterdir():
+        if kept is not None and kept.resolve().is_relative_to(path.resolve()):
+            continue
         if _is_leftover(path) or (options.overwrite and path.name != RUN_FILE):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(options.output / RUN_FILE, {"options": options.recorded(), **facts})
