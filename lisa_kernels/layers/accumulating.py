@@ -27,6 +27,8 @@ class AccumulatingSlot(SlotModule):
 
     kept: Tensor
     home: MasterHome | None = None
+    # Whether an optimizer has moved the slot since it began anew.
+    stepped = False
 
     def _keep_master(self) -> None:
         """Move the weight to where its master is kept."""
@@ -115,11 +117,18 @@ class AccumulatingSlot(SlotModule):
         """Forget what the slot has learnt, and what decay has left."""
         super().begin_anew()
         self.kept.fill_(1.0)
+        self.stepped = False
+
+    def note_step(self, decay: Tensor) -> None:
+        """Note a step of the slot, and what its decay leaves of the weight, float32 0-d."""
+        self.kept *= decay
+        self.stepped = True
 
     def deactivate(self, keep: bool = False) -> None:
         """Free the slot's storage, its gradient's, and the basis unless it is kept; the master is as it was settled."""
         super().deactivate(keep)
         self.kept.fill_(1.0)
+        self.stepped = False
 
     @torch.no_grad()
     def add_slot_(self, weight: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
     folded = [layer for layer in tracked if not isinstance(layer, AccumulatingSlot)]
     for layer in tracked:
         if isinstance(layer, AccumulatingSlot):
-            layer.kept *= decays.of(groups[layer.slot], layer.device)
+            layer.note_step(decays.of(groups[layer.slot], layer.device))
     for layer in folded:
         layer.fold_into(
             layer.stored_weight.data, decays.of(groups[layer.slot], layer.slot.device),
@@ -139,10 +139,12 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
 def settle_slots(optimizer: AdamW8bit, layers: Iterable[SlotModule], last: bool = False) -> None:
     """Put the slots of resting layers into their masters, which rest anew; `last`: rounded to nearest.
 
-    Those of adapters are for `Adapters` to merge.
+    Those of adapters are for `Adapters` to merge, and one that was settled since the last step has nothing to give.
     """
     for layer in layers:
-        if isinstance(layer, AccumulatingSlot) and layer.active and layer.tracker is not None:
+        if not isinstance(layer, AccumulatingSlot) or not layer.active or layer.tracker is None:
+            continue
+        if last or layer.stepped:
             layer.settle(None if last else optimizer.step_key(layer.slot))
 
 
@@ -210,6 +212,7 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
             if isinstance(layer, AccumulatingSlot):
                 layer.take_master(entry["weight"])
                 layer.kept.copy_(entry["kept"])
+                layer.stepped = True
             else:
                 local(layer.stored_weight).copy_(rows_like(layer.stored_weight, entry["weight"]))
             layer.restarted = False
