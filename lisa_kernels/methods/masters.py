@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -32,6 +33,20 @@ def check_masters(masters: str | os.PathLike[str] | None, resting: str | None) -
     return os.fspath(masters)
 
 
+class MasterKeeper(Protocol):
+    """What moves each master to where it is kept; see `Masters`."""
+
+    @property
+    def bytes_written(self) -> int:
+        """How many bytes went to the disk so far."""
+
+    def keep(self, layer: AccumulatingSlot, path: str) -> None:
+        """Move a layer's master to where it is kept; path: the layer's."""
+
+    def close(self) -> None:
+        """Delete what was written; weights that are mapped from there stay readable."""
+
+
 class Masters:
     """Keeps each master in the file that the model was loaded from, as long as it is what that says, else in a folder.
 
@@ -40,7 +55,7 @@ class Masters:
 
     def __init__(self, survey: Survey, resting: str, folder: str) -> None:
         self._own = OwnFiles(survey.model)
-        self.folder = MasterFolder(folder, wanted_bytes(survey, resting))
+        self.folder = MasterFolder(folder, MasterBytes.of(survey, resting).wanted)
 
     @property
     def bytes_written(self) -> int:
@@ -61,26 +76,45 @@ class Masters:
         self.folder.close()
 
 
-def wanted_bytes(survey: Survey, resting: str) -> int:
-    """Return the most bytes that the folder holds: every master, one more while it is written, and what is saved.
+@dataclass(frozen=True)
+class MasterBytes:
+    """What masters take: all of them, those that train at a time, and of these the ones that are drawn.
 
-    A state of the model has the layers that train with what they have learnt, which is written aside for it.
+    wanted: the most that their folder holds, with one more of the largest while it is written, and what a state of the
+    model has of layers that train, which is written aside for it.
     """
-    each: dict[int, int] = {id(weight): weight.nbytes for weight in _masters(survey, resting)}
-    outer: int = sum(weight.nbytes for weight in ([] if survey.outer is None else survey.outer.weights()))
-    units = sorted((_bytes(unit) for unit in survey.drawn), reverse=True)
-    active: int = survey.method.get("active_layers", len(units))
-    return sum(each.values()) + max(each.values(), default=0) + outer + _bytes(survey.always) + sum(units[:active])
 
+    all: int
+    largest: int
+    active: int
+    drawn: int
 
-def _masters(survey: Survey, resting: str) -> list[Any]:
-    outer = survey.outer
-    if outer is None and survey.method.embeddings_rest:
-        outer = find_still_outer(survey.model)
-    places = [*survey.places(), *Kinds(resting, survey).still]
-    return [*(place.layer.weight for place in places), *([] if outer is None else outer.weights())]
+    @property
+    def wanted(self) -> int:
+        """The most bytes on the disk."""
+        return self.all + self.largest + self.active
+
+    @classmethod
+    def of(cls, survey: Survey, resting: str) -> MasterBytes:
+        """Return that of a model whose matrices are to rest."""
+        outer = survey.outer
+        still = find_still_outer(survey.model) if outer is None and survey.method.embeddings_rest else None
+        around = [weight for places in (outer, still) if places is not None for weight in places.weights()]
+        linears = [place.layer.weight for place in (*survey.places(), *Kinds(resting, survey).still)]
+        each: dict[int, int] = {id(weight): _size(weight) for weight in (*linears, *around)}
+        units = sorted((_bytes(unit) for unit in survey.drawn), reverse=True)
+        count: int = survey.method.get("active_layers", len(units))
+        drawn = sum(units[:count])
+        trained = 0 if outer is None else sum({id(weight): _size(weight) for weight in outer.weights()}.values())
+        return cls(
+            sum(each.values()), max(each.values(), default=0), drawn + trained + _bytes(survey.always), drawn
+        )  # fmt: skip
 
 
 def _bytes(unit: UnitPlan) -> int:
     weights: set[nn.Parameter] = {place.layer.weight for place in unit.places}  # type: ignore[misc]
-    return sum(weight.nbytes for weight in weights)
+    return sum(map(_size, weights))
+
+
+def _size(weight: Any) -> int:
+    return int(weight.numel() * weight.element_size())

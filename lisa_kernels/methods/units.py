@@ -22,7 +22,7 @@ from lisa_kernels.layers import (
 )
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.definitions import LoRA
-from lisa_kernels.methods.masters import Masters
+from lisa_kernels.methods.masters import MasterKeeper
 from lisa_kernels.methods.outer_slots import add_outer_slots, find_still_outer
 from lisa_kernels.methods.resting import Kinds
 from lisa_kernels.methods.survey import Survey, UnitPlan
@@ -77,7 +77,7 @@ class Layout:
     with_first: Unit | None = None
     below: bool = False
     resting: str | None = None
-    masters: Masters | None = None
+    masters: MasterKeeper | None = None
 
     def units(self) -> list[Unit]:
         """Return every unit, the drawn ones first."""
@@ -93,7 +93,7 @@ class Layout:
 class _SlotMaker:
     """Makes the layers with slots of one model, each with random numbers of its own."""
 
-    def __init__(self, survey: Survey, seed: int, resting: str | None, masters: Masters | None) -> None:
+    def __init__(self, survey: Survey, seed: int, resting: str | None, masters: MasterKeeper | None) -> None:
         self.masters = masters
         self.method, self.seed, self.made = survey.method, seed, 0
         self.kinds = None if resting is None else Kinds(resting, survey)
@@ -141,7 +141,7 @@ class _SlotMaker:
 
 
 def make_layout(
-    survey: Survey, seed: int = 0, resting: str | None = None, masters: Masters | None = None
+    survey: Survey, seed: int = 0, resting: str | None = None, masters: MasterKeeper | None = None
 ) -> Layout:  # fmt: skip
     """Do to the model what the survey found possible; resting: how matrices rest, None: as they are.
 
@@ -165,7 +165,7 @@ def make_layout(
 
 
 def _make_layout(
-    survey: Survey, seed: int, resting: str | None, changes: list[Swap | TappedEmbedding], masters: Masters | None
+    survey: Survey, seed: int, resting: str | None, changes: list[Swap | TappedEmbedding], masters: MasterKeeper | None
 ) -> Layout:  # fmt: skip
     """Make a layout whose changes are noted in `changes`, those of it that were made before one failed too."""
     maker = _SlotMaker(survey, seed, resting, masters)

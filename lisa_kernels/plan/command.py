@@ -20,6 +20,7 @@ from lisa_kernels.plan.duration import Machine
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.fit import Fit, proposals
 from lisa_kernels.plan.gpu_memory import GpuMemory
+from lisa_kernels.plan.host import print_host
 from lisa_kernels.plan.options import finetune_command, workload_of
 from lisa_kernels.plan.plot import plot_timeline, stacked
 from lisa_kernels.plan.rehearsal import Workload, rehearse
@@ -91,6 +92,7 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
         }  # fmt: skip
     if not arguments.json:
         print_plan(found.plan, Console())
+        print_host(found.plan.host, Console())
         print_travel(found.plan, Console())
         print_times(times, found.plan, arguments, Console())
         if device_bytes is not None:

@@ -7,7 +7,9 @@ import shlex
 from typing import TYPE_CHECKING
 
 from lisa_kernels.methods import Method
+from lisa_kernels.methods.masters import IN_MEMORY
 from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.plan.host import FILES
 from lisa_kernels.plan.length import RunLength
 from lisa_kernels.train.configs import check_sequence_length
 from lisa_kernels.train.finetune import build_method
@@ -46,9 +48,13 @@ def workload_of(
         checkpointed_blocks=recomputed or None,
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
-        resting=options.resting, seed=options.seed, length=RunLength.of(options, method, model), ranks=ranks,
-        wire_dtype=options.wire_dtype, data=data, shard=shard,
+        resting=options.resting, masters=_masters(options), seed=options.seed,
+        length=RunLength.of(options, method, model), ranks=ranks, wire_dtype=options.wire_dtype, data=data, shard=shard,
     )  # fmt: skip
+
+
+def _masters(options: FineTuneOptions) -> str | None:
+    return options.masters if options.masters in (None, IN_MEMORY) else FILES
 
 
 def finetune_command(workload: Workload, expandable: bool = False) -> str:
@@ -69,6 +75,8 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
         flags["paging"] = workload.paging
     if workload.resting is not None:
         flags["resting"] = workload.resting
+    if workload.masters is not None:
+        flags["masters"] = workload.masters if workload.masters == IN_MEMORY else "FOLDER"
     if workload.wire_dtype is not None:
         flags["wire-dtype"] = workload.wire_dtype
     if workload.seed:

@@ -22,6 +22,7 @@ from lisa_kernels.layers import (
     offload_checkpoints,
 )
 from lisa_kernels.methods import Method, SampledAdamW
+from lisa_kernels.methods.masters import IN_MEMORY
 from lisa_kernels.methods.resting import check_resting
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import make_layout
@@ -31,6 +32,7 @@ from lisa_kernels.plan.data_rows import DataRows, Rows, packed_batch
 from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer, mean_draws
 from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.gpu_memory import GpuMemory
+from lisa_kernels.plan.host import RehearsedMasters
 from lisa_kernels.plan.length import RunLength
 from lisa_kernels.plan.ranks import RehearsedRanks, travel_of
 from lisa_kernels.plan.shards import GatheredWeights, share_out_rehearsed
@@ -55,8 +57,8 @@ class Workload:
     and the run's follows from it; no bytes depend on it. ranks: processes that train one model, all others as this one,
     with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards; shard: each holds a part of
     the weights, and what is said is of rank 0, whose part is the largest. data: rows whose examples
-    share them, None: a row is one sequence of seq_len tokens. resting: see `attach`. Raises InputError for values out
-    of range.
+    share them, None: a row is one sequence of seq_len tokens. resting: see `attach`; masters: "host" or,
+    of files that are mapped, "files". Raises InputError for values out of range.
     """
 
     model: Any
@@ -80,6 +82,7 @@ class Workload:
     shard: bool = False
     data: DataRows | None = None
     resting: str | None = None
+    masters: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""
@@ -196,7 +199,8 @@ def prepare(
     device = next(model.parameters()).device
     with device:
         resting = check_resting(workload.resting, workload.method, reduction is not None)
-        layout = make_layout(survey_model(model, workload.method), workload.seed, resting)
+        masters = None if workload.masters in (None, IN_MEMORY) else RehearsedMasters()
+        layout = make_layout(survey_model(model, workload.method), workload.seed, resting, masters)
     method, sampler = workload.method, None
     if method.get("period", None) is not None:
         method = dataclasses.replace(method, period=1)  # type: ignore[call-arg]

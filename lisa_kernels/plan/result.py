@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lisa_kernels.plan.duration import Duration, Machine
     from lisa_kernels.plan.flow import FlowWorkload
     from lisa_kernels.plan.gpu_memory import GpuMemory
+    from lisa_kernels.plan.host import HostBytes
     from lisa_kernels.plan.length import RunLength
     from lisa_kernels.plan.ranks import Travel
     from lisa_kernels.plan.rehearsal import Workload
@@ -140,6 +141,14 @@ class Plan:
         work = self._cpu_work if machine.is_cpu else self._gpu_work
         return predict(work, self.workload, machine, self.workload.steps_between())
 
+    @cached_property
+    def host(self) -> HostBytes | None:
+        """What masters of weights at rest take beside the device; None where there are none."""
+        from lisa_kernels.plan.host import host_bytes
+        from lisa_kernels.plan.rehearsal import Workload
+
+        return host_bytes(self.workload, self.steps) if isinstance(self.workload, Workload) else None
+
     @property
     def travel(self) -> Travel | None:
         """What the ranks of the run send each other; None of a single one."""
@@ -172,6 +181,7 @@ class Plan:
             "peak": self.peak._asdict(), "split_bytes": self.split, "phase_peak_bytes": self.phases,
             "reserved_bytes": self.reserved().reserved, "reserved_bytes_expandable": self.reserved(True).reserved,
             "context_bytes": self.context_bytes, "cards": [card._asdict() for card in self.cards()],
+            "host": None if self.host is None else self.host.as_dict(),
             "travel": None if self.travel is None else self.travel.as_dict(),
         }  # fmt: skip
 
