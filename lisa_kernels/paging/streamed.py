@@ -1,0 +1,236 @@
+"""Pages that the device only reads, one after the other in an order that comes again: two buffers, one page ahead.
+
+What is on the device does not grow with the number of pages. While one is read the next is on its way, into the buffer
+of the one before. A copy waits on the device for the last reader of what it writes over, and readers for their copy;
+the host waits for neither.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisa_kernels.errors import InputError
+from lisa_kernels.paging.buffers import Buffer, LastUse, Slot, copy_in_order
+from lisa_kernels.paging.locked import HostMemory
+from lisa_kernels.paging.queues import Lanes
+from lisa_kernels.paging.slab import SlabLayout
+
+BUFFERS = 2
+NOTHING = -1
+
+
+class StreamedPage:
+    """Named tensors that are at home in host memory and lent to the device where they are read."""
+
+    def __init__(self, pages: StreamedPages, number: int, layout: SlabLayout, home: Buffer) -> None:
+        self.number, self.layout, self.home = number, layout, home
+        self._pages = pages
+        self._there: _Readers | None = None
+        self._views: weakref.WeakKeyDictionary[Slot, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def lent(self, device: torch.device) -> Iterator[Mapping[str, Tensor]]:
+        """Lend the tensors by name on a device, to be read by what is queued there inside."""
+        there = self._at(device)
+        slot = there.take(self)
+        try:
+            yield self._seen_in(slot)
+        finally:
+            slot.last.event = there.lanes.work.record()
+
+    def write(self, name: str, first: int, content: Tensor) -> None:
+        """Put values [n] into a tensor at home from `first` on, in the order of the current stream where they are.
+
+        What is lent from then on has them.
+        """
+        there = self._at(content.device)
+        there.forget(self)
+        if content.is_meta:
+            return
+        work, part = there.lanes.work, self.layout.views(self.home.bytes)[name][first : first + len(content)]
+        work.wait(self.home.last.event)
+        work.copy_(part.view(torch.uint8), content.view(torch.uint8))
+        self.home.last.event = work.record()
+
+    def _seen_in(self, slot: Slot) -> dict[str, Tensor]:
+        if slot not in self._views:
+            self._views[slot] = self.layout.views(slot.memory[: self.layout.nbytes])
+        return self._views[slot]
+
+    def _at(self, device: torch.device) -> _Readers:
+        """Return the readers of a device; a page that was read elsewhere before is now theirs."""
+        if self._there is None or self._there.lanes.device != device:
+            self._there = self._pages.move(self, self._there, device)
+        return self._there
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has memory of its own, and no device yet."""
+        if self.home.last.event is not None:
+            self.home.last.event.synchronize()
+        return {"_pages": self._pages, "number": self.number, "layout": self.layout, "content": self.home.bytes.clone()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` returned."""
+        content = state.pop("content")
+        self.__init__(state["_pages"], state["number"], state["layout"], _plain(content))  # type: ignore[misc]
+
+
+class StreamedPages:
+    """The pages that are read in turns.
+
+    Host memory: the bytes of all pages, locked where a GPU reads them. Device memory: of each device two buffers of its
+    largest page, from the first time that one is read there; one, where there is a single page.
+    """
+
+    def __init__(self, lanes: Callable[[torch.device], Lanes] = Lanes) -> None:
+        self._lanes = lanes
+        self._pages: list[StreamedPage] = []
+        self._readers: dict[torch.device, _Readers] = {}
+        self._holding = False
+        # Told of the bytes of each copy to a device; plans count them.
+        self.watchers: list[Callable[[int], None]] = []
+
+    def page(self, layout: SlabLayout, device: torch.device) -> StreamedPage:
+        """Return a new page of any content; device: where it will be read, or the CPU while that is not known."""
+        page = StreamedPage(self, len(self._pages), layout, _plain(torch.empty(0, dtype=torch.uint8, device="cpu")))
+        self._pages.append(page)
+        page._at(device)
+        return page
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of host memory the pages take."""
+        return sum(page.layout.nbytes for page in self._pages)
+
+    def held(self) -> list[Tensor]:
+        """Return the memory that is held on devices, and of a plan's pages what `hold` has given them."""
+        buffers = [slot.memory for readers in self._readers.values() for slot in readers.slots]
+        return buffers + [page.home.bytes for page in self._pages if self._holding]
+
+    def hold(self) -> None:
+        """Give pages without values the memory that they take where host and device are one: for a plan."""
+        self._holding = True
+        for page in self._pages:
+            page.home.bytes = page.home.bytes.contiguous()
+
+    def move(self, page: StreamedPage, there: _Readers | None, device: torch.device) -> _Readers:
+        """Have a page read on another device than before: its home is made anew, as that device can copy from it."""
+        readers = self._readers.get(device)
+        if readers is None:
+            readers = self._readers[device] = _Readers(self._lanes(device), self.watchers)
+        home = readers.home(page.layout.nbytes)
+        if page.home.last.event is not None:
+            page.home.last.event.synchronize()
+        if page.home.bytes.numel() and not page.home.bytes.is_meta and not home.bytes.is_meta:
+            home.bytes.copy_(page.home.bytes)
+        page.home = home
+        readers.pages[page.number] = page
+        if there is not None:
+            there.forget(page)
+            del there.pages[page.number]
+            if not there.pages:
+                there.close()
+                del self._readers[there.lanes.device]
+        return readers
+
+    def close(self) -> None:
+        """Give up all memory, each piece after its last use; the pages are not used again."""
+        for readers in self._readers.values():
+            readers.close()
+        self._readers.clear()
+        for page in self._pages:
+            page.home = _plain(page.home.bytes.new_empty(0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no device yet, and nobody watches it."""
+        return {"_lanes": self._lanes, "_pages": self._pages, "_readers": {}, "_holding": False, "watchers": []}
+
+
+class _Readers:
+    """What reads pages on one device: its buffers, and in which order the pages were asked for so far."""
+
+    def __init__(self, lanes: Lanes, watchers: list[Callable[[int], None]]) -> None:
+        self.lanes, self._watchers = lanes, watchers
+        self._memory = HostMemory(lanes)
+        self.pages: dict[int, StreamedPage] = {}
+        self.slots: list[Slot] = []
+        # The last two pages asked for, and by the two before which page came then.
+        self._last = NOTHING, NOTHING
+        self._followed: dict[tuple[int, int], int] = {}
+
+    def home(self, nbytes: int) -> Buffer:
+        """Return host memory for a page."""
+        if self.lanes.device.type == "meta":
+            return _plain(torch.empty((), dtype=torch.uint8, device="meta").expand(nbytes))
+        return self._memory.buffer(nbytes)
+
+    def take(self, page: StreamedPage) -> Slot:
+        """Return the buffer that has a page, for work queued on the current stream from now on; the next sets out."""
+        if self.lanes.being_captured:
+            raise InputError(
+                "weights that are streamed from the host cannot be read in the capture of a CUDA graph; keep them on "
+                "the device, or capture nothing."
+            )
+        turned = page.number != self._last[1]
+        slot = self._holding(page.number) or self._bring(page)
+        self.lanes.work.wait(slot.last.event)
+        if turned:
+            self._followed[self._last] = page.number
+            self._last = self._last[1], page.number
+            coming = self.pages.get(self._next())
+            if coming is not None and self._holding(coming.number) is None:
+                self._bring(coming)
+        return slot
+
+    def forget(self, page: StreamedPage) -> None:
+        """Have a page come anew when it is next read."""
+        slot = self._holding(page.number)
+        if slot is not None:
+            slot.page = None
+
+    def close(self) -> None:
+        """Give the buffers up after their last use."""
+        for slot in self.slots:
+            slot.give_back_memory()
+        self.slots = []
+
+    def _next(self) -> int:
+        """Return the page that came after the last two when they were last asked for, or the next one in their way."""
+        before, now = self._last
+        onwards = now + (1 if before in (NOTHING, now) or before < now else -1)
+        return self._followed.get(self._last, onwards)
+
+    def _holding(self, number: int) -> Slot | None:
+        page = self.pages.get(number)
+        return next((slot for slot in self.slots if page is not None and slot.is_of(page)), None)
+
+    def _bring(self, page: StreamedPage) -> Slot:
+        slot = self._room_for(page)
+        slot.page, slot.bytes = weakref.ref(page), slot.memory[: page.layout.nbytes]
+        copy_in_order(self.lanes.inwards, slot, page.home)
+        for watch in self._watchers:
+            watch(page.layout.nbytes)
+        return slot
+
+    def _room_for(self, page: StreamedPage) -> Slot:
+        """Return a buffer that may be written over: never that of the page which was asked for last."""
+        capacity = max(each.layout.nbytes for each in self.pages.values())
+        if self.slots and self.slots[0].capacity < capacity:
+            # A larger page has come to this device since.
+            self.close()
+        kept = self._holding(self._last[1])
+        free = [slot for slot in self.slots if slot is not kept]
+        if len(self.slots) < BUFFERS and not any(slot.idle for slot in free):
+            self.slots.append(Slot(self.lanes, capacity))
+            return self.slots[-1]
+        return min(free, key=lambda slot: not slot.idle)
+
+
+def _plain(content: Tensor) -> Buffer:
+    return Buffer(content, LastUse(None))  # type: ignore[arg-type]
