@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from threading import get_ident
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from lisa_kernels.basis import BasisTracker
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers.accumulating import AccumulatingSlot
+from lisa_kernels.layers.codes_home import CodesHome, OnDevice
 from lisa_kernels.layers.freezing import replica_advice
 from lisa_kernels.layers.lowrank import LowRankLinear, TrainedBasisLinear
+from lisa_kernels.ops.lent_linear import capture_lent_linear, lent_linear
 from lisa_kernels.ops.lowrank_linear.whole_weight import whole_weight
 from lisa_kernels.ops.resting import RestingWeight, quantize_resting
 from lisa_kernels.ops.resting_linear import capture_resting_linear, resting_linear
@@ -27,23 +30,25 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
     Between two of these the device never holds the layer in 16 bits but a tile of it at a time, within a product. The
     master is the parameter itself, see `AccumulatingSlot`.
 
-    Bytes on the device: 1.0625 (int8) or 0.5625 (nf4) a weight, and those of an active slot.
+    Bytes at `codes_home`: 1.0625 (int8) or 0.5625 (nf4) a weight; on the device those of an active slot.
     """
 
     def __init__(
-        self, original: nn.Module, rank: int, kind: str, tracker: BasisTracker | None, path: str, scale: float = 1.0
-    ) -> None:
+        self, original: nn.Module, rank: int, kind: str, tracker: BasisTracker | None, path: str, scale: float = 1.0,
+        codes_home: CodesHome | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(original, rank, scale, tracker)
-        self.kind = kind
+        self.kind, self.codes_home = kind, codes_home or OnDevice()
         device = self.stored_weight.device
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8, device=device), persistent=False)
         self.register_buffer("absmax", torch.empty(0, device=device), persistent=False)
-        self._rest(self.stored_weight.detach())
-        if not is_finite(self.absmax):
+        weight = self._at_rest(self.stored_weight.detach())
+        if not is_finite(weight.absmax):
             raise InputError(
                 f"{path}.weight is to rest in few bits and holds a NaN or an infinity; give a model whose weights are "
                 "finite."
             )
+        self.codes_home.put(self, weight, 0)
         self._keep_master()
 
     codes: Tensor
@@ -51,7 +56,7 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
 
     @property
     def resting(self) -> RestingWeight:
-        """The weight [m, n] as it rests."""
+        """The weight [m, n] as it rests where the layer computes; see `codes_home`, which has it there."""
         return RestingWeight(self.codes, self.absmax, self.kind, self.out_features, self.in_features)
 
     @property
@@ -59,7 +64,8 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
         """The master; within a forward, for code that goes past the layer, what the layer multiplies by."""
         if get_ident() not in self.passes:
             return self.stored_weight
-        woken = self.resting.woken(self.stored_weight.dtype)
+        with self.lend() as weight:
+            woken = weight.woken(self.stored_weight.dtype)
         if self.active:
             choose = self.refresh_basis if self.capturing and torch.is_grad_enabled() else None
             woken = whole_weight(woken, self.slot, self.basis, self.scale, choose is not None, choose)
@@ -72,26 +78,34 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., m] for x [..., n]."""
-        weight = self.resting[:4]
         if not self.active:
-            return resting_linear(x, *weight, self.bias)
+            return self._times(x)
         rows = x.reshape(-1, self.in_features)
-        if self.capturing and torch.is_grad_enabled():
-            y = capture_resting_linear(rows, *weight, self.bias, self.slot, self._choose_basis)
+        if not (self.capturing and torch.is_grad_enabled()):
+            y = self._times(rows, self.slot, self.basis, self.scale)
+        elif self.codes_home.stays:
+            y = capture_resting_linear(rows, *self.resting[:4], self.bias, self.slot, self._choose_basis)
         else:
-            y = resting_linear(rows, *weight, self.bias, self.slot, self.basis, self.scale)
+            y = capture_lent_linear(rows, self.lend, self.bias, self.slot, self._choose_basis)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _rest(self, master: Tensor) -> None:
-        """Let the whole weight rest in codes of its own, from the master as it is stored."""
-        stored = master.t() if self.transposed else master
-        self.codes, self.absmax = quantize_resting(stored.contiguous(), self.kind)
+    def _times(self, x: Tensor, *beside: Any) -> Tensor:
+        if self.codes_home.stays:
+            return resting_linear(x, *self.resting[:4], self.bias, *beside)
+        return lent_linear(x, self.lend, self.bias, *beside)
+
+    def lend(self) -> AbstractContextManager[RestingWeight]:
+        """Lend the weight [m, n] as it rests to what is queued inside."""
+        return self.codes_home.lend(self)
+
+    def _at_rest(self, stored: Tensor) -> RestingWeight:
+        """Return the whole weight in codes, or rows of it, from a master as it is stored."""
+        matrix = stored.t() if self.transposed else stored
+        codes, absmax = quantize_resting(matrix.contiguous(), self.kind)
+        return RestingWeight(codes, absmax, self.kind, *matrix.shape)
 
     def _rest_rows(self, here: Tensor, rows: slice) -> None:
-        if self.transposed:
-            self._rest(here)
-        else:
-            self.resting.rows(rows).rest_(here)
+        self.codes_home.put(self, self._at_rest(here), 0 if self.transposed else rows.start)
 
     def _tiles(self, weight: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         if not self.transposed:

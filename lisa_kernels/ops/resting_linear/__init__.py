@@ -50,7 +50,7 @@ def times(dy: Tensor, weight: RestingWeight) -> Tensor:
     return total.to(dy.dtype)
 
 
-def _forward_definition(
+def forward_definition(
     x: Tensor, codes: Tensor, absmax: Tensor, kind: str, m: int, bias: Tensor | None, slot: Tensor | None,
     basis: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -64,7 +64,7 @@ def _forward_definition(
         return y, projected
 
 
-_resting_linear = torch.library.custom_op("lisa_kernels::resting_linear", _forward_definition, mutates_args=())
+_resting_linear = torch.library.custom_op("lisa_kernels::resting_linear", forward_definition, mutates_args=())
 
 
 @_resting_linear.register_fake
@@ -76,7 +76,7 @@ def _(
     return x.new_empty((*x.shape[:-1], m)), x.new_empty(kept)
 
 
-def _backward_definition(
+def backward_definition(
     dy: Tensor, codes: Tensor, absmax: Tensor, kind: str, n: int, projected: Tensor, slot: Tensor | None,
     basis: Tensor | None, scale: float, needs_dx: bool, x: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -96,7 +96,7 @@ def _backward_definition(
 
 
 _resting_linear_backward = torch.library.custom_op(
-    "lisa_kernels::resting_linear_backward", _backward_definition, mutates_args=()
+    "lisa_kernels::resting_linear_backward", backward_definition, mutates_args=()
 )
 
 
@@ -189,6 +189,6 @@ def capture_resting_linear(
 
 # What these operations are made of: for a plan, to which they are one each otherwise, with nothing inside.
 DEFINITIONS = {
-    torch.ops.lisa_kernels.resting_linear.default: _forward_definition,
-    torch.ops.lisa_kernels.resting_linear_backward.default: _backward_definition,
+    torch.ops.lisa_kernels.resting_linear.default: forward_definition,
+    torch.ops.lisa_kernels.resting_linear_backward.default: backward_definition,
 }
