@@ -192,6 +192,11 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="where the 16-bit masters of resting weights are: host (memory), or a folder for files that are mapped "
         "and take none (default: host where they take up to half of what is free, else OUTPUT/masters)",
     )
+    add(
+        "--resting-where",
+        help="where these bits of the layers are: device, or host, which streams them a layer ahead, so that the "
+        "device holds two layers of them (default: device)",
+    )
     add("--steps", type=int, help="optimizer steps (default: 200)")
     add("--epochs", type=float, help="passes over the data, in place of --steps")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm to this; 0 for never")

@@ -29,7 +29,7 @@ from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.agreement import agree
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.masters import Masters, check_masters
-from lisa_kernels.methods.resting import check_resting
+from lisa_kernels.methods.resting import check_resting, check_resting_where
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
 from lisa_kernels.methods.units import Layout, make_layout
@@ -43,8 +43,8 @@ def attach(
     weight_decay: float = 1e-2, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
     scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
-    paging: str | None = None, resting: str | None = None, masters: str | os.PathLike[str] | None = None,
-    ranks: Any = "auto", wire_dtype: str | None = None,
+    paging: str | None = None, resting: str | None = None, resting_where: str | None = None,
+    masters: str | os.PathLike[str] | None = None, ranks: Any = "auto", wire_dtype: str | None = None,
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
@@ -67,6 +67,9 @@ def attach(
     learn beside the codes, and what is saved, merged or left by `detach()` are masters with the adapters in them. For
     methods whose layers train through slots or adapters (OwLore, GaLore, LoRA) and one process; embeddings that train
     at full rank stay as they are.
+
+    resting_where: "host" has the codes of the blocks in host memory too, page-locked; the device holds two blocks of
+    them, the one in use and the next one on its way, and computes the same bits. "device" (the default) has them all.
 
     masters: "host" (or None) keeps them in host memory; a folder keeps them in files that are mapped, so that they take
     none but the system's file cache. A master is the file that the model was loaded from, which is never written to,
@@ -91,6 +94,7 @@ def attach(
         with together(sharing):
             model = without_compiler(model)
             wire = _check(model, method, settings, general, wire_dtype, sharing)
+            where = check_resting_where(resting_where, resting)
             resting = check_resting(resting, method, sharing is not None or bool(units_of(model)))
             folder = check_masters(masters, resting)
             at_rest(model)
@@ -103,7 +107,7 @@ def attach(
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
         more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}
-        optimizer = _attached(sharing, survey, scores, seed, more, resting, folder)
+        optimizer = _attached(sharing, survey, scores, seed, more, resting, where, folder)
     except BaseException:
         if sharing is not None:
             sharing.close()
@@ -114,7 +118,7 @@ def attach(
 
 def _attached(
     sharing: Ranks | None, survey: Survey, scores: Sequence[float] | None, seed: int, settings: Mapping[str, Any],
-    resting: str | None, folder: str | None,
+    resting: str | None, where: str, folder: str | None,
 ) -> SampledAdamW:  # fmt: skip
     """Do to the model what was surveyed; on a failure of this rank or another it is as it was."""
     optimizer: SampledAdamW | None = None
@@ -124,7 +128,7 @@ def _attached(
         with together(sharing):
             sampler = _make_sampler(survey, seed, scores)
             masters = None if folder is None or resting is None else Masters(survey, resting, folder)
-            layout = make_layout(survey, seed, resting, masters)
+            layout = make_layout(survey, seed, resting, where, masters)
             swaps = layout.swaps
             kind: type[SampledAdamW] = survey.method.optimizer or SampledAdamW
             optimizer = kind(survey.model, survey.method, layout, sampler, seed=seed, **settings)

@@ -16,6 +16,7 @@ from lisa_kernels.methods.survey import Survey
 
 AS_THEY_ARE = "16-bit"
 WAYS = (AS_THEY_ARE, "int8", "mixed", "nf4")
+PLACES = ("device", "host")
 
 
 def check_resting(resting: str | None, method: Method, shared: bool) -> str | None:
@@ -36,6 +37,17 @@ def check_resting(resting: str | None, method: Method, shared: bool) -> str | No
     if shared:
         raise InputError(f"resting={resting!r} is for one process, and this one has others; leave it out.")
     return resting
+
+
+def check_resting_where(where: str | None, resting: str | None) -> str:
+    """Return where the codes of the blocks are between uses; raises InputError for a place that is none."""
+    if where is not None and where not in PLACES:
+        raise unknown_name("place to rest", where, PLACES)
+    if where not in (None, "device") and resting in (None, AS_THEY_ARE):
+        raise InputError(
+            f"resting_where={where!r} is for weights that rest in 8 or 4 bits; give resting, such as 'nf4', too."
+        )
+    return where or "device"
 
 
 class Kinds:

@@ -411,6 +411,8 @@ class SampledAdamW(RankAccess):
         self._close_pages()
         if self.layout.masters is not None:
             self.layout.masters.close()
+        if self.layout.streamed is not None:
+            self.layout.streamed.close()
         self._guard = None
         self._active = []
         return self.model

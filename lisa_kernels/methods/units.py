@@ -20,12 +20,15 @@ from lisa_kernels.layers import (
     linear_shape,
     swap_linears,
 )
+from lisa_kernels.layers.codes_home import CodesHome
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.definitions import LoRA
 from lisa_kernels.methods.masters import MasterKeeper
 from lisa_kernels.methods.outer_slots import add_outer_slots, find_still_outer
 from lisa_kernels.methods.resting import Kinds
+from lisa_kernels.methods.streaming import HostHomes
 from lisa_kernels.methods.survey import Survey, UnitPlan
+from lisa_kernels.paging.streamed import StreamedPages
 
 # Steps between two refreshes of a basis, for methods that only have embedding and head in low rank.
 DEFAULT_GAP = 200
@@ -67,7 +70,8 @@ class Layout:
 
     drawable: the numbers of the units that can be drawn; the others were frozen whole before. with_first: what is
     active while unit 0 is and has no number of its own. below: whether every backward reaches below the blocks.
-    resting: how matrices rest, None: as they are. masters: what keeps theirs in files, None: they are in host memory.
+    resting: how matrices rest, None: as they are. streamed: the pages of those whose codes are in host memory. masters:
+    what keeps theirs in files, None: they are in host memory.
     """
 
     drawn: list[Unit]
@@ -77,6 +81,7 @@ class Layout:
     with_first: Unit | None = None
     below: bool = False
     resting: str | None = None
+    streamed: StreamedPages | None = None
     masters: MasterKeeper | None = None
 
     def units(self) -> list[Unit]:
@@ -93,10 +98,13 @@ class Layout:
 class _SlotMaker:
     """Makes the layers with slots of one model, each with random numbers of its own."""
 
-    def __init__(self, survey: Survey, seed: int, resting: str | None, masters: MasterKeeper | None) -> None:
+    def __init__(
+        self, survey: Survey, seed: int, resting: str | None, where: str, masters: MasterKeeper | None
+    ) -> None:  # fmt: skip
         self.masters = masters
         self.method, self.seed, self.made = survey.method, seed, 0
         self.kinds = None if resting is None else Kinds(resting, survey)
+        self.homes = HostHomes(survey, self.kinds) if self.kinds is not None and where == "host" else None
 
     def tracker(self, rank: int) -> BasisTracker:
         self.made += 1
@@ -112,7 +120,7 @@ class _SlotMaker:
             layer = (TrainedBasisLinear if trains_basis else LowRankLinear)(original, rank, scale, tracker)
         else:
             resting = RestingTrainedBasisLinear if trains_basis else RestingLinear
-            layer = resting(original, rank, self.kinds.of(original), tracker, path, scale)
+            layer = resting(original, rank, self.kinds.of(original), tracker, path, scale, self.codes_home(original))
             self.keep(layer, path)
         if adapts:
             layer.activate(self._random_basis(layer))
@@ -122,7 +130,8 @@ class _SlotMaker:
         """Return a layer that rests and whose slot is never active."""
         assert self.kinds is not None
         rank = min(max(1, self.method.get("rank", 1)), *linear_shape(original))
-        layer = RestingLinear(original, rank, self.kinds.of(original), self.tracker(rank), path)
+        kind, tracker = self.kinds.of(original), self.tracker(rank)
+        layer = RestingLinear(original, rank, kind, tracker, path, codes_home=self.codes_home(original))
         self.keep(layer, path)
         return layer
 
@@ -130,6 +139,10 @@ class _SlotMaker:
         """Move the layer's master, if it has one, to where masters are kept."""
         if self.masters is not None and isinstance(layer, AccumulatingSlot):
             self.masters.keep(layer, path)
+
+    def codes_home(self, original: nn.Module) -> CodesHome | None:
+        """Return where a layer's codes are, None: where it computes."""
+        return None if self.homes is None else self.homes.of(original)
 
     def _random_basis(self, layer: LowRankLinear) -> Tensor:
         self.made += 1
@@ -141,9 +154,12 @@ class _SlotMaker:
 
 
 def make_layout(
-    survey: Survey, seed: int = 0, resting: str | None = None, masters: MasterKeeper | None = None
+    survey: Survey, seed: int = 0, resting: str | None = None, where: str = "device",
+    masters: MasterKeeper | None = None,
 ) -> Layout:  # fmt: skip
-    """Do to the model what the survey found possible; resting: how matrices rest, None: as they are.
+    """Do to the model what the survey found possible.
+
+    resting: how matrices rest, None: as they are. where: "device" or "host", see `attach`.
 
     masters: what keeps theirs in files, closed where this fails; None: they are in host memory.
 
@@ -152,7 +168,7 @@ def make_layout(
     homes = {param: param.device for param in survey.model.parameters()}
     changes: list[Swap | TappedEmbedding] = []
     try:
-        return _make_layout(survey, seed, resting, changes, masters)
+        return _make_layout(survey, _SlotMaker(survey, seed, resting, where, masters), changes)
     except BaseException:
         for change in reversed(changes):
             change.undo()
@@ -164,18 +180,18 @@ def make_layout(
         raise
 
 
-def _make_layout(
-    survey: Survey, seed: int, resting: str | None, changes: list[Swap | TappedEmbedding], masters: MasterKeeper | None
-) -> Layout:  # fmt: skip
+def _make_layout(survey: Survey, maker: _SlotMaker, changes: list[Swap | TappedEmbedding]) -> Layout:
     """Make a layout whose changes are noted in `changes`, those of it that were made before one failed too."""
-    maker = _SlotMaker(survey, seed, resting, masters)
     swaps = swap_linears(survey.places(), maker.layer)
     changes += swaps
     made = {swap.original: swap.layer for swap in swaps}
     # One in several places belongs to the first unit that has it.
     drawn = [_make_unit(plan, made) for plan in survey.drawn]
     always = _make_unit(survey.always, made)
-    layout = Layout(drawn, always, changes, survey.drawable, below=survey.below, resting=resting, masters=masters)
+    layout = Layout(drawn, always, changes, survey.drawable, below=survey.below)
+    layout.resting = None if maker.kinds is None else maker.kinds.resting
+    layout.streamed = None if maker.homes is None else maker.homes.pages
+    layout.masters = maker.masters
     if survey.with_first.full or survey.slot_with_first:
         layout.with_first = _make_unit(survey.with_first, made)
     outer, kind = survey.outer, None if maker.kinds is None else maker.kinds.of_head

@@ -48,7 +48,7 @@ def workload_of(
         checkpointed_blocks=recomputed or None,
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
-        resting=options.resting, masters=_masters(options), seed=options.seed,
+        resting=options.resting, resting_where=options.resting_where, masters=_masters(options), seed=options.seed,
         length=RunLength.of(options, method, model), ranks=ranks, wire_dtype=options.wire_dtype, data=data, shard=shard,
     )  # fmt: skip
 
@@ -75,6 +75,8 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
         flags["paging"] = workload.paging
     if workload.resting is not None:
         flags["resting"] = workload.resting
+    if workload.resting_where is not None:
+        flags["resting-where"] = workload.resting_where
     if workload.masters is not None:
         flags["masters"] = workload.masters if workload.masters == IN_MEMORY else "FOLDER"
     if workload.wire_dtype is not None:

@@ -23,7 +23,7 @@ from lisa_kernels.layers import (
 )
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.methods.masters import IN_MEMORY
-from lisa_kernels.methods.resting import check_resting
+from lisa_kernels.methods.resting import check_resting, check_resting_where
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import make_layout
 from lisa_kernels.paging import check_paging
@@ -56,9 +56,9 @@ class Workload:
     None for all. length: of the run, where its method's period is the published one
     and the run's follows from it; no bytes depend on it. ranks: processes that train one model, all others as this one,
     with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards; shard: each holds a part of
-    the weights, and what is said is of rank 0, whose part is the largest. data: rows whose examples
-    share them, None: a row is one sequence of seq_len tokens. resting: see `attach`; masters: "host" or,
-    of files that are mapped, "files". Raises InputError for values out of range.
+    the weights, and what is said is of rank 0, whose part is the largest. data: rows whose examples share them, None: a
+    row is one sequence of seq_len tokens. resting, resting_where: see `attach`; masters: "host" or, of files that are
+    mapped, "files". Raises InputError for values out of range.
     """
 
     model: Any
@@ -82,6 +82,7 @@ class Workload:
     shard: bool = False
     data: DataRows | None = None
     resting: str | None = None
+    resting_where: str | None = None
     masters: str | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +92,7 @@ class Workload:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name} is {value!r}; a whole number of at least {least} is wanted.")
         check_wire_dtype(self.wire_dtype)
+        check_resting_where(self.resting_where, self.resting)
         if self.shard and self.ranks == 1:
             raise InputError("shard is given for one rank, which has nobody to share the weights with; give ranks too.")
         if not isinstance(self.method, Method):
@@ -146,6 +148,8 @@ def rehearse(
             optimizer = prepare(model, workload, draws, mean=work is not None, reduction=reduction)
             if gpu is None:
                 hold_masters(model)
+                if optimizer.layout.streamed is not None:
+                    optimizer.layout.streamed.hold()
             take_steps(model, optimizer, workload, tracker, make_batch, gpu)
             if work is not None and reduction is not None and isinstance(reduction.ranks, RehearsedRanks):
                 repeats = workload.accumulate / min(workload.accumulate, MICRO_BATCHES)
@@ -200,7 +204,8 @@ def prepare(
     with device:
         resting = check_resting(workload.resting, workload.method, reduction is not None)
         masters = None if workload.masters in (None, IN_MEMORY) else RehearsedMasters()
-        layout = make_layout(survey_model(model, workload.method), workload.seed, resting, masters)
+        where = check_resting_where(workload.resting_where, workload.resting)
+        layout = make_layout(survey_model(model, workload.method), workload.seed, resting, where, masters)
     method, sampler = workload.method, None
     if method.get("period", None) is not None:
         method = dataclasses.replace(method, period=1)  # type: ignore[call-arg]
@@ -305,6 +310,8 @@ def label_held(model: nn.Module, optimizer: SampledAdamW, tracker: StorageTracke
     held: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
     tracker.label(slots, "bases")
     tracker.label((tensor for tensor in held if id(tensor) not in own), "weights")
+    if optimizer.layout.streamed is not None:
+        tracker.label(optimizer.layout.streamed.held(), "weights")
     states: list[Any] = [*optimizer.state.values()]
     tracker.label((tensor for state in states for tensor in state.values()), "optimizer state")
     tracker.label(optimizer._counters or (), "optimizer state")

@@ -12,7 +12,7 @@ from lisa_kernels.distributed import check_wire_dtype
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.methods import Method, method_by_name
 from lisa_kernels.methods.masters import check_masters
-from lisa_kernels.methods.resting import AS_THEY_ARE
+from lisa_kernels.methods.resting import AS_THEY_ARE, check_resting_where
 from lisa_kernels.paging import check_paging
 from lisa_kernels.sizes import parse_size
 from lisa_kernels.train.sources.kinds import parse_columns
@@ -28,7 +28,7 @@ REPORTERS = {"none": None, "tensorboard": "tensorboard", "wandb": "wandb"}
 # What may differ between a run and its resumption.
 _FREE = (
     "output", "resume", "overwrite", "save_every", "report_to", "eval_every", "json", "max_checkpoints", "paging",
-    "offload_activations", "samples", "shard", "masters",
+    "offload_activations", "samples", "shard", "masters", "resting_where",
 )  # fmt: skip
 # Settings of methods that train some layers at a time, or fold into the weights.
 _OF_LAYERS_THAT_REST = ("active_layers", "period", "scores", "design", "retired_state", "master")
@@ -66,6 +66,7 @@ class FineTuneOptions:
     retired_state: str | None = None
     paging: str | None = None
     resting: str | None = None
+    resting_where: str | None = None
     masters: str | None = None
     wire_dtype: str | None = None
     shard: bool = False
@@ -150,6 +151,7 @@ class FineTuneOptions:
         check_paging(self.paging)
         check_wire_dtype(self.wire_dtype)
         check_masters(self.masters, None if self.resting == AS_THEY_ARE else self.resting)
+        check_resting_where(self.resting_where, self.resting)
         _check_recomputation(self.gradient_checkpointing)
         self.build_method()
 
