@@ -185,7 +185,12 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     add(
         "--resting",
         help="bits in which matrices are on the device, their masters and the token embedding in host memory: 16-bit, "
-        "int8, mixed (int8 where nf4 loses most) or nf4 (lora, owlore and galore; default: 16-bit)",
+        "int8, mixed (int8 where nf4 loses most) or nf4 (with any method but full; default: 16-bit)",
+    )
+    add(
+        "--active-on",
+        help="what layers that train compute on beside others at rest: codes, or their 16-bit master, brought to the "
+        "device for the period (default: codes for owlore and galore, master for lisa, ows and badam)",
     )
     add(
         "--masters",

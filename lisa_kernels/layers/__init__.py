@@ -1,6 +1,6 @@
 """The bridge to a model: find its decoder blocks, give linears a low-rank slot, keep frozen what is frozen."""
 
-from lisa_kernels.layers.accumulating import AccumulatingSlot, hold_masters
+from lisa_kernels.layers.accumulating import AccumulatingSlot, accumulates, hold_masters
 from lisa_kernels.layers.attachable import check_attachable, without_compiler
 from lisa_kernels.layers.blocks import ModelParts, find_blocks, no_ones, split_model
 from lisa_kernels.layers.checkpointing import checkpoint_blocks
@@ -30,6 +30,7 @@ from lisa_kernels.layers.plain_linears import PlainLinears
 from lisa_kernels.layers.resting import RestingLinear, RestingTrainedBasisLinear
 from lisa_kernels.layers.segments import attend_by_segments, attends_by_segments, borders_mask
 from lisa_kernels.layers.slot import SlotModule
+from lisa_kernels.layers.woken import WokenLinear
 
 __all__ = [
     "AccumulatingEmbedding",
@@ -47,6 +48,8 @@ __all__ = [
     "SlotModule",
     "TappedEmbedding",
     "TrainedBasisLinear",
+    "WokenLinear",
+    "accumulates",
     "attend_by_segments",
     "attends_by_segments",
     "borders_mask",

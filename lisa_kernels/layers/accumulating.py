@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class AccumulatingSlot(SlotModule):
     nothing writes into the parameter, which becomes another file, mapped as well, a tile at a time.
     """
 
+    # Whether the slot waits to be settled, in the place of being folded after each step.
+    accumulates = True
     kept: Tensor
     home: MasterHome | None = None
     # Whether an optimizer has moved the slot since it began anew.
@@ -38,7 +40,14 @@ class AccumulatingSlot(SlotModule):
         # What weight decay has left of the master since it was settled, as a factor.
         self.register_buffer("kept", torch.ones((), device=self.slot.device), persistent=False)
         self._saved: tuple[weakref.ref[Any], weakref.ref[Tensor]] | None = None
+        self._move_master()
+
+    def _move_master(self) -> None:
         self.stored_weight.data = _in_host_memory(self.stored_weight.detach())
+
+    def hold_master(self) -> None:
+        """Give a master without values the memory that it takes where a model computes in host memory."""
+        self.stored_weight.data = torch.empty_like(self.stored_weight, memory_format=torch.contiguous_format)
 
     @property
     def device(self) -> torch.device:
@@ -226,6 +235,11 @@ class AccumulatingSlot(SlotModule):
         return torch.empty(part.shape, dtype=part.dtype, device=self.device).copy_(part)
 
 
+def accumulates(layer: nn.Module) -> TypeGuard[AccumulatingSlot]:
+    """Return whether a layer's slot waits to be settled."""
+    return isinstance(layer, AccumulatingSlot) and layer.accumulates
+
+
 def keep_where_it_is(module: nn.Module) -> None:
     """Have a module's own parameters and buffers stay when the model is moved or cast; its children's go along."""
     module._apply = MethodType(_apply_to_children, module)  # type: ignore[method-assign]
@@ -256,7 +270,7 @@ def hold_masters(model: nn.Module) -> None:
     """Give masters without values the memory that they take where a model computes in host memory: for a plan."""
     for layer in model.modules():
         if isinstance(layer, AccumulatingSlot) and layer.home is None:
-            layer.stored_weight.data = torch.empty_like(layer.stored_weight, memory_format=torch.contiguous_format)
+            layer.hold_master()
 
 
 def _in_host_memory(weight: Tensor) -> Tensor:

@@ -105,6 +105,11 @@ class FreezeGuard:
         if self._sharded:
             at_rest(model)
 
+    def let_move(self, params: Iterable[nn.Parameter]) -> None:
+        """Take it that these parameters are on another device from now on."""
+        for param in params:
+            self._known[param].device = None
+
     def set_trainable(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
         """Make exactly these parameters require gradients; the others lose theirs."""
         self._rest(model)

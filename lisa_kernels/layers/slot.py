@@ -137,6 +137,11 @@ class SlotModule(nn.Module):
         """Whether the slot stays beside the weight and is a part of the layer's function now."""
         return self.active and self.tracker is None
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the slot of an adapter is in the weight for the time being."""
+        return self.tracker is None and not self.active
+
     @torch.no_grad()
     def fold_into(self, weight: Tensor, decay: Tensor, key: Tensor | None, remainder: Tensor | None = None) -> None:
         """Replace a weight, the layer's own or a copy of it, by decay · W + scale · Bᵀ P, as `fold_` has it.
@@ -195,7 +200,7 @@ class SlotModule(nn.Module):
 
         A weight equal to what is here changes nothing. Raises InputError while adapters are merged.
         """
-        if self.tracker is None and not self.active:
+        if self.is_merged:
             raise InputError("the adapters are merged into the weights; call unmerge() before weights are loaded.")
         key = f"{prefix}weight"
         given = state_dict.get(key)

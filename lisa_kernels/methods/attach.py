@@ -26,6 +26,7 @@ from lisa_kernels.distributed import (
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import TappedEmbedding, check_attachable, without_compiler
 from lisa_kernels.layers.lowrank import Swap
+from lisa_kernels.methods.active_on import on_masters
 from lisa_kernels.methods.agreement import agree
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.masters import Masters, check_masters
@@ -44,6 +45,7 @@ def attach(
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
     scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
     paging: str | None = None, resting: str | None = None, resting_where: str | None = None,
+    active_on: str | None = None,
     masters: str | os.PathLike[str] | None = None, ranks: Any = "auto", wire_dtype: str | None = None,
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
@@ -65,8 +67,10 @@ def attach(
     is as well; "mixed" has those in 8 bits that lose most in 4; None or "16-bit" leaves them as they are. What is
     learnt is put into the masters when a layer leaves or gets a new basis, and it is they that are saved. Adapters
     learn beside the codes, and what is saved, merged or left by `detach()` are masters with the adapters in them. For
-    methods whose layers train through slots or adapters (OwLore, GaLore, LoRA) and one process; embeddings that train
-    at full rank stay as they are.
+    methods whose layers train through slots or adapters (OwLore, GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one
+    process; embeddings that train at full rank stay as they are. active_on="master" has drawn layers compute on their
+    masters, which come to the device for the period, and rest anew afterwards; "codes" on what they rest in, with slots
+    beside it. Methods that train at full rank need the one, for slots the other is the default.
 
     resting_where: "host" has the codes of the blocks in host memory too, page-locked; the device holds two blocks of
     them, the one in use and the next one on its way, and computes the same bits. "device" (the default) has them all.
@@ -97,6 +101,7 @@ def attach(
             where = check_resting_where(resting_where, resting)
             resting = check_resting(resting, method, sharing is not None or bool(units_of(model)))
             folder = check_masters(masters, resting)
+            awake = on_masters(active_on, resting, method)
             at_rest(model)
             survey = survey_model(model, method, blocks)
         if sharing is not None:
@@ -107,7 +112,7 @@ def attach(
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
         more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}
-        optimizer = _attached(sharing, survey, scores, seed, more, resting, where, folder)
+        optimizer = _attached(sharing, survey, scores, seed, more, resting, where, folder, awake)
     except BaseException:
         if sharing is not None:
             sharing.close()
@@ -118,7 +123,7 @@ def attach(
 
 def _attached(
     sharing: Ranks | None, survey: Survey, scores: Sequence[float] | None, seed: int, settings: Mapping[str, Any],
-    resting: str | None, where: str, folder: str | None,
+    resting: str | None, where: str, folder: str | None, awake: bool,
 ) -> SampledAdamW:  # fmt: skip
     """Do to the model what was surveyed; on a failure of this rank or another it is as it was."""
     optimizer: SampledAdamW | None = None
@@ -128,7 +133,7 @@ def _attached(
         with together(sharing):
             sampler = _make_sampler(survey, seed, scores)
             masters = None if folder is None or resting is None else Masters(survey, resting, folder)
-            layout = make_layout(survey, seed, resting, where, masters)
+            layout = make_layout(survey, seed, resting, where, masters, awake)
             swaps = layout.swaps
             kind: type[SampledAdamW] = survey.method.optimizer or SampledAdamW
             optimizer = kind(survey.model, survey.method, layout, sampler, seed=seed, **settings)

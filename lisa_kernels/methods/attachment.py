@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.methods.active_on import CODES, MASTER
 from lisa_kernels.methods.resting import AS_THEY_ARE
 from lisa_kernels.methods.slots import check_slots_state, slots_state
 from lisa_kernels.samplers import Sampler, sampler_from_state
@@ -27,6 +28,7 @@ def attachment_state(optimizer: SampledAdamW) -> dict[str, Any]:
         "norms": {str(index): seen for index, seen in optimizer._norms.items()},
         "slots": slots_state(optimizer._layers(), optimizer._shelf.held()),
         "resting": optimizer.layout.resting,
+        "on_masters": optimizer.layout.on_masters,
     }
 
 
@@ -38,6 +40,9 @@ def check_attachment(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> Sampl
         was, now = (way or AS_THEY_ARE for way in (saved.get("resting"), optimizer.layout.resting))
         raise InputError(f"the state was saved with resting={was!r}; this run has {now!r}.")
     layout = optimizer.layout
+    if saved.get("on_masters", False) != layout.on_masters:
+        was, now = (MASTER if way else CODES for way in (saved.get("on_masters", False), layout.on_masters))
+        raise InputError(f"the state was saved with active_on={was!r}; this run has {now!r}.")
     sampler = None if saved["sampler"] is None else sampler_from_state(saved["sampler"])
     if len(saved["visits"]) != len(layout.drawn):
         raise InputError(f"the state is of {len(saved['visits'])} layers; this model has {len(layout.drawn)}.")

@@ -11,6 +11,7 @@ from torch import nn
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.layers import find_linears, linear_shape, untied
 from lisa_kernels.layers.linears import Place
+from lisa_kernels.methods.active_on import draws
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.survey import Survey
 
@@ -25,10 +26,10 @@ def check_resting(resting: str | None, method: Method, shared: bool) -> str | No
         return None
     if resting not in WAYS:
         raise unknown_name("way to rest", resting, WAYS)
-    if method.form not in ("low-rank", "adapter"):
+    if method.form not in ("low-rank", "adapter") and not draws(method):
         raise InputError(
-            f"resting={resting!r} is for methods that train layers through slots or adapters, and {method.name!r} does "
-            "not; use LoRA, OwLore or GaLore, or leave resting out."
+            f"resting={resting!r} is for methods that train layers through slots or adapters, or draw them, and "
+            f"{method.name!r} does neither; use LoRA, OwLore, GaLore or LISA, or leave resting out."
         )
     if method.get("master", "none") != "none":
         raise InputError(

@@ -18,6 +18,7 @@ from lisa_kernels.layers import (
     PlainLinears,
     ReadWeights,
     SlotModule,
+    WokenLinear,
     leave_out_logits,
 )
 from lisa_kernels.methods.adapters import Adapters
@@ -85,6 +86,9 @@ class SampledAdamW(RankAccess):
         self._unit_numbers: dict[Tensor, int] = {
             param: n for n, unit in enumerate(layout.units()) for param in unit.params()
         }  # fmt: skip
+        self._woken: dict[Tensor, WokenLinear] = {
+            layer.stored_weight: layer for unit in layout.units() for layer in unit.woken
+        }  # fmt: skip
         self._shelf = Shelf(self._open_store)
         super().__init__(self._parameter_groups(lr, weight_decay), lr=lr, weight_decay=weight_decay, **settings)
         self._guard = FreezeGuard(model, sharing)
@@ -120,6 +124,9 @@ class SampledAdamW(RankAccess):
 
     def _unit_of(self, param: Tensor) -> int:
         return self._unit_numbers[param]
+
+    def _device_of(self, param: Tensor) -> torch.device:
+        return self._woken[param].device if param in self._woken else param.device
 
     @property
     def forms_logits(self) -> bool:
@@ -205,8 +212,12 @@ class SampledAdamW(RankAccess):
                 self.retire(unit.params())
             for layer in unit.lowrank.values():
                 layer.deactivate(keep=self._retired_state == "keep")
+            for layer in unit.woken:
+                layer.rest()
             unit.rest_lookups(True)
         for unit in coming:
+            for layer in unit.woken:
+                layer.wake()
             paged = self._shelf.take(unit)
             for path, layer in unit.lowrank.items():
                 kept = paged.get(path) or kept_buffers(layer)
@@ -222,6 +233,7 @@ class SampledAdamW(RankAccess):
         self._norms = {}
         trained = [param for unit in self._active_units() for param in unit.params()]
         if self._guard is not None:
+            self._guard.let_move(weight for unit in (*leaving, *coming) for weight in unit.masters())
             self._guard.set_trainable(self.model, trained)
         self._average_gradients_of(trained)
 
@@ -403,6 +415,8 @@ class SampledAdamW(RankAccess):
         # To nearest, as what was saved before was rounded.
         settle_slots(self, self._layers().values(), last=True)
         self._remove_hooks()
+        for layer in self._woken.values():
+            layer.go_home()
         for swap in self.layout.swaps:
             swap.layer.deactivate()
             swap.undo()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lisa_kernels.basis import transport_many
 from lisa_kernels.distributed.shards import local, rows_like, shard_like
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import AccumulatingSlot, SlotModule
+from lisa_kernels.layers import SlotModule, accumulates
 from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.optim.moments import read_moments, write_moments
 
@@ -123,9 +123,9 @@ def fold_slots(optimizer: AdamW8bit, layers: Sequence[SlotModule]) -> None:
     """
     tracked = [layer for layer in layers if layer.tracker is not None]
     groups, decays = group_of(optimizer), Decays(optimizer)
-    folded = [layer for layer in tracked if not isinstance(layer, AccumulatingSlot)]
+    folded = [layer for layer in tracked if not accumulates(layer)]
     for layer in tracked:
-        if isinstance(layer, AccumulatingSlot):
+        if accumulates(layer):
             layer.note_step(decays.of(groups[layer.slot], layer.device))
     for layer in folded:
         layer.fold_into(
@@ -142,7 +142,7 @@ def settle_slots(optimizer: AdamW8bit, layers: Iterable[SlotModule], last: bool 
     Those of adapters are for `Adapters` to merge, and one that was settled since the last step has nothing to give.
     """
     for layer in layers:
-        if not isinstance(layer, AccumulatingSlot) or not layer.active or layer.tracker is None:
+        if not accumulates(layer) or not layer.active or layer.tracker is None:
             continue
         if last or layer.stepped:
             layer.settle(None if last else optimizer.step_key(layer.slot))
@@ -173,7 +173,7 @@ def slots_state(
         if "basis" in entry:
             if layer.is_adapter:
                 entry["slot"], entry["weight"] = layer.slot.detach(), layer.stored_weight.detach()
-            if isinstance(layer, AccumulatingSlot) and layer.active:
+            if accumulates(layer) and layer.active:
                 entry["kept"] = layer.kept
             if layer.tracker is not None:
                 entry["tracker"] = layer.tracker.state_dict()
@@ -209,7 +209,7 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
         layer.hold_basis(entry["basis"])
         if layer.is_adapter:
             layer.slot.data.copy_(entry["slot"])
-            if isinstance(layer, AccumulatingSlot):
+            if accumulates(layer):
                 layer.take_master(entry["weight"])
                 layer.kept.copy_(entry["kept"])
                 layer.stepped = True
@@ -220,7 +220,7 @@ def take_slots_state(layers: Mapping[str, SlotModule], state: Mapping[str, Mappi
             layer.tracker.load_state_dict(entry["tracker"])
         if "remainder" in entry and layer.exact_master and layer.stored_weight.dtype == torch.bfloat16:
             rows = rows_like(layer.stored_weight, entry["remainder"])
-            layer.remainder = rows.to(layer.stored_weight.device, copy=True)
+            layer.remainder = rows.to(layer.device, copy=True)
 
 
 @contextmanager

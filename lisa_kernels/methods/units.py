@@ -17,6 +17,7 @@ from lisa_kernels.layers import (
     SlotModule,
     TappedEmbedding,
     TrainedBasisLinear,
+    WokenLinear,
     linear_shape,
     swap_linears,
 )
@@ -39,16 +40,22 @@ class Unit:
     """Something that is active as a whole: parameters trained at full rank, and layers trained through their slots.
 
     taps: what leads the gradients of lookups into a slot of its own or another unit's, while this one is active.
+    woken: the layers at rest that train on their masters.
     """
 
     name: str
     full: list[nn.Parameter] = field(default_factory=list)
     lowrank: dict[str, SlotModule] = field(default_factory=dict)
+    woken: list[WokenLinear] = field(default_factory=list)
     taps: list[TappedEmbedding] = field(default_factory=list)
 
     def params(self) -> list[nn.Parameter]:
         """Return all parameters that train while the unit is active."""
         return self.full + [param for layer in self.lowrank.values() for param in layer.trained]
+
+    def masters(self) -> list[nn.Parameter]:
+        """Return the weights that are on the device while the unit is active, and at home otherwise."""
+        return [layer.stored_weight for layer in self.woken]
 
     def rest_lookups(self, rests: bool) -> None:
         """Leave the lookups that train with this unit out of their slot's gradient, or take them in again."""
@@ -71,7 +78,7 @@ class Layout:
     drawable: the numbers of the units that can be drawn; the others were frozen whole before. with_first: what is
     active while unit 0 is and has no number of its own. below: whether every backward reaches below the blocks.
     resting: how matrices rest, None: as they are. streamed: the pages of those whose codes are in host memory. masters:
-    what keeps theirs in files, None: they are in host memory.
+    what keeps theirs in files, None: they are in host memory. on_masters: whether drawn ones compute on their masters.
     """
 
     drawn: list[Unit]
@@ -83,6 +90,7 @@ class Layout:
     resting: str | None = None
     streamed: StreamedPages | None = None
     masters: MasterKeeper | None = None
+    on_masters: bool = False
 
     def units(self) -> list[Unit]:
         """Return every unit, the drawn ones first."""
@@ -99,12 +107,14 @@ class _SlotMaker:
     """Makes the layers with slots of one model, each with random numbers of its own."""
 
     def __init__(
-        self, survey: Survey, seed: int, resting: str | None, where: str, masters: MasterKeeper | None
+        self, survey: Survey, seed: int, resting: str | None, where: str, masters: MasterKeeper | None, on_masters: bool
     ) -> None:  # fmt: skip
-        self.masters = masters
+        self.masters, self.on_masters = masters, on_masters
         self.method, self.seed, self.made = survey.method, seed, 0
         self.kinds = None if resting is None else Kinds(resting, survey)
         self.homes = HostHomes(survey, self.kinds) if self.kinds is not None and where == "host" else None
+        # What trains at full rank while it is drawn.
+        self.full = {param for plan in survey.drawn for param in plan.full}
 
     def tracker(self, rank: int) -> BasisTracker:
         self.made += 1
@@ -119,7 +129,7 @@ class _SlotMaker:
         if self.kinds is None:
             layer = (TrainedBasisLinear if trains_basis else LowRankLinear)(original, rank, scale, tracker)
         else:
-            resting = RestingTrainedBasisLinear if trains_basis else RestingLinear
+            resting = RestingTrainedBasisLinear if trains_basis else WokenLinear if self.on_masters else RestingLinear
             layer = resting(original, rank, self.kinds.of(original), tracker, path, scale, self.codes_home(original))
             self.keep(layer, path)
         if adapts:
@@ -127,11 +137,14 @@ class _SlotMaker:
         return layer
 
     def still(self, original: nn.Module, path: str) -> LowRankLinear:
-        """Return a layer that rests and whose slot is never active."""
+        """Return a layer that rests and whose slot is never active; its weight may train itself."""
         assert self.kinds is not None
-        rank = min(max(1, self.method.get("rank", 1)), *linear_shape(original))
-        kind, tracker = self.kinds.of(original), self.tracker(rank)
-        layer = RestingLinear(original, rank, kind, tracker, path, codes_home=self.codes_home(original))
+        kind, home = self.kinds.of(original), self.codes_home(original)
+        if self.on_masters and original.weight in self.full:
+            layer: RestingLinear = WokenLinear(original, 0, kind, None, path, codes_home=home)
+        else:
+            rank = min(max(1, self.method.get("rank", 1)), *linear_shape(original))
+            layer = RestingLinear(original, rank, kind, self.tracker(rank), path, codes_home=home)
         self.keep(layer, path)
         return layer
 
@@ -155,20 +168,21 @@ class _SlotMaker:
 
 def make_layout(
     survey: Survey, seed: int = 0, resting: str | None = None, where: str = "device",
-    masters: MasterKeeper | None = None,
+    masters: MasterKeeper | None = None, on_masters: bool = False,
 ) -> Layout:  # fmt: skip
     """Do to the model what the survey found possible.
 
     resting: how matrices rest, None: as they are. where: "device" or "host", see `attach`.
 
-    masters: what keeps theirs in files, closed where this fails; None: they are in host memory.
+    masters: what keeps theirs in files, closed where this fails; None: they are in host memory. on_masters: whether
+    drawn ones are on the device in 16 bits while they train, see `on_masters`.
 
     When something cannot be done, nothing is: masters too are where they were.
     """
     homes = {param: param.device for param in survey.model.parameters()}
     changes: list[Swap | TappedEmbedding] = []
     try:
-        return _make_layout(survey, _SlotMaker(survey, seed, resting, where, masters), changes)
+        return _make_layout(survey, _SlotMaker(survey, seed, resting, where, masters, on_masters), changes)
     except BaseException:
         for change in reversed(changes):
             change.undo()
@@ -192,6 +206,7 @@ def _make_layout(survey: Survey, maker: _SlotMaker, changes: list[Swap | TappedE
     layout.resting = None if maker.kinds is None else maker.kinds.resting
     layout.streamed = None if maker.homes is None else maker.homes.pages
     layout.masters = maker.masters
+    layout.on_masters = maker.on_masters
     if survey.with_first.full or survey.slot_with_first:
         layout.with_first = _make_unit(survey.with_first, made)
     outer, kind = survey.outer, None if maker.kinds is None else maker.kinds.of_head
@@ -204,7 +219,12 @@ def _make_layout(survey: Survey, maker: _SlotMaker, changes: list[Swap | TappedE
         if survey.outer is not None:
             _share_out(layout, layers, taps)
     if maker.kinds is not None:
-        changes += swap_linears(maker.kinds.still, maker.still)
+        still = swap_linears(maker.kinds.still, maker.still)
+        changes += still
+        owners = {param: unit for unit in drawn for param in unit.full}
+        for layer in dict.fromkeys(swap.layer for swap in still):
+            if isinstance(layer, WokenLinear):
+                owners[layer.stored_weight].woken.append(layer)
     return layout
 
 
@@ -221,4 +241,4 @@ def _share_out(layout: Layout, layers: Mapping[str, SlotModule], taps: list[Tapp
 
 def _make_unit(plan: UnitPlan, made: dict[nn.Module, LowRankLinear]) -> Unit:
     layers = {place.path: made.pop(place.layer) for place in plan.places if place.layer in made}
-    return Unit(plan.name, plan.full, {**layers})
+    return Unit(plan.name, plan.full, {**layers}, woken=[x for x in layers.values() if isinstance(x, WokenLinear)])

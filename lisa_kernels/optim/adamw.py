@@ -86,7 +86,7 @@ class AdamW8bit(Optimizer):
         self._paged = self._page_states()
         if self._paged is not None:
             # Now, so that what cannot work is known before training.
-            self._paged.check(param.device for param in self._params())
+            self._paged.check(map(self._device_of, self._params()))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle needs, torch's share and our own."""
@@ -202,7 +202,7 @@ class AdamW8bit(Optimizer):
     def _states_in(self, paging: str, stay: bool) -> PagedStates:
         return PagedStates(
             lambda: open_store(paging, self._identity()),
-            lambda param: self._new_state(param, torch.device("meta")), self._unit_of, stay=stay,
+            lambda param: self._new_state(param, torch.device("meta")), self._unit_of, self._device_of, stay=stay,
         )  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:
@@ -213,6 +213,10 @@ class AdamW8bit(Optimizer):
     def _unit_of(self, param: Tensor) -> int:
         """Return the number of the unit that shares pages with no other."""
         return 0
+
+    def _device_of(self, param: Tensor) -> torch.device:
+        """Return where a parameter is when it trains, which is where its state is."""
+        return param.device
 
     def at_hand(self, params: Iterable[Tensor]) -> AbstractContextManager[None]:
         """Have the states of these parameters on the device for a block that reads or writes them."""
@@ -432,15 +436,15 @@ class AdamW8bit(Optimizer):
             param = params[str(number)]
             values = state_from_all(param, values, self.block_size)
             # Those that get a page are copied into it.
-            move = self._paged is None
-            self.state[param] = {n: value.to(param.device, copy=True) if move else value for n, value in values.items()}
+            move, device = self._paged is None, self._device_of(param)
+            self.state[param] = {n: value.to(device, copy=True) if move else value for n, value in values.items()}
         if self._paged is not None:
             self._paged.adopt(self.state)
         self.seed = state_dict.get("format", {}).get("seed", self.seed)
         counters = state_dict.get("counters")
         self._counters = None
         if counters:
-            device = self._params()[0].device
+            device = self._device_of(self._params()[0])
             steps, skipped = (counters[name].to(device, copy=True) for name in ("steps", "skipped"))
             self._counters = (steps, skipped)
 

@@ -64,9 +64,10 @@ class PagedStates:
 
     def __init__(
         self, open_store: Callable[[], Store], new_state: Callable[[Tensor], dict[str, Tensor]],
-        unit_of: Callable[[Tensor], int], *, stay: bool,
+        unit_of: Callable[[Tensor], int], device_of: Callable[[Tensor], torch.device], *, stay: bool,
     ) -> None:  # fmt: skip
-        self._open_store, self._new_state, self._unit_of, self.stay = open_store, new_state, unit_of, stay
+        self._open_store, self._new_state, self.stay = open_store, new_state, stay
+        self._unit_of, self._device_of = unit_of, device_of
         self._store: Store | None = None
         self._pages: dict[Tensor, _StatePage] = {}
         self._made = 0
@@ -101,7 +102,7 @@ class PagedStates:
         sizes: dict[tuple[torch.device, int], int] = {}
         portions = []
         for param in params:
-            key, size = (param.device, self._unit_of(param)), SlabLayout(self._entries([param], {})).nbytes
+            key, size = (self._device_of(param), self._unit_of(param)), SlabLayout(self._entries([param], {})).nbytes
             if key not in open_portions or (not self.stay and sizes[key] + size > PAGE_BYTES):
                 open_portions[key], sizes[key] = [], 0
                 portions.append(open_portions[key])
@@ -139,7 +140,7 @@ class PagedStates:
             layout = SlabLayout(self._entries(portion, states))
             names = [list(states.get(param) or self._new_state(param)) for param in portion]
             slot_bytes = 0 if self.stay else PAGE_BYTES
-            page = self.open().page(f"state-{self._made}", layout.nbytes, portion[0].device, slot_bytes)
+            page = self.open().page(f"state-{self._made}", layout.nbytes, self._device_of(portion[0]), slot_bytes)
             self._made += 1
             held = _StatePage(page, layout, portion, names)
             before = {param: dict(states.get(param) or {}) for param in portion}

@@ -48,7 +48,8 @@ def workload_of(
         checkpointed_blocks=recomputed or None,
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
-        resting=options.resting, resting_where=options.resting_where, masters=_masters(options), seed=options.seed,
+        resting=options.resting, resting_where=options.resting_where, active_on=options.active_on,
+        masters=_masters(options), seed=options.seed,
         length=RunLength.of(options, method, model), ranks=ranks, wire_dtype=options.wire_dtype, data=data, shard=shard,
     )  # fmt: skip
 
@@ -79,6 +80,8 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
         flags["resting-where"] = workload.resting_where
     if workload.masters is not None:
         flags["masters"] = workload.masters if workload.masters == IN_MEMORY else "FOLDER"
+    if workload.active_on is not None:
+        flags["active-on"] = workload.active_on
     if workload.wire_dtype is not None:
         flags["wire-dtype"] = workload.wire_dtype
     if workload.seed:

@@ -22,6 +22,7 @@ from lisa_kernels.layers import (
     offload_checkpoints,
 )
 from lisa_kernels.methods import Method, SampledAdamW
+from lisa_kernels.methods.active_on import on_masters
 from lisa_kernels.methods.masters import IN_MEMORY
 from lisa_kernels.methods.resting import check_resting, check_resting_where
 from lisa_kernels.methods.survey import survey_model
@@ -57,8 +58,8 @@ class Workload:
     and the run's follows from it; no bytes depend on it. ranks: processes that train one model, all others as this one,
     with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards; shard: each holds a part of
     the weights, and what is said is of rank 0, whose part is the largest. data: rows whose examples share them, None: a
-    row is one sequence of seq_len tokens. resting, resting_where: see `attach`; masters: "host" or, of files that are
-    mapped, "files". Raises InputError for values out of range.
+    row is one sequence of seq_len tokens. resting, resting_where, active_on: see `attach`; masters: "host" or, of files
+    that are mapped, "files". Raises InputError for values out of range.
     """
 
     model: Any
@@ -83,6 +84,7 @@ class Workload:
     data: DataRows | None = None
     resting: str | None = None
     resting_where: str | None = None
+    active_on: str | None = None
     masters: str | None = None
 
     def __post_init__(self) -> None:
@@ -205,7 +207,8 @@ def prepare(
         resting = check_resting(workload.resting, workload.method, reduction is not None)
         masters = None if workload.masters in (None, IN_MEMORY) else RehearsedMasters()
         where = check_resting_where(workload.resting_where, workload.resting)
-        layout = make_layout(survey_model(model, workload.method), workload.seed, resting, where, masters)
+        awake = on_masters(workload.active_on, resting, workload.method)
+        layout = make_layout(survey_model(model, workload.method), workload.seed, resting, where, masters, awake)
     method, sampler = workload.method, None
     if method.get("period", None) is not None:
         method = dataclasses.replace(method, period=1)  # type: ignore[call-arg]

@@ -230,7 +230,8 @@ def _run(
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
-        resting=options.resting, resting_where=options.resting_where, masters=masters, wire_dtype=options.wire_dtype,
+        resting=options.resting, resting_where=options.resting_where, active_on=options.active_on, masters=masters,
+        wire_dtype=options.wire_dtype,
     )  # fmt: skip
     if options.resting:
         model.to(device)

@@ -67,6 +67,7 @@ class FineTuneOptions:
     paging: str | None = None
     resting: str | None = None
     resting_where: str | None = None
+    active_on: str | None = None
     masters: str | None = None
     wire_dtype: str | None = None
     shard: bool = False

@@ -11,7 +11,7 @@ from families import llama
 from torch import Tensor, nn
 
 from device.simulated import Order, set_order
-from device.training import METHODS, batch
+from device.training import METHODS, at_rest, batch
 from lisa_kernels import attach
 from lisa_kernels.layers import OrderedTables
 from lisa_kernels.ops.lowrank_embedding import reference
@@ -20,7 +20,7 @@ from lisa_kernels.ops.lowrank_embedding import reference
 RESUMED = {
     "lisa-always": torch.bfloat16, "owlore-low-rank": torch.float32, "owlore-page": torch.bfloat16,
     "badam-sampled": torch.bfloat16, "galore": torch.float32, "full": torch.bfloat16,
-    "owlore-resting": torch.bfloat16,
+    "owlore-resting": torch.bfloat16, "owlore-on-masters": torch.bfloat16, "lisa-resting": torch.bfloat16,
 }  # fmt: skip
 STEPS, KILLED = 5, 3
 # So few tokens that each of them comes often, and is added often.
@@ -43,8 +43,8 @@ def steps(model: Any, opt: Any, numbers: range) -> list[Tensor]:
 
 def attached(method: str) -> tuple[Any, Any]:
     model = llama().to("cuda", RESUMED[method])
-    calibration, resting = [batch("cuda", 99)], "nf4" if method.endswith("resting") else None
-    opt = attach(model, METHODS[method], lr=1e-2, calibration=calibration, max_grad_norm=1.0, seed=0, resting=resting)
+    settings: dict[str, Any] = {"calibration": [batch("cuda", 99)], **at_rest(method, "nf4")}
+    opt = attach(model, METHODS[method], lr=1e-2, max_grad_norm=1.0, seed=0, **settings)
     return model, opt
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tolerances import ANOTHER_ORDER_OF_SUMS
 
-from device.training import METHODS, Run, train
+from device.training import METHODS, Run, at_rest, train
 
 # A weight of bfloat16 is rounded to either neighbour, and in a short run that is as much as an update.
 APART = {"float32": ANOTHER_ORDER_OF_SUMS, "bfloat16": 0.6}
@@ -25,9 +25,7 @@ CASES = [
 def run(family: str, method: str, dtype: str, device: str) -> Run:
     # The methods' own clipping and checkpointing with the one, torch's and none with the other.
     settings: dict[str, Any] = {"checkpointing": True, "max_grad_norm": 1.0} if dtype == "bfloat16" else {}
-    if method.endswith("resting"):
-        settings["resting"] = "int8"
-    return train(family, METHODS[method], device, getattr(torch, dtype), **settings)
+    return train(family, METHODS[method], device, getattr(torch, dtype), **settings, **at_rest(method, "int8"))
 
 
 # The tests of both orders compare with it.

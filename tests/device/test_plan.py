@@ -40,9 +40,12 @@ CASES: dict[str, tuple[str, Method]] = {
     "galore resting tied": ("Qwen2", GaLore(rank=64, embeddings="low-rank")),
     "lora resting": ("Llama", LoRA(rank=16)),
     "lora-fa resting tied": ("Qwen2", LoRAFA(rank=16)),
+    "lisa resting": ("Llama", LISA(2)),
+    "owlore on masters": ("Llama", OwLore(2, rank=64, scores="uniform", embeddings="frozen")),
 }
 RESTING = {
-    "owlore resting": "nf4", "galore resting tied": "mixed", "lora resting": "nf4", "lora-fa resting tied": "int8"
+    "owlore resting": "nf4", "galore resting tied": "mixed", "lora resting": "nf4", "lora-fa resting tied": "int8",
+    "lisa resting": "int8", "owlore on masters": "nf4",
 }  # fmt: skip
 # Where weights rest the peak is in the loss, while the head finds its basis: a plan says up to so much more.
 SKETCHES = 1 << 21
@@ -119,7 +122,10 @@ def peaks_of_steps(workload: Workload) -> tuple[int, int]:
 def test_the_allocator_gives_out_what_was_planned(name: str) -> None:
     """It is asked for the plan's bytes, and gives out what the plan's replay says, but for what blocks keep uncut."""
     family, method = CASES[name]
-    given: dict[str, Any] = {"batch_size": BATCH, "seq_len": SEQ_LEN, "resting": RESTING.get(name)}
+    active_on = "master" if "masters" in name else None
+    given: dict[str, Any] = {
+        "batch_size": BATCH, "seq_len": SEQ_LEN, "resting": RESTING.get(name), "active_on": active_on,
+    }  # fmt: skip
     planned = plan(config(family), method, **given)
     less = GpuMemory.here().workspace_bytes if name in BEFORE_A_BACKWARD else 0
     asked, given_out = peaks_of_steps(Workload(config(family), method, **given))

@@ -28,6 +28,8 @@ def _methods() -> dict[str, Any]:
     made["owlore-remainder"] = lisa_kernels.OwLore(1, 2, rank=8, gap=2, retired_state="keep", master="remainder")
     made["owlore-page"] = lisa_kernels.OwLore(1, 2, rank=8, gap=2, retired_state="page")
     made["owlore-resting"] = lisa_kernels.OwLore(1, 2, rank=8, gap=2)
+    made["owlore-on-masters"] = lisa_kernels.OwLore(1, 2, rank=8, gap=2)
+    made["lisa-resting"] = lisa_kernels.LISA(1, 2)
     made["galore"] = lisa_kernels.GaLore(rank=8, gap=2)
     made["lora"] = lisa_kernels.LoRA(rank=4)
     made["lora-resting"] = lisa_kernels.LoRA(rank=4, embeddings="low-rank")
@@ -38,6 +40,13 @@ def _methods() -> dict[str, Any]:
 
 # Periods of two steps, so that layers are switched and bases refreshed in a short run.
 METHODS: dict[str, Any] = _methods()
+
+
+def at_rest(method: str, kind: str) -> dict[str, Any]:
+    """Return how the weights rest beside a method of this name, as `attach` takes it."""
+    if method.endswith("on-masters"):
+        return {"resting": kind, "active_on": "master"}
+    return {"resting": kind} if method.endswith("resting") else {}
 
 
 class Run(NamedTuple):

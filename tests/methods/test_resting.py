@@ -14,7 +14,7 @@ from families import anatomy, gemma3, gpt2, llama, logits, tokens, train
 from safetensors import safe_open
 from torch import Tensor
 
-from lisa_kernels import LISA, GaLore, InputError, OwLore, attach, plan
+from lisa_kernels import GaLore, InputError, OwLore, attach, plan
 from lisa_kernels.basis import BasisTracker
 from lisa_kernels.layers import AccumulatingSlot, RestingLinear
 from lisa_kernels.layers import resting as layers
@@ -374,7 +374,6 @@ def test_what_cannot_rest_is_refused() -> None:
     model = llama()
     for method, kind, words in (
         (METHODS["galore"], "int4", r"way to rest.*'int4'"),
-        (LISA(), "nf4", "trains? layers through slots or adapters, and 'lisa' does not"),
         (OwLore(1, master="remainder"), "int8", "leave one out"),
     ):
         with pytest.raises(InputError, match=words):

@@ -131,7 +131,15 @@ def test_weights_rest_in_8_bits_before_anything_is_given_up_and_in_4_after_all_e
         assert found(free, need_mib(wanted)) == wanted
 
 
-@pytest.mark.parametrize("run", [Run(LISA(), resting=None), Run(resting=None, ranks=2)], ids=["method", "ranks"])
+def test_weights_of_layers_that_are_drawn_at_full_rank_rest_first_too() -> None:
+    """Before embedding and head train in low rank."""
+    for wanted in (Run(LISA(), resting="int8", **FRUGAL), Run(LISA(embeddings="low-rank"), resting="int8", **FRUGAL)):
+        assert found(Run(LISA(), resting=None), need_mib(wanted)) == wanted
+
+
+@pytest.mark.parametrize(
+    "run", [Run(FullFineTune(), resting=None), Run(resting=None, ranks=2)], ids=["method", "ranks"]
+)
 def test_weights_that_cannot_rest_are_left_as_they_are(run: Run) -> None:
     tried: list[Run] = []
     with pytest.raises(InputError):

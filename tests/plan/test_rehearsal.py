@@ -45,6 +45,12 @@ def test_a_rehearsal_equals_the_real_run(name: str) -> None:
     check_equal(workload("llama", METHODS[name]))
 
 
+@pytest.mark.parametrize("name", ["lisa", "lisa-low-rank", "badam-keep", "owlore-frozen"])
+def test_layers_that_are_drawn_on_masters_are_rehearsed(name: str) -> None:
+    """Those that rest give their codes up when they are drawn."""
+    check_equal(workload("gpt2" if name == "lisa" else "llama", METHODS[name], resting="nf4", active_on="master"))
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [

@@ -1,0 +1,136 @@
+"""A layer that computes with its 16-bit master while it trains, and with codes of it while it rests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisa_kernels.layers.lowrank import LowRankLinear
+from lisa_kernels.layers.resting import RestingLinear
+
+
+class WokenLinear(RestingLinear):
+    """A layer at rest that `wake` makes an ordinary one: its weight is then on the device in the model's dtype.
+
+    The weight trains in full there or, of a layer with a tracker, through a slot that is folded into it after each
+    step. `rest` takes it back to the master in host memory and lets the layer rest in codes of what it learnt. On a
+    model that computes in host memory the master itself trains.
+
+    Bytes on the device: 1.0625 (int8) or 0.5625 (nf4) a weight at rest, those of the weight awake.
+    """
+
+    accumulates = False
+    awake = False
+
+    def _keep_master(self) -> None:
+        """Move the weight to where its master is kept."""
+        # The master while its copy trains on the device.
+        self._master: Tensor | None = None
+        self._move_master()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Never: the slot is folded."""
+        return False
+
+    @property
+    def is_merged(self) -> bool:
+        """Never: without a slot it has nothing to merge."""
+        return False
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The parameter; at rest, within a forward, what the layer multiplies by."""
+        kind = LowRankLinear if self.awake else RestingLinear
+        weight: Tensor = kind.weight.fget(self)  # type: ignore[attr-defined]
+        return weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Refuse the plain tensor that a replica is given for its weight."""
+        RestingLinear.weight.fset(self, value)  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., m] for x [..., n]."""
+        return LowRankLinear.forward(self, x) if self.awake else super().forward(x)
+
+    def deactivate(self, keep: bool = False) -> None:
+        """Free what the slot holds; the weight stays where it is."""
+        LowRankLinear.deactivate(self, keep)
+
+    @torch.no_grad()
+    def wake(self) -> None:
+        """Bring the weight to the device in its own dtype, and give up the codes."""
+        if self.awake:
+            return
+        master = self._whole()
+        # What is mapped from a file is not written to.
+        here = self._here(master) if self.home is None else self._copied(master)
+        self.stored_weight.data = here
+        self._master = None if here is master else master
+        self.codes, self.absmax = self.codes.new_empty(0), self.absmax.new_empty(0)
+        self.awake = True
+
+    @torch.no_grad()
+    def rest(self) -> None:
+        """Take the weight back to its master, and let it rest anew."""
+        if self.awake:
+            weight = self.stored_weight.detach()
+            master = self._written(weight)
+            self.codes_home.put(self, self._at_rest(weight), 0)
+            self._leave(master)
+
+    @torch.no_grad()
+    def go_home(self) -> None:
+        """Take the weight back to its master; the device's copy and its gradient are freed."""
+        if self.awake:
+            self._leave(self._written(self.stored_weight.detach()))
+
+    def _written(self, weight: Tensor) -> Tensor:
+        """Return the master with what the weight has learnt."""
+        if self.home is not None:
+            return self.home.write(part for _, part in self._tiles(weight))
+        if self._master is None:
+            return weight
+        for rows, part in self._tiles(self._master):
+            part.copy_(weight[rows])
+        return self._master
+
+    def _leave(self, master: Tensor) -> None:
+        self.stored_weight.data, self.stored_weight.grad = master, None
+        self._master, self.awake = None, False
+
+    def take_master(self, weight: Tensor) -> None:
+        """Have another weight for a master, or in the place of its copy that trains."""
+        if self.awake:
+            self.stored_weight.data.copy_(weight)
+        else:
+            super().take_master(weight)
+
+    def load_master(self, state_dict: dict[str, Any], key: str) -> bool:
+        """Take the master from there if it lives in a file; one that is awake is loaded as any weight."""
+        return not self.awake and super().load_master(state_dict, key)
+
+    @torch.no_grad()
+    def rest_anew(self) -> None:
+        """Take the master as it is now; one that is awake has no codes."""
+        if not self.awake:
+            super().rest_anew()
+
+    def hold_master(self) -> None:
+        """Give a master without values the memory that it takes in host memory, where it trains in its place."""
+        super().hold_master()
+        self._master = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Leave the master where it is when the model moves; its copy on the device goes along."""
+        if not self.awake:
+            return super()._apply(fn, recurse)
+        master = self.stored_weight.data if self._master is None else self._master
+        nn.Module._apply(self, fn, recurse)
+        here = self.stored_weight.data
+        self._master = None if here.device == master.device and here.data_ptr() == master.data_ptr() else master
+        return self
