@@ -158,7 +158,8 @@ class OrderedLookup:
     def __call__(self, embedding: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         """Return the rows with the table in their graph, as a forward hook is called."""
         table: Tensor = embedding.weight  # type: ignore[assignment]
-        if not table.requires_grad or not torch.is_grad_enabled():
+        # The model may have been on the host when it was attached.
+        if not table.is_cuda or not table.requires_grad or not torch.is_grad_enabled():
             return y
         return ordered_embedding(y.detach(), _ids(args, kwargs), table, self.factor, self.padding)
 
@@ -178,7 +179,7 @@ class OrderedTables:
         for module in model.modules():
             if not isinstance(module, nn.Embedding) or id(module.weight) not in tables:
                 continue
-            if module.sparse or not module.weight.is_cuda:
+            if module.sparse:
                 continue
             # What a class of the model's own takes is known of its tokens' embedding only: positions have no ids.
             if type(module).forward is not nn.Embedding.forward and module is not token_embedding:

@@ -87,7 +87,10 @@ def test_an_addition_by_atomics_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.order("late")
 def test_tables_that_train_in_full_are_added_up_in_one_order() -> None:
-    """Not those that train otherwise, that change rows or gradients, of positions, or on a CPU, whose order is one."""
+    """Not those that train otherwise, that change rows or gradients, of positions, or on a CPU, whose order is one.
+
+    Those of a model that is moved after it was attached, too.
+    """
 
     class Positions(nn.Embedding):
         def forward(self, mask: Tensor, past: int) -> Tensor:
@@ -95,10 +98,12 @@ def test_tables_that_train_in_full_are_added_up_in_one_order() -> None:
 
     tables = nn.ModuleList(nn.Embedding(9, 4, **settings) for settings in ({}, {}, {"max_norm": 1.0}, {"sparse": True}))
     tables.append(Positions(9, 4))
-    OrderedTables(tables, tables.parameters())
-    assert not any(table._forward_hooks for table in tables)
-    tables.cuda()
     ordered = OrderedTables(tables, [table.weight for table in tables[1:]])
     assert [len(table._forward_hooks) for table in tables] == [0, 1, 0, 0, 0]
+    names = []
+    for device in ("cpu", "cuda"):
+        looked_up = tables.to(device)[1](torch.arange(3, device=device))
+        names.append(type(looked_up.grad_fn).__name__)
+    assert names == ["EmbeddingBackward0", "_OrderedEmbeddingBackward"]
     ordered.remove()
     assert not any(table._forward_hooks for table in tables)
