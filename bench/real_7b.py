@@ -3,20 +3,24 @@
     python -m bench.real_7b                     # OwLore, 5 of 32 layers, rank 128, 64 tokens; needs 15 GB
     python -m bench.real_7b --method lisa
     python -m bench.real_7b --resting nf4       # codes beside masters in 16 bits; needs 18 GB
+    python -m bench.real_7b --resting nf4 --masters FOLDER   # masters in files of 13 GB, which are mapped; needs 5 GB
     python -m bench.real_7b --layers 2          # a thinner stack, to try it
 
-The geometry is Llama-2-7B's, the weights are random bfloat16. The last step trains other layers than those before it;
-the first step of a draw finds the bases of its layers. The peak is set beside that of a plan of the same steps.
+The geometry is Llama-2-7B's unless --preset names another, the weights are random bfloat16. The last step trains other
+layers than those before it; the first step of a draw finds the bases of its layers. The peak is set beside that of a
+plan of the same steps; with masters in files what is resident of files does not count, for the system may drop it.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ from torch import nn
 
 from bench.command import main_of, positive, set_threads
 from bench.held_bytes import STATUS, reset_peak, status_bytes
+from bench.mapped_model import AnonymousPeak, write_model
 from bench.rows import append_row
 from bench.timing import seconds_of_parts
 from lisa_kernels import LISA, OwLore, attach
@@ -35,6 +40,8 @@ from lisa_kernels.train.presets import preset_config
 
 PRESET, LR = "llama-2-7b", 3e-4
 METHODS = ("owlore", "lisa")
+# The folders of weights and masters in that of --masters.
+MODEL, MASTERS = "model", "masters"
 PATTERN_ELEMENTS, WEIGHT_SCALE = 1 << 20, 0.02
 
 
@@ -65,20 +72,30 @@ class Row:
     peak_growth_bytes: int
     planned_bytes: int | None = None
     resting: str | None = None
+    preset: str = PRESET
+    masters: str = "host"
+    peak_anonymous_growth_bytes: int | None = None
+    master_bytes_written: int = 0
 
 
-def build_model(layers: int) -> Any:
-    """Return the model with random bfloat16 weights; one pattern of numbers fills them all, which takes seconds."""
+def build_model(layers: int, folder: Path | None = None, preset: str | None = None) -> Any:
+    """Return the model with random bfloat16 weights; one pattern of numbers fills them all, which takes seconds.
+
+    folder: where they are written to, and mapped from; None: they are in memory.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = preset_config(PRESET)
+    config = preset_config(preset or PRESET)
     config.num_hidden_layers = layers
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     pattern = torch.randn(PATTERN_ELEMENTS, generator=torch.Generator().manual_seed(0)).mul_(WEIGHT_SCALE)
     pattern = pattern.to(torch.bfloat16)
+    if folder is not None:
+        write_model(model, folder, pattern)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).train()
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             filled = torch.empty(param.shape, dtype=torch.bfloat16)
@@ -121,6 +138,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, default=128, help="of owlore's layers")
     add("--embeddings", help="embedding and head (default: owlore frozen, lisa always)")
     add("--resting", help="bits in which matrices compute: int8, mixed or nf4 (owlore; default: 16)")
+    add("--masters", type=Path, help="folder for weights and masters in files that are mapped (default: in memory)")
+    add("--preset", help=f"geometry (default: {PRESET}), such as llama-3.1-8b")
     add("--seed", type=int, default=0, help="of the draws")
     add("--threads", type=int, help="CPU threads (default: as torch has them)")
     add("--record", action="store_true", help="append the rows to bench/results/real_7b.jsonl")
@@ -136,31 +155,59 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
         raise InputError("the most memory that a process held is read from /proc: run this on Linux.")
     method = method_of(arguments)
     set_threads(arguments.threads)
+    if arguments.masters is None:
+        return _run(arguments, method, None, console)
+    if arguments.resting is None:
+        raise InputError("--masters is for weights that rest in few bits; give --resting too.")
+    try:
+        return _run(arguments, method, arguments.masters, console)
+    finally:
+        for name in (MODEL, MASTERS):
+            shutil.rmtree(arguments.masters / name, ignore_errors=True)
+
+
+def _run(arguments: argparse.Namespace, method: Method, folder: Path | None, console: Console) -> list[Row]:
+    # What is imported is none of the run's.
+    from transformers import LlamaForCausalLM  # noqa: F401
+
     reset_peak()
-    before = status_bytes("VmRSS")
+    before, anonymous = status_bytes("VmRSS"), status_bytes("RssAnon")
+    with AnonymousPeak() as peak:
+        return _steps(arguments, method, folder, console, {"before": before, "anonymous": anonymous, "peak": peak})
+
+
+def _steps(
+    arguments: argparse.Namespace, method: Method, folder: Path | None, console: Console, at_start: dict[str, Any]
+) -> list[Row]:  # fmt: skip
     begin = time.perf_counter()
-    model = build_model(arguments.layers)
+    model = build_model(arguments.layers, None if folder is None else folder / MODEL, arguments.preset)
     built = time.perf_counter()
-    optimizer = attach(model, method, lr=LR, seed=arguments.seed, resting=arguments.resting)
+    masters = None if folder is None else folder / MASTERS
+    optimizer = attach(model, method, lr=LR, seed=arguments.seed, resting=arguments.resting, masters=masters)
     attached = time.perf_counter()
     facts = {
         "method": arguments.method, "layers": arguments.layers, "tokens": arguments.tokens,
         "rank": method.get("rank", None), "embeddings": method.get("embeddings", ""),
         "build_s": built - begin, "attach_s": attached - built, "resting": arguments.resting,
+        "preset": arguments.preset or PRESET, "masters": "host" if folder is None else "files",
     }  # fmt: skip
     console.print(
         f"built in {facts['build_s']:.1f} s, attached in {facts['attach_s']:.1f} s; {method}", highlight=False
     )
     rows = []
     for number in range(arguments.steps):
-        row = _step(model, optimizer, arguments.tokens, {**facts, "before": before}, number)
+        row = _step(model, optimizer, arguments.tokens, {**facts, **at_start}, number)
         console.print(in_words(row), highlight=False, soft_wrap=True)
         rows.append(row)
     rows = with_plans(rows, model.config, method)
     measured, planned = rows[-1].peak_growth_bytes, rows[-1].planned_bytes or 0
+    beside = ""
+    if folder is not None:
+        measured = rows[-1].peak_anonymous_growth_bytes or 0
+        beside = f", files apart; {rows[-1].master_bytes_written / 1e9:.2f} GB of masters were written"
     console.print(
         f"the peak is {measured / 1e9:.3f} GB above what the process held before the model was built, by plan "
-        f"{planned / 1e9:.3f} GB ({planned / max(1, measured) - 1:+.1%})",
+        f"{planned / 1e9:.3f} GB ({planned / max(1, measured) - 1:+.1%}){beside}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     if arguments.record:
@@ -171,8 +218,11 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
 
 def with_plans(rows: Sequence[Row], config: Any, method: Method) -> list[Row]:
     """Return the rows with the peak of a plan of their steps, in which the same layers are drawn."""
-    tokens, resting = rows[0].tokens, rows[0].resting
-    workload = Workload(config, method, 1, tokens, gradient_checkpointing=False, max_grad_norm=None, resting=resting)
+    first = rows[0]
+    workload = Workload(
+        config, method, 1, first.tokens, gradient_checkpointing=False, max_grad_norm=None, resting=first.resting,
+        masters=first.masters if first.resting else None,
+    )  # fmt: skip
     trace = rehearse(workload, [row.active_layers for row in rows])
     most, planned = 0, []
     for row in rows:
@@ -197,7 +247,8 @@ def _step(model: Any, optimizer: Any, tokens: int, facts: dict[str, Any], number
         optimizer.zero_grad()
 
     seconds = seconds_of_parts((forward, lambda: loss.backward(), update), "cpu")
-    value, before = float(loss.detach()), facts.pop("before")
+    value, before, anonymous = float(loss.detach()), facts.pop("before"), facts.pop("anonymous")
+    peak: AnonymousPeak = facts.pop("peak")
     if not math.isfinite(value):
         raise RuntimeError(f"the loss of step {number} is {value}")
     return Row(
@@ -212,6 +263,8 @@ def _step(model: Any, optimizer: Any, tokens: int, facts: dict[str, Any], number
         resident_bytes=status_bytes("VmRSS"),
         peak_resident_bytes=status_bytes("VmHWM"),
         peak_growth_bytes=status_bytes("VmHWM") - before,
+        peak_anonymous_growth_bytes=peak.bytes - anonymous,
+        master_bytes_written=optimizer.master_bytes_written,
     )
 
 

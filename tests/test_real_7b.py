@@ -64,11 +64,34 @@ def test_rows_are_recorded_only_when_asked(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [row["ran_on"] for row in result_rows.read_rows("real_7b")] == ["cpu"]
 
 
+def test_masters_in_files_are_planned_and_measured_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are mapped from files that are gone in the end."""
+    folder = tmp_path / "some"
+    assert main([*TINY, "--resting=nf4", f"--masters={folder}", "--steps=2", "--seed=1", "--json", "--debug"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    weights = sum(param.nbytes for param in build_model(3).parameters())
+    assert rows[-1]["masters"] == "files"
+    assert rows[-1]["master_bytes_written"] > 0
+    assert 0.25 * weights < rows[0]["planned_bytes"] < weights
+    assert rows[-1]["peak_anonymous_growth_bytes"] > 0
+    assert not any(folder.iterdir())
+
+
+def test_a_model_that_is_mapped_is_the_one_in_memory(tmp_path: Path) -> None:
+    mapped, plain = build_model(2, tmp_path / "model"), build_model(2)
+    assert mapped.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, mapped.state_dict()[key]) for key, value in plain.state_dict().items())
+
+
 BAD = {
     "method": (["--method", "lora"], "unknown method"),
     "layers": (["--layers", "0"], "--layers 0"),
     "active": (["--active-layers", "4"], "active_layers is 4"),
     "rank": (["--rank", "1000"], "rank 1000"),
+    "masters": (["--masters", "somewhere"], "give --resting too"),
+    "taken": (["--resting", "nf4", "--masters", __file__], "cannot be made"),
 }
 
 
