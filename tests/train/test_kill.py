@@ -46,19 +46,33 @@ def _kill_at_random(command: list[str], draw: random.Random) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lisa", "owlore"])
-def test_five_kills_change_no_bit(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "settings", "killed_settings"),
+    [
+        ("lisa", [], []),
+        ("owlore", [], []),
+        # What was left alone has its masters in memory.
+        ("owlore", ["--resting", "nf4", "--dtype", "bf16"], ["--masters", "{folder}"]),
+    ],
+    ids=["lisa", "owlore", "masters in files"],
+)
+def test_five_kills_change_no_bit(
+    method: str, settings: list[str], killed_settings: list[str], tmp_path: Path
+) -> None:  # fmt: skip
     data = write_text(tmp_path)
-    subprocess.run(_command(data, tmp_path / "whole", method), check=True, env=_environment())
+    subprocess.run(_command(data, tmp_path / "whole", method, *settings), check=True, env=_environment())
     draw = random.Random(method)
     output = tmp_path / "killed"
+    settings = [*settings, *(word.format(folder=tmp_path / "masters") for word in killed_settings)]
     reached = []
     for kill in range(KILLS):
         more = ["--resume"] if kill else []
-        reached.append(_kill_at_random(_command(data, output, method, *more), draw))
+        reached.append(_kill_at_random(_command(data, output, method, *settings, *more), draw))
+        assert (tmp_path / "masters").exists() == bool(killed_settings)
     assert all(reached), "every kill came during training"
     assert not (output / "summary.json").exists()
-    subprocess.run(_command(data, output, method, "--resume"), check=True, env=_environment())
+    subprocess.run(_command(data, output, method, *settings, "--resume"), check=True, env=_environment())
+    assert not (tmp_path / "masters").exists()
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (output / "model.safetensors").read_bytes() == whole
     for name in ("layer_visits", "layer_history", "eval_loss_before", "eval_loss_after"):
