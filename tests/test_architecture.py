@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors", "files", "distributed"},
     # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
     "layers": {"errors", "uncompiled", "ops", "basis", "distributed", "layers"},
-    "methods": {"errors", "files", "ops", "paging", *MIDDLE, "methods"},
+    "methods": {"errors", "files", "sizes", "ops", "paging", *MIDDLE, "methods"},
     # Knows what methods are; no method knows of it. Its runs keep folders, checkpoints and pages as others do.
     "flow": {
         "errors",

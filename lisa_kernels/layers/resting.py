@@ -18,7 +18,7 @@ from lisa_kernels.layers.freezing import replica_advice
 from lisa_kernels.layers.lowrank import LowRankLinear, TrainedBasisLinear
 from lisa_kernels.ops.lent_linear import capture_lent_linear, lent_linear
 from lisa_kernels.ops.lowrank_linear.whole_weight import whole_weight
-from lisa_kernels.ops.resting import RestingWeight, quantize_resting
+from lisa_kernels.ops.resting import RestingWeight, block_count, code_count, quantize_resting
 from lisa_kernels.ops.resting_linear import capture_resting_linear, resting_linear
 
 
@@ -97,6 +97,16 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
     def lend(self) -> AbstractContextManager[RestingWeight]:
         """Lend the weight [m, n] as it rests to what is queued inside."""
         return self.codes_home.lend(self)
+
+    def rest_in(self, kind: str) -> None:
+        """Rest in other bits from now on: for codes that are where the layer computes, or none for the time being."""
+        assert self.codes_home.stays
+        self.kind, elements = kind, self.out_features * self.in_features
+        if not self.codes.numel():
+            return
+        self.codes = self.codes.new_empty((code_count(elements, kind),))
+        self.absmax = self.absmax.new_empty((block_count(elements),))
+        self.rest_anew()
 
     def _at_rest(self, stored: Tensor) -> RestingWeight:
         """Return the whole weight in codes, or rows of it, from a master as it is stored."""

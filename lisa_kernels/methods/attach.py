@@ -28,9 +28,11 @@ from lisa_kernels.layers import TappedEmbedding, check_attachable, without_compi
 from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.active_on import on_masters
 from lisa_kernels.methods.agreement import agree
+from lisa_kernels.methods.code_losses import measure_code_losses
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.masters import Masters, check_masters
-from lisa_kernels.methods.resting import check_resting, check_resting_where
+from lisa_kernels.methods.precision import CodeLoss, is_size
+from lisa_kernels.methods.resting import check_resting, check_resting_where, raised_layers
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
 from lisa_kernels.methods.units import Layout, make_layout
@@ -50,8 +52,9 @@ def attach(
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
-    calibration: batches (input_ids, …) for scores that need data, see `layer_scores`. scores: one number per layer,
-    where they were computed before. blocks: the path of the decoder blocks where they are not found by themselves.
+    calibration: batches (input_ids, …) for scores that need data, see `layer_scores`, and for a size of `resting`.
+    scores: one number per layer, where they were computed before. blocks: the path of the decoder blocks where they are
+    not found by themselves.
     weight_decay leaves vectors (norms, biases) alone; max_grad_norm clips inside the step, and paging says where the
     moments are between steps, see `AdamW8bit`; what `retired_state="page"` puts away goes there too. In training
     the loss of a language model is computed without forming the logits of all tokens, where that is exact (its loss is
@@ -64,7 +67,9 @@ def attach(
 
     resting: "int8" or "nf4" keeps the matrices of the decoder blocks and of the output layer in 8 or 4 bits where the
     model computes, those of layers that train too, and their 16-bit masters in host memory, where the token embedding
-    is as well; "mixed" has those in 8 bits that lose most in 4; None or "16-bit" leaves them as they are. What is
+    is as well; "mixed" has those in 8 bits that lose most in 4; None or "16-bit" leaves them as they are. A size
+    such as "5.5GB" is what the codes and scales of all of them may take: those are in 8 bits whose errors cost most
+    loss for their bytes, by one forward and backward of a few batches of `calibration`, or of random tokens. What is
     learnt is put into the masters when a layer leaves or gets a new basis, and it is they that are saved. Adapters
     learn beside the codes, and what is saved, merged or left by `detach()` are masters with the adapters in them. For
     methods whose layers train through slots or adapters (OwLore, GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one
@@ -108,11 +113,16 @@ def attach(
             agree(sharing, model, method, {**settings, **general, "seed": seed, "wire_dtype": wire_dtype})
         if units_of(model):
             settle(model)
+        sized = resting is not None and is_size(resting)
+        if sized and calibration is not None:
+            # It may be a stream, and is read twice.
+            calibration = list(calibration)
         scores = _agreed_scores(sharing, survey, calibration, scores)
+        losses = measure_code_losses(model, raised_layers(survey), calibration) if sized else None
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
         more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}
-        optimizer = _attached(sharing, survey, scores, seed, more, resting, where, folder, awake)
+        optimizer = _attached(sharing, survey, scores, seed, more, resting, where, folder, awake, losses)
     except BaseException:
         if sharing is not None:
             sharing.close()
@@ -123,7 +133,7 @@ def attach(
 
 def _attached(
     sharing: Ranks | None, survey: Survey, scores: Sequence[float] | None, seed: int, settings: Mapping[str, Any],
-    resting: str | None, where: str, folder: str | None, awake: bool,
+    resting: str | None, where: str, folder: str | None, awake: bool, losses: Mapping[nn.Module, CodeLoss] | None,
 ) -> SampledAdamW:  # fmt: skip
     """Do to the model what was surveyed; on a failure of this rank or another it is as it was."""
     optimizer: SampledAdamW | None = None
@@ -133,7 +143,7 @@ def _attached(
         with together(sharing):
             sampler = _make_sampler(survey, seed, scores)
             masters = None if folder is None or resting is None else Masters(survey, resting, folder)
-            layout = make_layout(survey, seed, resting, where, masters, awake)
+            layout = make_layout(survey, seed, resting, where, masters, awake, losses)
             swaps = layout.swaps
             kind: type[SampledAdamW] = survey.method.optimizer or SampledAdamW
             optimizer = kind(survey.model, survey.method, layout, sampler, seed=seed, **settings)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods.active_on import CODES, MASTER
+from lisa_kernels.methods.precision import is_size
 from lisa_kernels.methods.resting import AS_THEY_ARE
 from lisa_kernels.methods.slots import check_slots_state, slots_state
 from lisa_kernels.samplers import Sampler, sampler_from_state
@@ -29,6 +33,7 @@ def attachment_state(optimizer: SampledAdamW) -> dict[str, Any]:
         "slots": slots_state(optimizer._layers(), optimizer._shelf.held()),
         "resting": optimizer.layout.resting,
         "on_masters": optimizer.layout.on_masters,
+        "precisions": _precisions(optimizer),
     }
 
 
@@ -39,6 +44,11 @@ def check_attachment(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> Sampl
     if saved.get("resting") != optimizer.layout.resting:
         was, now = (way or AS_THEY_ARE for way in (saved.get("resting"), optimizer.layout.resting))
         raise InputError(f"the state was saved with resting={was!r}; this run has {now!r}.")
+    if any(not layer.codes_home.stays for layer, _ in _rested_otherwise(optimizer, saved)):
+        raise InputError(
+            f"the state is of a model in which resting={saved.get('resting')!r} was found to mean other matrices in 8 "
+            "bits, and codes in host memory stay as they are; attach with resting_where='device'."
+        )
     layout = optimizer.layout
     if saved.get("on_masters", False) != layout.on_masters:
         was, now = (MASTER if way else CODES for way in (saved.get("on_masters", False), layout.on_masters))
@@ -52,3 +62,25 @@ def check_attachment(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> Sampl
         )
     check_slots_state(optimizer._layers(), saved["slots"])
     return sampler
+
+
+@torch.no_grad()
+def take_precisions(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> None:
+    """Have each matrix rest in the bits that it had when a state was saved, whatever would be found for a size now."""
+    for layer, kind in _rested_otherwise(optimizer, saved):
+        layer.rest_in(kind)
+
+
+def _rested_otherwise(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> list[tuple[RestingLinear, str]]:
+    """Return the layers that rested in other bits when a state was saved, and these."""
+    now, was = _precisions(optimizer) or {}, saved.get("precisions") or {}
+    layers = dict(optimizer.model.named_modules())
+    return [(layers[path], was[path]) for path, kind in now.items() if was.get(path, kind) != kind]  # type: ignore[misc]
+
+
+def _precisions(optimizer: SampledAdamW) -> dict[str, str] | None:
+    """Return in what each matrix rests where that was found out for a size; None else."""
+    resting = optimizer.layout.resting
+    if resting is None or not is_size(resting):
+        return None
+    return {path: layer.kind for path, layer in optimizer.model.named_modules() if isinstance(layer, RestingLinear)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,10 @@ from lisa_kernels.layers import find_linears, linear_shape, untied
 from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.active_on import draws
 from lisa_kernels.methods.definitions import Method
+from lisa_kernels.methods.outer_slots import find_still_outer
+from lisa_kernels.methods.precision import CodeLoss, bytes_at_rest, is_size, losses_by_place, pick_kinds
 from lisa_kernels.methods.survey import Survey
+from lisa_kernels.sizes import parse_size
 
 AS_THEY_ARE = "16-bit"
 WAYS = (AS_THEY_ARE, "int8", "mixed", "nf4")
@@ -24,8 +27,10 @@ def check_resting(resting: str | None, method: Method, shared: bool) -> str | No
     """Return how matrices rest, None: as they are; raises InputError where they cannot rest so."""
     if resting in (None, AS_THEY_ARE):
         return None
-    if resting not in WAYS:
-        raise unknown_name("way to rest", resting, WAYS)
+    if not isinstance(resting, str) or not (resting in WAYS or is_size(resting)):
+        raise unknown_name("way to rest", str(resting), (*WAYS, "a size such as 5.5GB"))
+    if is_size(resting):
+        parse_size(resting)
     if method.form not in ("low-rank", "adapter") and not draws(method):
         raise InputError(
             f"resting={resting!r} is for methods that train layers through slots or adapters, or draw them, and "
@@ -56,24 +61,52 @@ class Kinds:
 
     In a block these are the ones with the most inputs, which lead its widest activations back: of what NF4 costs a
     pretrained SmolLM2 before it trains they make nearly half. An output layer, whose errors reach the loss as they are,
-    rests in 8 bits always.
+    rests in 8 bits always. A size is filled by what is lost, see `pick_kinds`; losses: measured, None: as far as they
+    are known without values.
     """
 
     of_head = "int8"
 
-    def __init__(self, resting: str, survey: Survey) -> None:
+    def __init__(self, resting: str, survey: Survey, losses: Mapping[nn.Module, CodeLoss] | None = None) -> None:
         self.resting = resting
         self.still = _still_places(survey)
+        places = [*survey.places(), *self.still]
+        head = _output_layer(survey.model)
         self._kinds: dict[nn.Module, str] = {}
         if resting == "mixed":
-            self._kinds = _by_width(survey, [*survey.places(), *self.still])
-        get_output = getattr(survey.model, "get_output_embeddings", None)
-        if callable(get_output) and isinstance(head := get_output(), nn.Module):
+            self._kinds = _by_width(survey.path, places)
+        elif is_size(resting):
+            layers = raised_layers(survey, places)
+            rests = head is not None and (head in {place.layer for place in places} or _rests_outside(survey))
+            beside = bytes_at_rest(head, self.of_head) if head is not None and rests else 0
+            self._kinds = pick_kinds(layers, resting, beside, losses or losses_by_place(_by_block(survey.path, places)))
+        if head is not None:
             self._kinds[head] = self.of_head
 
     def of(self, layer: nn.Module) -> str:
         """Return "int8" or "nf4" for a linear layer."""
         return self._kinds.get(layer, self.resting)
+
+
+def raised_layers(survey: Survey, places: Iterable[Place] | None = None) -> list[nn.Module]:
+    """Return the linears that rest in as many bits as a size has room for: all that rest but the output layer."""
+    places = [*survey.places(), *_still_places(survey)] if places is None else places
+    head = _output_layer(survey.model)
+    return [layer for layer in dict.fromkeys(place.layer for place in places) if layer is not head]
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    get_output = getattr(model, "get_output_embeddings", None)
+    head = get_output() if callable(get_output) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _rests_outside(survey: Survey) -> bool:
+    """Return whether the output layer rests without a place in the blocks: with a slot of its own, or for good."""
+    outer = survey.outer
+    if outer is None and survey.method.embeddings_rest:
+        outer = find_still_outer(survey.model)
+    return outer is not None and bool(outer.head)
 
 
 def _still_places(survey: Survey) -> list[Place]:
@@ -86,15 +119,21 @@ def _still_places(survey: Survey) -> list[Place]:
     return untied(survey.model, find_linears(roots, 0, lambda path, layer: layer not in taken))
 
 
-def _by_width(survey: Survey, places: Iterable[Place]) -> dict[nn.Module, str]:
-    """Return the kind of each layer: of a block "int8" for those with the most inputs, "nf4" for all others."""
-    kinds: dict[nn.Module, str] = {}
-    blocks: dict[str, list[nn.Module]] = defaultdict(list)
+def _by_block(path: str, places: Iterable[Place]) -> dict[int | None, list[nn.Module]]:
+    """Return the layers of each block by its number; under None those that are in no block."""
+    blocks: dict[int | None, list[nn.Module]] = defaultdict(list)
     for place in places:
-        kinds[place.layer] = "nf4"
-        if survey.path and place.path.startswith(f"{survey.path}."):
-            blocks[place.path.removeprefix(f"{survey.path}.").partition(".")[0]].append(place.layer)
+        inside = place.path.removeprefix(f"{path}.") if path else place.path
+        blocks[None if inside == place.path else int(inside.partition(".")[0])].append(place.layer)
+    return blocks
+
+
+def _by_width(path: str, places: Iterable[Place]) -> dict[nn.Module, str]:
+    """Return the kind of each layer: of a block "int8" for those with the most inputs, "nf4" for all others."""
+    blocks = _by_block(path, places)
+    kinds = dict.fromkeys(blocks.pop(None, []), "nf4")
     for layers in blocks.values():
+        kinds |= dict.fromkeys(layers, "nf4")
         widest = max(linear_shape(layer)[1] for layer in layers)
         kinds |= {layer: "int8" for layer in layers if linear_shape(layer)[1] == widest}
     return kinds

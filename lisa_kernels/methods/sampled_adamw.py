@@ -22,7 +22,7 @@ from lisa_kernels.layers import (
     leave_out_logits,
 )
 from lisa_kernels.methods.adapters import Adapters
-from lisa_kernels.methods.attachment import attachment_state, check_attachment
+from lisa_kernels.methods.attachment import attachment_state, check_attachment, take_precisions
 from lisa_kernels.methods.definitions import AdapterMethod, Method
 from lisa_kernels.methods.foreign_steps import ForeignSteps
 from lisa_kernels.methods.gradient_norms import add_norm, mean_norms
@@ -360,6 +360,7 @@ class SampledAdamW(RankAccess):
         layers = self._layers()
         with slots_in_shape(layers.values()):
             self._check_loadable(state_dict)
+        take_precisions(self, saved)
         self.sampler, self.seed = sampler, saved["seed"]
         self._switch_to(list(saved["active_layers"]))
         with slots_in_shape(layers.values()):

@@ -26,6 +26,7 @@ from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.definitions import LoRA
 from lisa_kernels.methods.masters import MasterKeeper
 from lisa_kernels.methods.outer_slots import add_outer_slots, find_still_outer
+from lisa_kernels.methods.precision import CodeLoss
 from lisa_kernels.methods.resting import Kinds
 from lisa_kernels.methods.streaming import HostHomes
 from lisa_kernels.methods.survey import Survey, UnitPlan
@@ -107,11 +108,12 @@ class _SlotMaker:
     """Makes the layers with slots of one model, each with random numbers of its own."""
 
     def __init__(
-        self, survey: Survey, seed: int, resting: str | None, where: str, masters: MasterKeeper | None, on_masters: bool
+        self, survey: Survey, seed: int, resting: str | None, where: str, masters: MasterKeeper | None,
+        on_masters: bool, losses: Mapping[nn.Module, CodeLoss] | None,
     ) -> None:  # fmt: skip
         self.masters, self.on_masters = masters, on_masters
         self.method, self.seed, self.made = survey.method, seed, 0
-        self.kinds = None if resting is None else Kinds(resting, survey)
+        self.kinds = None if resting is None else Kinds(resting, survey, losses)
         self.homes = HostHomes(survey, self.kinds) if self.kinds is not None and where == "host" else None
         # What trains at full rank while it is drawn.
         self.full = {param for plan in survey.drawn for param in plan.full}
@@ -169,20 +171,22 @@ class _SlotMaker:
 def make_layout(
     survey: Survey, seed: int = 0, resting: str | None = None, where: str = "device",
     masters: MasterKeeper | None = None, on_masters: bool = False,
+    losses: Mapping[nn.Module, CodeLoss] | None = None,
 ) -> Layout:  # fmt: skip
     """Do to the model what the survey found possible.
 
     resting: how matrices rest, None: as they are. where: "device" or "host", see `attach`.
 
     masters: what keeps theirs in files, closed where this fails; None: they are in host memory. on_masters: whether
-    drawn ones are on the device in 16 bits while they train, see `on_masters`.
+    drawn ones are on the device in 16 bits while they train, see `on_masters`. losses: by which a size is filled, None:
+    by what is known without them.
 
     When something cannot be done, nothing is: masters too are where they were.
     """
     homes = {param: param.device for param in survey.model.parameters()}
     changes: list[Swap | TappedEmbedding] = []
     try:
-        return _make_layout(survey, _SlotMaker(survey, seed, resting, where, masters, on_masters), changes)
+        return _make_layout(survey, _SlotMaker(survey, seed, resting, where, masters, on_masters, losses), changes)
     except BaseException:
         for change in reversed(changes):
             change.undo()

@@ -1,0 +1,147 @@
+"""What a model loses for each matrix that rests in few bits, measured by one forward and backward of some tokens.
+
+A weight's error Δ moves an output by Δx, and the loss by gᵀΔx with g its gradient there: over tokens and over errors
+that know nothing of either, half of Σ Δ_ij² E[x_j²] E[g_i²] is the second order of the loss in Δ, the diagonal of a
+Kronecker-factored Fisher matrix (K-FAC, arXiv 1503.05671). Targets are drawn from the model itself, as that asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisa_kernels.layers import PlainLinears, is_conv1d
+from lisa_kernels.methods.precision import CodeLoss
+from lisa_kernels.ops.resting import RestingWeight, quantize_resting, rows_of_a_tile
+from lisa_kernels.scores.calibration import calibration_inputs, evaluation_mode
+
+# More batches change few picks.
+BATCHES = 4
+# Where no data is given, tokens drawn evenly from the vocabulary.
+RANDOM_BATCHES, RANDOM_TOKENS = 2, 256
+
+
+def measure_code_losses(
+    model: nn.Module, layers: Iterable[nn.Module], batches: Iterable[Mapping[str, Tensor]] | None
+) -> dict[nn.Module, CodeLoss] | None:
+    """Return what each linear layer loses in 4 bits and in 8; None of a model that gives no logits, or no numbers.
+
+    batches: (input_ids, …), of which the first few are read; None: random tokens. The model is as it was when this
+    returns or raises. Costs one forward and backward a batch, without weight gradients, and the quantisation of every
+    matrix in both ways.
+    """
+    layers = list(dict.fromkeys(layers))
+    table = _token_table(model)
+    if table is None or any(param.is_meta for param in model.parameters()):
+        return None
+    energies = {layer: _Energies() for layer in layers}
+    generator = torch.Generator().manual_seed(0)
+    given = _random_batches(model, table, generator) if batches is None else batches
+    with _prepared(model, energies):
+        for inputs in calibration_inputs(model, islice(given, BATCHES)):
+            if not _go_back(model, inputs, generator):
+                return None
+    tokens = max((energy.tokens for energy in energies.values()), default=0)
+    return {layer: energy.losses(layer, tokens) for layer, energy in energies.items()}
+
+
+class _Energies:
+    """Sums of squares of a layer's inputs [n] and of its outputs' gradients [m], over its tokens."""
+
+    def __init__(self) -> None:
+        self.tokens, self.inputs, self.gradients = 0, torch.zeros(()), torch.zeros(())
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """Take a forward in, as a forward hook is called; the graph begins at the first outputs."""
+        x = args[0].detach()
+        self.tokens += x.numel() // x.shape[-1]
+        self.inputs = self.inputs + _squares(x)
+        if not y.requires_grad:
+            # A copy, which may be changed in place.
+            y = y.detach().requires_grad_().clone()
+        y.register_hook(self._take)
+        return y
+
+    def _take(self, gradient: Tensor) -> None:
+        self.gradients = self.gradients + _squares(gradient)
+
+    @torch.no_grad()
+    def losses(self, layer: nn.Module, tokens: int) -> CodeLoss:
+        """Return what a token loses on average."""
+        if not self.tokens or not self.inputs.dim() or not self.gradients.dim():
+            return CodeLoss(0.0, 0.0)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        weight = weight.detach()
+        matrix = weight.t().contiguous() if is_conv1d(layer) else weight
+        inputs, gradients = (each.to(weight.device) for each in (self.inputs, self.gradients))
+        sums = dict.fromkeys(("nf4", "int8"), 0.0)
+        step = rows_of_a_tile(matrix.shape[1])
+        for start in range(0, len(matrix), step):
+            part = matrix[start : start + step].contiguous()
+            for kind in sums:
+                resting = RestingWeight(*quantize_resting(part, kind), kind, *part.shape)
+                errors = resting.woken(torch.float32).sub_(part).square_()
+                sums[kind] += float(gradients[start : start + step] @ (errors @ inputs))
+        return CodeLoss(*(0.5 * total / (self.tokens * tokens) for total in sums.values()))
+
+
+def _squares(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1]).to(torch.float32).square().sum(0)
+
+
+def _token_table(model: nn.Module) -> nn.Embedding | None:
+    get = getattr(model, "get_input_embeddings", None)
+    table = get() if callable(get) else None
+    takes_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return table if isinstance(table, nn.Embedding) and not takes_two else None
+
+
+def _random_batches(model: nn.Module, table: nn.Embedding, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or RANDOM_TOKENS
+    shape = 1, min(RANDOM_TOKENS, longest)
+    ids = (torch.randint(table.num_embeddings, shape, generator=generator) for _ in range(RANDOM_BATCHES))
+    return [{"input_ids": each} for each in ids]
+
+
+@contextmanager
+def _prepared(model: nn.Module, energies: Mapping[nn.Module, _Energies]) -> Iterator[None]:
+    """Have the layers' forwards heard, and no parameter get a gradient."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    handles = [layer.register_forward_hook(energy) for layer, energy in energies.items()]  # type: ignore[arg-type]
+    products = PlainLinears(model)
+    try:
+        for param in trained:
+            param.requires_grad_(False)
+        with evaluation_mode(model):
+            yield
+    finally:
+        products.remove()
+        for handle in handles:
+            handle.remove()
+        for param in trained:
+            param.requires_grad_(True)
+
+
+@torch.enable_grad()
+def _go_back(model: nn.Module, inputs: Mapping[str, Any], generator: torch.Generator) -> bool:
+    """Run a batch forward, draw a target for each token from what the model says, and go back from their loss.
+
+    Returns whether it says numbers.
+    """
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    rows = logits.reshape(-1, logits.shape[-1]).to(torch.float32)
+    if not bool(rows.isfinite().all()):
+        return False
+    drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator).to(rows.device)
+    said = rows.log_softmax(-1).gather(-1, drawn)[:, 0]
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.numel() == len(said):
+        said = said[mask.reshape(-1).to(torch.bool)]
+    (-said.sum()).backward()
+    return True
