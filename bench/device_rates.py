@@ -12,7 +12,7 @@ import torch
 
 from bench.held_bytes import silent_stderr
 from bench.timing import COPY_BYTES, copy_clock, seconds_per_call
-from lisa_kernels.plan.machines import CARDS, LIMITS, Card, Seconds
+from lisa_kernels.plan.machines import CARDS, HOST_LINKS, LIMITS, Card, Seconds, link_seconds
 from lisa_kernels.plan.work import Operation
 
 # Sides of the square products that are measured, by bytes of a number: large enough to keep a card busy.
@@ -55,6 +55,11 @@ class MeasuredCard:
     def host_seconds(self, launches: int) -> Seconds:
         """Return what the host takes to start so many; autograd and modules take it some more than a bare loop."""
         return Seconds(launches * self.host_us * 1e-6, 2 * launches * self.host_us * 1e-6)
+
+    @staticmethod
+    def copy_seconds(nbytes: float) -> Seconds:
+        """Return what copies from the host take by the standard of its link, which is not measured."""
+        return link_seconds(nbytes, HOST_LINKS["PCIe 4"])
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> MeasuredCard:

@@ -93,8 +93,9 @@ class StreamedPages:
         self._pages: list[StreamedPage] = []
         self._readers: dict[torch.device, _Readers] = {}
         self._holding = False
-        # Told of the bytes of each copy to a device; plans count them.
+        # Told of the bytes of each copy to a device, and of the number of each page that is read after another one.
         self.watchers: list[Callable[[int], None]] = []
+        self.turns: list[Callable[[int], None]] = []
 
     def page(self, layout: SlabLayout, device: torch.device) -> StreamedPage:
         """Return a new page of any content; device: where it will be read, or the CPU while that is not known."""
@@ -107,6 +108,10 @@ class StreamedPages:
     def nbytes(self) -> int:
         """How many bytes of host memory the pages take."""
         return sum(page.layout.nbytes for page in self._pages)
+
+    def page_bytes(self) -> list[int]:
+        """Return how many bytes each page takes, by number."""
+        return [page.layout.nbytes for page in self._pages]
 
     def held(self) -> list[Tensor]:
         """Return the memory that is held on devices, and of a plan's pages what `hold` has given them."""
@@ -123,7 +128,7 @@ class StreamedPages:
         """Have a page read on another device than before: its home is made anew, as that device can copy from it."""
         readers = self._readers.get(device)
         if readers is None:
-            readers = self._readers[device] = _Readers(self._lanes(device), self.watchers)
+            readers = self._readers[device] = _Readers(self._lanes(device), self.watchers, self.turns)
         home = readers.home(page.layout.nbytes)
         if page.home.last.event is not None:
             page.home.last.event.synchronize()
@@ -149,14 +154,23 @@ class StreamedPages:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no device yet, and nobody watches it."""
-        return {"_lanes": self._lanes, "_pages": self._pages, "_readers": {}, "_holding": False, "watchers": []}
+        return {
+            "_lanes": self._lanes,
+            "_pages": self._pages,
+            "_readers": {},
+            "_holding": False,
+            "watchers": [],
+            "turns": [],
+        }
 
 
 class _Readers:
     """What reads pages on one device: its buffers, and in which order the pages were asked for so far."""
 
-    def __init__(self, lanes: Lanes, watchers: list[Callable[[int], None]]) -> None:
-        self.lanes, self._watchers = lanes, watchers
+    def __init__(
+        self, lanes: Lanes, watchers: list[Callable[[int], None]], turns: list[Callable[[int], None]]
+    ) -> None:  # fmt: skip
+        self.lanes, self._watchers, self._turns = lanes, watchers, turns
         self._memory = HostMemory(lanes)
         self.pages: dict[int, StreamedPage] = {}
         self.slots: list[Slot] = []
@@ -181,6 +195,8 @@ class _Readers:
         slot = self._holding(page.number) or self._bring(page)
         self.lanes.work.wait(slot.last.event)
         if turned:
+            for turn in self._turns:
+                turn(page.number)
             self._followed[self._last] = page.number
             self._last = self._last[1], page.number
             coming = self.pages.get(self._next())

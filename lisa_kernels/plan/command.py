@@ -26,6 +26,7 @@ from lisa_kernels.plan.plot import plot_timeline, stacked
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.report import print_fit, print_plan, proposal_dict
 from lisa_kernels.plan.result import Plan, allocated_bytes
+from lisa_kernels.plan.streaming import print_streamed
 from lisa_kernels.plan.times import (
     as_dict,
     check_asked,
@@ -93,6 +94,7 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     if not arguments.json:
         print_plan(found.plan, Console())
         print_host(found.plan.host, Console())
+        print_streamed(found.plan.streamed, Console())
         print_travel(found.plan, Console())
         print_times(times, found.plan, arguments, Console())
         if device_bytes is not None:

@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lisa_kernels.plan.machines import LIMITS, Seconds
+from lisa_kernels.plan.machines import LIMITS, LINK, Seconds
 from lisa_kernels.plan.work import PARTS, Operation, WorkLog
 
 if TYPE_CHECKING:
     from lisa_kernels.plan.rehearsal import Workload
+    from lisa_kernels.plan.streaming import StreamedBytes
 
 NOTHING = Seconds(0.0, 0.0)
 # Of a rehearsal a step that has everything, and one after a switch, which finds bases.
 STEADY, SWITCHED = "step 2:", "step 3:"
+# Part of a step: what copies of streamed weights take longer than the work beside them.
+WAITS = "waiting for weights"
 
 
 class Machine(Protocol):
@@ -35,12 +38,16 @@ class Machine(Protocol):
     def host_seconds(self, launches: int) -> Seconds:
         """Return what starting so many operations takes, beside which the device works."""
 
+    def copy_seconds(self, nbytes: float) -> Seconds:
+        """Return what so many bytes take from the host to the device, beside its work."""
+
 
 @dataclass(frozen=True)
 class Duration:
     """What a step takes on one machine, on average over the steps of a period; every figure a prediction.
 
-    parts: seconds of forward, recomputation, backward, optimizer and switch. bounds: shares of the step that matrix
+    parts: seconds of forward, recomputation, backward, optimizer and switch, and of waits for streamed weights. bounds:
+    shares of the step that matrix
     products, bandwidth and launches take, by what bounds each operation. launches, products (additions counted too) and
     bytes (read and written): of a step that does not switch.
     """
@@ -96,6 +103,13 @@ def predict(work: WorkLog, workload: Workload, machine: Machine, period: int | N
     return _on(machine, work, totals, always, workload)
 
 
+def streamed_bytes(work: WorkLog, workload: Workload) -> StreamedBytes | None:
+    """Return what of a rehearsed run's weights is on the host, and what crosses over in a step within a period."""
+    return (
+        None if work.turns is None else work.turns.streamed(STEADY, workload.accumulate / min(workload.accumulate, 2))
+    )
+
+
 def _step(work: WorkLog, step: str) -> Counter[tuple[str, Any]]:
     found: Counter[tuple[str, Any]] = Counter()
     for part, counts in work.of_phases(lambda phase: phase.startswith(step)).items():
@@ -122,6 +136,9 @@ def _on(
         behind = Seconds(max(0.0, host.low - parts[part].low), max(0.0, host.high - parts[part].high))
         parts[part] += behind
         shares["launches"] += sum(behind) / 2
+    waits = _waits(machine, parts, streamed_bytes(work, workload))
+    if waits.high > 0:
+        parts[WAITS], shares[LINK] = waits, sum(waits) / 2
     whole = sum(shares.values()) or 1.0
     tokens = sum(map(sum, workload.rows(typical=True))) * workload.accumulate
     counted = [(work.operations[key], count) for (_, key), count in always.items()]
@@ -134,3 +151,17 @@ def _on(
         {name: seconds for name, seconds in parts.items() if seconds.high > 0},
         {name: share / whole for name, share in shares.items()},
     )  # fmt: skip
+
+
+def _waits(machine: Machine, parts: Mapping[str, Seconds], streamed: StreamedBytes | None) -> Seconds:
+    """Return how much longer than the work beside them the copies of streamed weights take, forward and backward.
+
+    On a CPU they are work themselves.
+    """
+    waits = NOTHING
+    if streamed is not None:
+        for copied, beside in (("forward", ("forward",)), ("backward", ("recomputation", "backward"))):
+            copies = machine.copy_seconds(streamed.step_bytes.get(copied, 0))
+            work = NOTHING if machine.is_cpu else sum((parts[part] for part in beside), NOTHING)
+            waits += Seconds(max(0.0, copies.low - work.low), max(0.0, copies.high - work.high))
+    return waits

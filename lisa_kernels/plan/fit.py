@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import Method
-from lisa_kernels.methods.resting import check_resting
+from lisa_kernels.methods.resting import AS_THEY_ARE, check_resting
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.sizes import gb
 
@@ -161,7 +161,8 @@ class _Search:
 def _described(workload: Workload) -> str:
     fields = ("active_layers", "rank", "embeddings")
     settings = [f"{name}={getattr(workload.method, name)}" for name in fields if hasattr(workload.method, name)]
-    settings += [] if workload.resting is None else [f"resting={workload.resting}"]
+    given = ((name, getattr(workload, name)) for name in ("resting", "resting_where"))
+    settings += [f"{name}={value}" for name, value in given if value is not None]
     return ", ".join([*settings, f"batch {workload.batch_size} × {workload.seq_len}"])
 
 
@@ -169,16 +170,21 @@ def lighter_workloads(workload: Workload) -> Iterator[Workload]:
     """Yield the workload and then others in less and less memory: the lighter methods, and weights at rest.
 
     Where weights are in 16 bits and could rest, they do so in 8 bits before anything is given up, which changes a loss
-    in its third digit, and in fewer only where all that can be given up is not enough.
+    in its third digit, and in fewer only where all that can be given up is not enough. Those in 4 bits, or whose bits
+    are given, are streamed from the host before anything more is given up, unless it is said where they are: that
+    changes no bit of what is learnt.
     """
     methods = list(lighter_methods(workload.method))
-    if workload.resting is not None or not _can_rest(workload):
-        yield from (replace(workload, method=method) for method in methods)
-        return
-    yield workload
-    yield from (replace(workload, method=method, resting="int8") for method in methods)
-    yield replace(workload, resting="mixed")
-    yield from (replace(workload, method=method, resting="nf4") for method in methods)
+    if workload.resting is None and _can_rest(workload):
+        yield workload
+        yield from (replace(workload, method=method, resting="int8") for method in methods)
+        yield replace(workload, resting="mixed")
+        workload = replace(workload, resting="nf4")
+    elsewhere = workload
+    if workload.resting not in (None, AS_THEY_ARE) and workload.resting_where is None:
+        yield workload
+        elsewhere = replace(workload, resting_where="host")
+    yield from (replace(elsewhere, method=method) for method in methods)
 
 
 def _can_rest(workload: Workload) -> bool:

@@ -11,9 +11,13 @@ from lisa_kernels.plan.work import Operation
 
 # Shares of a data sheet's rates that training in PyTorch gets: of matrix products, of copies.
 FAST, SLOW = (0.90, 0.92), (0.50, 0.70)
+# Of a link to the host, that copies from locked memory get.
+FAST_LINK, SLOW_LINK = 0.85, 0.65
 # A kernel's own start and end, and what the host takes to launch one through Python and autograd, in microseconds.
 LAUNCH_US, HOST_US = (2.0, 4.0), (4.0, 12.0)
 LIMITS = ("matrices", "bandwidth", "launches")
+# What bounds a step whose weights come from the host more slowly than they are worked with.
+LINK = "link to the host"
 
 
 class Seconds(NamedTuple):
@@ -36,6 +40,7 @@ class Card:
     """Rates of a card: bandwidth in 1e9 bytes a second, dense products summed in float32 in 1e12 operations a second.
 
     tflops: of 16-bit operands; tflops_fp32: of 32-bit ones, without TF32. memory_gb: as it is sold, 0 where unknown.
+    link_gb_s: of its lanes to the host in one direction, where nothing is said those of PCIe 4 × 16.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Card:
     tflops: float
     tflops_fp32: float
     memory_gb: int = 0
+    link_gb_s: float = 31.5
 
     @property
     def is_cpu(self) -> bool:
@@ -62,6 +68,10 @@ class Card:
             middle = takes
         return Seconds(*ends), max(middle, key=lambda name: middle[name])
 
+    def copy_seconds(self, nbytes: float) -> Seconds:
+        """Return what so many bytes take from locked host memory, beside the card's work."""
+        return link_seconds(nbytes, self.link_gb_s)
+
     @staticmethod
     def host_seconds(launches: int) -> Seconds:
         """Return what the host takes to launch so many; a device that is faster waits for it."""
@@ -72,18 +82,25 @@ CARDS = {
     card.name: card
     for card in (
         Card("a100", 2039, 312, 19.5, 80),
-        Card("h100", 3350, 989, 67, 80),
+        Card("h100", 3350, 989, 67, 80, 63.0),
         Card("rtx-3060", 360, 25.6, 12.7, 12),
         Card("rtx-3090", 936, 71, 35.6, 24),
-        Card("rtx-4060-ti", 288, 44, 22.1, 16),
+        Card("rtx-4060-ti", 288, 44, 22.1, 16, 15.75),
         Card("rtx-4090", 1008, 165, 82.6, 24),
-        Card("rtx-5090", 1792, 210, 104.8, 32),
+        Card("rtx-5090", 1792, 210, 104.8, 32, 63.0),
         Card("l4", 300, 121, 30.3, 24),
-        Card("t4", 320, 65, 8.1, 16),
+        Card("t4", 320, 65, 8.1, 16, 15.75),
     )
 }
+# What links to the host carry in one direction, 1e9 bytes a second, by their standards and of 16 lanes.
+HOST_LINKS = {"PCIe 3": 15.75, "PCIe 4": 31.5, "PCIe 5": 63.0}
 # Float32 products of an unknown card, as a share of its 16-bit ones.
 FP32_SHARE = 0.5
+
+
+def link_seconds(nbytes: float, bandwidth_gb_s: float) -> Seconds:
+    """Return what so many bytes take from locked host memory over such a link."""
+    return Seconds(*(nbytes / (bandwidth_gb_s * 1e9 * share) for share in (FAST_LINK, SLOW_LINK)))
 
 
 def card_by_name(name: str | None, bandwidth_gb_s: float | None = None, tflops: float | None = None) -> Card:

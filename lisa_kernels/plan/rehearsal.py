@@ -38,6 +38,7 @@ from lisa_kernels.plan.length import RunLength
 from lisa_kernels.plan.ranks import RehearsedRanks, travel_of
 from lisa_kernels.plan.shards import GatheredWeights, share_out_rehearsed
 from lisa_kernels.plan.stand_ins import META, Answers, EmptyOperations, FusedAttention
+from lisa_kernels.plan.streaming import Turns
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
 from lisa_kernels.plan.work import WorkLog
@@ -152,6 +153,8 @@ def rehearse(
                 hold_masters(model)
                 if optimizer.layout.streamed is not None:
                     optimizer.layout.streamed.hold()
+            if work is not None and optimizer.layout.streamed is not None:
+                work.turns = Turns(optimizer.layout.streamed, lambda: tracker.phase_name)
             take_steps(model, optimizer, workload, tracker, make_batch, gpu)
             if work is not None and reduction is not None and isinstance(reduction.ranks, RehearsedRanks):
                 repeats = workload.accumulate / min(workload.accumulate, MICRO_BATCHES)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lisa_kernels.plan.length import RunLength
     from lisa_kernels.plan.ranks import Travel
     from lisa_kernels.plan.rehearsal import Workload
+    from lisa_kernels.plan.streaming import StreamedBytes
     from lisa_kernels.plan.work import WorkLog
 
 
@@ -150,6 +151,15 @@ class Plan:
         return host_bytes(self.workload, self.steps) if isinstance(self.workload, Workload) else None
 
     @property
+    def streamed(self) -> StreamedBytes | None:
+        """What of its weights a run holds on the host and streams to the device; None where they all are there."""
+        from lisa_kernels.plan.duration import streamed_bytes
+
+        if getattr(self.workload, "resting_where", None) != "host":
+            return None
+        return streamed_bytes(self._gpu_work, self.workload)
+
+    @property
     def travel(self) -> Travel | None:
         """What the ranks of the run send each other; None of a single one."""
         return None if getattr(self.workload, "ranks", 1) == 1 else self._gpu_work.travel
@@ -182,6 +192,7 @@ class Plan:
             "reserved_bytes": self.reserved().reserved, "reserved_bytes_expandable": self.reserved(True).reserved,
             "context_bytes": self.context_bytes, "cards": [card._asdict() for card in self.cards()],
             "host": None if self.host is None else self.host.as_dict(),
+            "streamed": None if self.streamed is None else self.streamed.as_dict(),
             "travel": None if self.travel is None else self.travel.as_dict(),
         }  # fmt: skip
 

@@ -59,6 +59,11 @@ class ThisCpu:
         """Return nothing: host and device are one, and each operation counts its start."""
         return Seconds(0.0, 0.0)
 
+    def copy_seconds(self, nbytes: float) -> Seconds:
+        """Return what a copy from memory to memory takes here."""
+        taken = 2 * nbytes / self._bytes_per_second if nbytes else 0.0
+        return Seconds(taken * (1 - UNCERTAINTY), taken * (1 + UNCERTAINTY))
+
     def _alone(self, operation: Operation) -> float:
         if operation.key not in self._known:
             self._known[operation.key] = self._measure(operation)

@@ -19,6 +19,7 @@ from lisa_kernels.plan.stand_ins import FUSED_ATTENTION, META, shape_key, tensor
 
 if TYPE_CHECKING:
     from lisa_kernels.plan.ranks import Travel
+    from lisa_kernels.plan.streaming import Turns
 
 PARTS = ("forward", "recomputation", "backward", "optimizer", "switch")
 ATTENTION = FUSED_ATTENTION.default
@@ -61,9 +62,11 @@ class WorkLog:
     """The operations of a rehearsal: how often each one ran, by phase and part.
 
     Views and allocations are left out, for they do no work. travel: what ranks would send each other, if there are any.
+    turns: in which order blocks are read that are streamed from the host.
     """
 
     travel: Travel | None = None
+    turns: Turns | None = None
 
     def __init__(self) -> None:
         self.operations: dict[Any, Operation | None] = {}

@@ -33,10 +33,12 @@ class Run:
     checkpointed_blocks: int | None = None
     # As someone has chosen who wants no other; None leaves it to the search.
     resting: str | None = "16-bit"
+    resting_where: str | None = None
     ranks: int = 1
 
 
 WEIGHTS = {None: 1000, "16-bit": 1000, "int8": 530, "mixed": 400, "nf4": 300}
+STREAMED = 10
 
 
 def need_mib(run: Run) -> int:
@@ -47,7 +49,7 @@ def need_mib(run: Run) -> int:
     kept = method.get("retired_state", "drop" if hasattr(method, "period") else "keep") == "keep"
     state = 100 * (run.paging is None and kept)
     return (
-        WEIGHTS[run.resting]
+        (STREAMED if run.resting_where == "host" else WEIGHTS[run.resting])
         + embeddings
         + int(layers)
         + state
@@ -120,15 +122,28 @@ def test_last_of_all_the_embeddings_freeze() -> None:
 
 
 def test_weights_rest_in_8_bits_before_anything_is_given_up_and_in_4_after_all_else() -> None:
+    """Those in 4 bits are on the host before anything is given up beside them."""
     free = Run(resting=None)
     for wanted in (
         Run(resting="int8", **FRUGAL),
         Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), resting="int8", **FRUGAL),
         Run(resting="mixed", **FRUGAL),
         Run(resting="nf4", **FRUGAL),
-        Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), resting="nf4", **FRUGAL),
+        Run(resting="nf4", resting_where="host", **FRUGAL),
+        Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), resting="nf4", resting_where="host", **FRUGAL),
     ):
         assert found(free, need_mib(wanted)) == wanted
+
+
+def test_weights_stay_where_someone_wants_them() -> None:
+    """Who names bits alone gets them from the host before anything is given up."""
+    few = OwLore(active_layers=1, rank=32, embeddings="frozen")
+    for wanted in (
+        Run(resting="int8", resting_where="host", **FRUGAL), Run(few, resting="int8", resting_where="host", **FRUGAL)
+    ):  # fmt: skip
+        assert found(Run(resting="int8"), need_mib(wanted)) == wanted
+    wanted = Run(few, resting="int8", resting_where="device", **FRUGAL)
+    assert found(Run(resting="int8", resting_where="device"), need_mib(wanted)) == wanted
 
 
 def test_weights_of_layers_that_are_drawn_at_full_rank_rest_first_too() -> None:
