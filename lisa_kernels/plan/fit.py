@@ -35,7 +35,7 @@ def fit(workload: Workload, device_bytes: int, make_plan: Callable[[Workload], P
     First what changes no result beyond rounding: fewer rows at a time and as many more accumulated (tokens per step
     stay), gradient checkpointing, its inputs offloaded to host memory, state paged to it (of methods that train every
     layer, and of layers that left where it is kept). Then what changes the training, see `lighter_workloads`. Memory
-    falls along these lists, so each is searched by halving.
+    falls along each of these lists, which are searched by halving.
 
     blocks: of the model, where not all need be recomputed: then as few are as fit. Raises InputError, with the bytes
     that are missing, where nothing fits.
@@ -95,14 +95,14 @@ def _recomputation(workload: Workload) -> dict[str, Any]:
 
 
 def _lighter(workload: Workload, search: _Search) -> Workload:
-    lighter = list(lighter_workloads(workload))
-    rungs = [_most_frugal(each) for each in lighter]
-    best = search.first(rungs)
-    if best is None:
-        raise search.nothing_fits(rungs[-1])
-    workload = lighter[rungs.index(best)]
-    by_stage = (search.first(list(_smaller_batches(stage))) for stage in _stages(workload))
-    return next(found for found in by_stage if found is not None)
+    for lighter in lighter_workloads(workload):
+        rungs = [_most_frugal(each) for each in lighter]
+        best = search.first(rungs)
+        if best is not None:
+            workload = lighter[rungs.index(best)]
+            by_stage = (search.first(list(_smaller_batches(stage))) for stage in _stages(workload))
+            return next(found for found in by_stage if found is not None)
+    raise search.nothing_fits(rungs[-1])
 
 
 def _fewer_recomputed(workload: Workload, blocks: int) -> Iterator[Workload]:
@@ -166,8 +166,8 @@ def _described(workload: Workload) -> str:
     return ", ".join([*settings, f"batch {workload.batch_size} × {workload.seq_len}"])
 
 
-def lighter_workloads(workload: Workload) -> Iterator[Workload]:
-    """Yield the workload and then others in less and less memory: the lighter methods, and weights at rest.
+def lighter_workloads(workload: Workload) -> Iterator[list[Workload]]:
+    """Yield lists of workloads, the first with the one given, each in less and less memory: lighter methods, at rest.
 
     Where weights are in 16 bits and could rest, they do so in 8 bits before anything is given up, which changes a loss
     in its third digit, and in fewer only where all that can be given up is not enough. Those in 4 bits, or whose bits
@@ -176,15 +176,14 @@ def lighter_workloads(workload: Workload) -> Iterator[Workload]:
     """
     methods = list(lighter_methods(workload.method))
     if workload.resting is None and _can_rest(workload):
-        yield workload
-        yield from (replace(workload, method=method, resting="int8") for method in methods)
-        yield replace(workload, resting="mixed")
+        yield [workload]
+        yield [replace(workload, method=method, resting="int8") for method in methods]
+        yield [replace(workload, resting="mixed")]
         workload = replace(workload, resting="nf4")
-    elsewhere = workload
     if workload.resting not in (None, AS_THEY_ARE) and workload.resting_where is None:
-        yield workload
-        elsewhere = replace(workload, resting_where="host")
-    yield from (replace(elsewhere, method=method) for method in methods)
+        yield [workload]
+        workload = replace(workload, resting_where="host")
+    yield [replace(workload, method=method) for method in methods]
 
 
 def _can_rest(workload: Workload) -> bool:

@@ -12,7 +12,7 @@ from families import gpt2, llama, logits, tokens, train
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lisa_kernels import GaLore, InputError, LoRA, OwLore, attach, plan
+from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach, plan
 from lisa_kernels.layers import RestingLinear, checkpoint_blocks
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.paging.streamed import StreamedPages
@@ -25,6 +25,8 @@ METHODS: dict[str, Method] = {
     "owlore-page": OwLore(active_layers=1, period=2, gap=3, rank=4, scores="uniform", retired_state="page"),
     "galore-tied": GaLore(rank=4, gap=3, embeddings="low-rank"),
     "lora": LoRA(rank=4, alpha=8.0),
+    # Drawn layers compute on their masters.
+    "lisa": LISA(active_layers=1, period=2, embeddings="frozen"),
 }
 
 
@@ -62,7 +64,8 @@ def resting(model: Any) -> dict[str, RestingLinear]:
 
 def codes(model: Any) -> dict[str, Tensor]:
     found = {}
-    for path, layer in resting(model).items():
+    at_rest = {path: layer for path, layer in resting(model).items() if not getattr(layer, "awake", False)}
+    for path, layer in at_rest.items():
         with layer.lend() as weight:
             found |= {f"{path}.codes": weight.codes.clone(), f"{path}.absmax": weight.absmax.clone()}
     return found
@@ -91,7 +94,7 @@ def trained(name: str, where: str, kind: str, recomputed: str) -> dict[str, Tens
 
 CASES = [
     ("owlore", "nf4", "recomputed"), ("owlore-page", "mixed", "kept"), ("galore-tied", "int8", "re-entrant"),
-    ("lora", "nf4", "kept"),
+    ("lora", "nf4", "kept"), ("lisa", "int8", "recomputed"),
 ]  # fmt: skip
 
 
