@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,18 +103,20 @@ class MasterBytes:
         around = [weight for places in (outer, still) if places is not None for weight in places.weights()]
         linears = [place.layer.weight for place in (*survey.places(), *Kinds(resting, survey).still)]
         each: dict[int, int] = {id(weight): _size(weight) for weight in (*linears, *around)}
-        units = sorted((_bytes(unit) for unit in survey.drawn), reverse=True)
-        count: int = survey.method.get("active_layers", len(units))
-        drawn = sum(units[:count])
-        trained = 0 if outer is None else sum({id(weight): _size(weight) for weight in outer.weights()}.values())
-        return cls(
-            sum(each.values()), max(each.values(), default=0), drawn + trained + _bytes(survey.always), drawn
-        )  # fmt: skip
+
+        def size_of(weights: Iterable[Any]) -> int:
+            return sum(each.get(number, 0) for number in {id(weight) for weight in weights})
+
+        # What trains at full rank does so on masters as well.
+        units = sorted((size_of(_weights(unit)) for unit in survey.drawn), reverse=True)
+        drawn = sum(units[: survey.method.get("active_layers", len(units))])
+        active = drawn + size_of([] if outer is None else outer.weights()) + size_of(_weights(survey.always))
+        return cls(size_of([*linears, *around]), max(each.values(), default=0), active, drawn)
 
 
-def _bytes(unit: UnitPlan) -> int:
-    weights: set[nn.Parameter] = {place.layer.weight for place in unit.places}  # type: ignore[misc]
-    return sum(map(_size, weights))
+def _weights(unit: UnitPlan) -> set[nn.Parameter]:
+    places: set[nn.Parameter] = {place.layer.weight for place in unit.places}  # type: ignore[misc]
+    return places | set(unit.full)
 
 
 def _size(weight: Any) -> int:

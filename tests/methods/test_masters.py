@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lisa_kernels import GaLore, InputError, LoRA, OwLore, attach
+from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach
 from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.ops import resting as ops
@@ -36,6 +36,8 @@ METHODS: dict[str, Method] = {
     "galore-tied": GaLore(rank=4, gap=3, embeddings="low-rank"),
     # Adapters: masters are what they were until these are merged.
     "lora": LoRA(rank=4),
+    # Layers that train on copies of their masters.
+    "lisa": LISA(active_layers=1, period=2, embeddings="frozen"),
     # Weights stored transposed.
     "gpt2": GaLore(rank=4, gap=3, embeddings="frozen"),
 }
@@ -87,7 +89,7 @@ def seldom(*case: Any) -> Any:
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
-SELDOM = ("frozen", "first", "galore-tied", "gpt2", "lora")
+SELDOM = ("frozen", "first", "galore-tied", "gpt2", "lora", "lisa")
 OF_METHODS = pytest.mark.parametrize("name", ["owlore", *map(seldom, SELDOM)])
 
 
@@ -140,6 +142,7 @@ def test_a_master_is_the_file_of_the_model_until_it_changes(name: str, tmp_path:
     assert optimizer.master_bytes_written == 0
     codes = {path: layer.codes.clone() for path, layer in layers.items()}
     run(model, optimizer, 0, 6)
+    layers = {path: layer for path, layer in layers.items() if not getattr(layer, "awake", False)}
     moved = {path for path, layer in layers.items() if not torch.equal(layer.codes, codes[path])}
     assert bool(moved) != (name == "lora")
     changed = {name.removesuffix(".weight") for name in generations(tmp_path / "masters")}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from families import llama, tokens, train
 
-from lisa_kernels import GaLore, LoRA, OwLore, attach, plan
+from lisa_kernels import LISA, GaLore, LoRA, OwLore, attach, plan
 from lisa_kernels.layers import AccumulatingSlot
 from lisa_kernels.methods import Method
 from lisa_kernels.plan.host import host_bytes
@@ -20,6 +20,7 @@ METHODS: dict[str, Method] = {
     "owlore-frozen": OwLore(active_layers=1, period=2, rank=4, scores="uniform", embeddings="frozen"),
     "galore": GaLore(rank=4, gap=3, embeddings="low-rank"),
     "lora": LoRA(rank=4),
+    "lisa": LISA(active_layers=1, period=3, embeddings="frozen"),
 }
 STEPS = 12
 # Wide enough for the headers of files to be little beside what is in them.
