@@ -73,10 +73,15 @@ def _check_placement(model: nn.Module) -> None:
 
 def _check_weights(model: nn.Module) -> None:
     config = getattr(model, "config", None)
-    if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
+    found = getattr(config, "quantization_config", None)
+    if getattr(model, "hf_quantizer", None) is not None or found is not None:
+        values = found if isinstance(found, dict) else vars(found) if hasattr(found, "__dict__") else {}
+        method = values.get("quant_method")
+        scheme = "" if method is None else f" by {getattr(method, 'value', method)}"
         raise InputError(
-            "the model is quantised (its configuration has a quantization_config); load one in float32, bfloat16 or "
-            "float16, or call dequantize() on it where it has that."
+            f"the model is quantised{scheme} (its configuration has a quantization_config), and its weights train in "
+            "16 or 32 bits: load one in float32, bfloat16 or float16, such as that which it was made from, and give "
+            "resting='nf4' or 'int8' for weights of 4 or 8 bits, or call dequantize() on it where it has that."
         )
     for name, param in model.named_parameters():
         if param.dtype not in TRAINABLE_DTYPES:

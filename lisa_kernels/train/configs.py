@@ -102,8 +102,9 @@ def _check_unquantised(spec: str, config: Any) -> None:
             method = values.get("quant_method") or "a method without a name"
             raise InputError(
                 f"model {spec!r} is stored quantised (quantization_config: {getattr(method, 'value', method)}), and "
-                "weights that train have 16 or 32 bits; give the checkpoint that it was made from, or load it with "
-                "transformers, dequantize() and save_pretrained."
+                "weights that train have 16 or 32 bits; give the checkpoint that it was made from, with "
+                "--resting nf4 or int8 for 4 or 8 bits on the device, or load it with transformers, dequantize() and "
+                "save_pretrained."
             )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ from lisa_kernels.train.ornaments import ornament
 from lisa_kernels.train.packing import Row, collate, collate_flat, pad_token_id
 from lisa_kernels.train.placement import (
     Memory,
+    out_of_host_memory,
     out_of_memory,
     take_device,
 )
@@ -180,11 +182,16 @@ def finetune(
             # Whatever asks for "the GPU" means this one.
             torch.cuda.set_device(device)
         try:
-            with others_heard():
-                result = _run(options, device, console, plan, lock, ranks, launchers)
+            with others_heard(), ExitStack() as ends:
+                result = _run(options, device, console, plan, lock, ranks, launchers, ends)
         except torch.OutOfMemoryError as error:
             resumable = bool(find_checkpoints(options.output))
             raise out_of_memory(Memory.of(device), device, resumable) from error
+        except (MemoryError, OSError, RuntimeError) as error:
+            told = out_of_host_memory(error, bool(find_checkpoints(options.output)), options.resting)
+            if told is None:
+                raise
+            raise told from error
     finally:
         lock.release()
     if launch is not None:
@@ -195,6 +202,7 @@ def finetune(
 def _run(
     options: FineTuneOptions, device: torch.device, console: Console,
     plan: Callable[..., PlannedMemory] | None, lock: RunLock, ranks: Ranks | None, launchers: list[str],
+    ends: ExitStack,
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     from transformers.utils import logging as transformers_logging
 
@@ -236,6 +244,9 @@ def _run(
     if options.resting:
         model.to(device)
     tokens_per_step = options.batch_size * options.accumulate * train.tokens / len(train)
+    if optimizer.layout.masters is not None:
+        # However the run ends.
+        ends.callback(optimizer.layout.masters.close)
     progress = LiveProgress(console, optimizer, tokens_per_step)
     history = RunHistory(options.output, optimizer, meter, tokens_per_step, console)
     interrupt = StopOnInterrupt(ranks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +20,9 @@ from lisa_kernels.train.options import FineTuneOptions
 
 # The share of a card that lies in pieces between tensors from which on these are why there is no more memory.
 SCATTERED = 0.05
+# What torch says where the host has no more.
+NO_HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
+                  "Cannot allocate memory")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,3 +140,19 @@ def out_of_memory(memory: Memory, device: torch.device, resumable: bool) -> Inpu
         f"no more memory on {device}: of its {memory}; end other programs there and {again}, or have `lisa-kernels "
         "plan --fit SIZE` find settings that take less."
     )
+
+
+def out_of_host_memory(error: BaseException, resumable: bool, resting: str | None = None) -> InputError | None:
+    """Return what to say of a host whose memory has ended in a run; None of any other error.
+
+    resting: how weights rest.
+    """
+    reason = " ".join(str(error).split())
+    ended = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not ended and not any(words in reason for words in NO_HOST_MEMORY):
+        return None
+    asked = re.search(r"allocate (\d+) bytes", reason)
+    size = "" if asked is None else f" for {int(asked[1]):,} bytes"
+    again = "continue from the last checkpoint with --resume" if resumable else "start again"
+    masters = "" if resting in (None, "16-bit") else ", with --masters FOLDER, which keeps 16-bit weights in files"
+    return InputError(f"the host has no more memory{size}; end other programs and {again}{masters}.")

@@ -150,7 +150,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "prompts of peft": (with_prompts, r"adapters of peft \(around it\)"),
     "several devices": (spread, r"spread over 0, cpu by its device_map.*one device"),
     "weights moved by hooks": (offloaded, "accelerate moves the weights of model.embed_tokens"),
-    "quantised by its configuration": (quantised_by_config, "quantised.*quantization_config.*load one in float32"),
+    "quantised by its configuration": (
+        quantised_by_config,
+        "by gptq .*quantization_config.*load one in float32.*resting='nf4'",
+    ),
     "quantised by its loader": (quantised_by_loader, "the model is quantised"),
     "packed weights": (packed, r"lm_head\.weight is a TwoParts"),
 }

@@ -1,0 +1,127 @@
+"""A run whose masters are files: where they are, what it says of them, and how it ends where it cannot go on."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from small_run import arguments, summary, write_text
+
+from lisa_kernels.cli import main
+from lisa_kernels.errors import InputError
+from lisa_kernels.methods import SampledAdamW
+from lisa_kernels.paging import masters as files
+from lisa_kernels.paging import tensor_file
+from lisa_kernels.train import master_files
+from lisa_kernels.train.master_files import settled_masters
+from lisa_kernels.train.options import FineTuneOptions
+from lisa_kernels.train.placement import out_of_host_memory
+
+pytestmark = pytest.mark.usefixtures("plans_once")
+SETTINGS = ["--resting", "nf4", "--dtype", "bf16", "--active-layers", "1", "--save-every", "2"]
+
+
+def command(data: Path, output: Path, *more: str) -> list[str]:
+    return arguments(data, output, *SETTINGS, *more, method="owlore")
+
+
+def options(output: Path, **settings: str) -> FineTuneOptions:
+    return FineTuneOptions(model="preset:tiny", data="", output=output, method="owlore", **settings)  # type: ignore[arg-type]
+
+
+def test_masters_are_files_where_memory_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the run, unless another folder is named; which is said."""
+    model, output = torch.nn.Linear(100, 100), tmp_path / "run"
+    for free, wanted in ((90_000, None), (70_000, str(output / "masters"))):
+        monkeypatch.setattr(master_files, "available_bytes", lambda free=free: free)
+        with Console(width=1000).capture() as said:
+            pass
+        console = Console(width=1000)
+        with console.capture() as said:
+            assert settled_masters(options(output, resting="nf4"), model, console) == wanted
+        assert ("take 40.0 kB and 70.0 kB of memory are free" in said.get()) == (wanted is not None)
+    console = Console(quiet=True)
+    assert settled_masters(options(output, resting="nf4", masters="host"), model, console) is None
+    assert settled_masters(options(output, resting="int8", masters="x"), model, console) == "x"
+    assert settled_masters(options(output), model, console) is None
+    with pytest.raises(InputError, match="is for weights that rest in 8 or 4 bits"):
+        options(output, masters="x")
+
+
+def test_the_host_s_memory_that_ends_is_told_in_one_sentence() -> None:
+    """By torch's own error, Python's and the system's; no other is taken for one."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    told = str(out_of_host_memory(caught.value, resumable=True, resting="nf4"))
+    assert told == (
+        "the host has no more memory for 1,125,899,906,842,624 bytes; end other programs and continue from the last "
+        "checkpoint with --resume, with --masters FOLDER, which keeps 16-bit weights in files."
+    )
+    for error in (MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))):
+        told = str(out_of_host_memory(error, resumable=False))
+        assert told == "the host has no more memory; end other programs and start again."
+    assert out_of_host_memory(RuntimeError("shapes do not fit"), resumable=True) is None
+    assert out_of_host_memory(OSError(errno.ENOSPC, "full"), resumable=True) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "no memory"])
+def test_a_run_that_stops_goes_on_to_the_same_end(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a disk that fills in a settling, and at memory that ends in a step; nothing of the masters is left."""
+    data, whole, stopped = write_text(tmp_path), tmp_path / "whole", tmp_path / "stopped"
+    assert main(command(data, whole)) == 0
+    masters = str(stopped / "masters")
+
+    def fsync(descriptor: int) -> None:
+        if written := os.readlink(f"/proc/self/fd/{descriptor}"):
+            count[0] += ".weight.2.master" in written
+        if count[0] == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    count, take_step = [0], SampledAdamW._take_step
+
+    def step(optimizer: SampledAdamW) -> None:
+        count[0] += 1
+        if count[0] == 4:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        take_step(optimizer)
+
+    with monkeypatch.context() as patch:
+        if how == "full":
+            patch.setattr(tensor_file.os, "fsync", fsync)
+        else:
+            patch.setattr(SampledAdamW, "_take_step", step)
+        capsys.readouterr()
+        assert main(command(data, stopped, "--masters", masters)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("(No space left on device)" if how == "full" else "the host has no more memory") in said
+    assert not (stopped / "summary.json").exists()
+    assert main(command(data, stopped, "--masters", masters, "--resume")) == 0
+    assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert summary(stopped)["master_bytes_written"] > summary(whole)["master_bytes_written"] == 0
+    assert not (stopped / "masters").exists()
+    assert "of masters" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_is_replaced_while_its_masters_are_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a killed one has left there goes, whatever the next one does."""
+    data, output = write_text(tmp_path), tmp_path / "run"
+    monkeypatch.setattr(master_files, "available_bytes", lambda: 1000)
+    assert main(command(data, output)) == 0
+    assert "masters: " in capsys.readouterr().err
+    assert not (output / "masters").exists()
+    for more in ([], ["--masters", "host"]):
+        (output / "masters").mkdir()
+        (output / "masters" / files.LOCK).touch()
+        (output / "masters" / f"x{files.SUFFIX}{tensor_file.PARTIAL}").write_bytes(b"half")
+        assert main(command(data, output, "--overwrite", *more)) == 0
+        assert not (output / "masters").exists()
