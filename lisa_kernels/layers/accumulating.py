@@ -55,6 +55,11 @@ class AccumulatingSlot(SlotModule):
         return self.slot.device
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether the weight is what a file has, and takes no memory."""
+        return self.home is not None
+
+    @property
     def is_adapter(self) -> bool:
         """Whether the slot is a part of the layer's function: while it is active."""
         return self.active

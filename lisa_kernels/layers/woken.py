@@ -32,6 +32,11 @@ class WokenLinear(RestingLinear):
         self._move_master()
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether the weight is what a file has: while the layer rests."""
+        return super().is_mapped and not self.awake
+
+    @property
     def is_adapter(self) -> bool:
         """Never: the slot is folded."""
         return False

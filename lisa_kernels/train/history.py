@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_kernels.distributed.shards import local
-from lisa_kernels.layers import SlotModule
+from lisa_kernels.layers import AccumulatingSlot, SlotModule
 from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.train.history_file import HistoryFile
 from lisa_kernels.train.memory import MemoryMeter
@@ -80,14 +80,15 @@ class RunHistory(HistoryFile, TrainerCallback):  # type: ignore[misc]
 def held_bytes(model: nn.Module, optimizer: SampledAdamW) -> dict[str, int]:
     """Return the bytes that model and optimizer hold on the model's device, by a plan's categories.
 
-    A storage counts once.
+    A storage counts once, and masters that are mapped from files not at all.
     """
     device = next(model.parameters()).device
     layers = [module for module in model.modules() if isinstance(module, SlotModule)]
+    mapped = {layer.stored_weight for layer in layers if isinstance(layer, AccumulatingSlot) and layer.is_mapped}
     states: list[Any] = list(optimizer.state.values())
     groups: dict[str, Iterable[Any]] = {
         "bases": [tensor for layer in layers for tensor in (layer.slot, layer.basis, layer.remainder)],
-        "weights": [*map(local, model.parameters()), *model.buffers()],
+        "weights": [*(local(param) for param in model.parameters() if param not in mapped), *model.buffers()],
         "optimizer state": [tensor for state in states for tensor in state.values()],
         "gradients": [local(param.grad) for param in model.parameters() if param.grad is not None],
     }

@@ -117,7 +117,8 @@ def test_a_run_is_replaced_while_its_masters_are_beside_it(
     data, output = write_text(tmp_path), tmp_path / "run"
     monkeypatch.setattr(master_files, "available_bytes", lambda: 1000)
     assert main(command(data, output)) == 0
-    assert "masters: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "masters: " in said
     assert not (output / "masters").exists()
     for more in ([], ["--masters", "host"]):
         (output / "masters").mkdir()
