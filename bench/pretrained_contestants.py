@@ -236,6 +236,15 @@ CONTESTANTS = (
         )
         for kind, in_place in (("int8", True), ("mixed", True), ("nf4", True), ("nf4", False))
     ),
+    # In the bytes of mixed.
+    ours(
+        'LoRA(rank=16, embeddings="low-rank"), resting in 103.07MB', LoRA(rank=16, embeddings="low-rank"),
+        5e-4, 1e-3, 2e-3, resting="103.07MB", in_place=True,
+    ),
+    ours(
+        'GaLore(rank=32, embeddings="low-rank"), resting in 103.07MB',
+        GaLore(rank=32, scale=1.0, embeddings="low-rank"), 2.5e-4, resting="103.07MB",
+    ),
     *(
         ours(f"OwLore(20, period=3, rank=32), resting in {kind}", OwLore(20, 3, rank=32), 5e-4, resting=kind)
         for kind in ("int8", "nf4")

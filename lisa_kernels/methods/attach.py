@@ -67,11 +67,12 @@ def attach(
 
     resting: "int8" or "nf4" keeps the matrices of the decoder blocks and of the output layer in 8 or 4 bits where the
     model computes, those of layers that train too, and their 16-bit masters in host memory, where the token embedding
-    is as well; "mixed" has those in 8 bits that lose most in 4; None or "16-bit" leaves them as they are. A size
-    such as "5.5GB" is what the codes and scales of all of them may take: those are in 8 bits whose errors cost most
-    loss for their bytes, by one forward and backward of a few batches of `calibration`, or of random tokens. What is
-    learnt is put into the masters when a layer leaves or gets a new basis, and it is they that are saved. Adapters
-    learn beside the codes, and what is saved, merged or left by `detach()` are masters with the adapters in them. For
+    is as well; "mixed" has those in 8 bits that lose most in 4; None or "16-bit" leaves them as they are. A size such
+    as "5.5GB" is what the codes and scales of all of them may take: those are in 8 bits whose errors in 4 cost most
+    loss for their bytes, by a forward and backward of the first batches of `calibration`; without any it is small ones
+    first, and what is at the ends of the model, as a plan has it. What is learnt is put into the masters when a layer
+    leaves or gets a new basis, and it is they that are saved. Adapters learn beside the codes, and what is saved,
+    merged or left by `detach()` are masters with the adapters in them. For
     methods whose layers train through slots or adapters (OwLore, GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one
     process; embeddings that train at full rank stay as they are. active_on="master" has drawn layers compute on their
     masters, which come to the device for the period, and rest anew afterwards; "codes" on what they rest in, with slots
@@ -113,12 +114,12 @@ def attach(
             agree(sharing, model, method, {**settings, **general, "seed": seed, "wire_dtype": wire_dtype})
         if units_of(model):
             settle(model)
-        sized = resting is not None and is_size(resting)
-        if sized and calibration is not None:
+        losses = None
+        if resting is not None and is_size(resting) and calibration is not None:
             # It may be a stream, and is read twice.
             calibration = list(calibration)
+            losses = measure_code_losses(model, raised_layers(survey), calibration)
         scores = _agreed_scores(sharing, survey, calibration, scores)
-        losses = measure_code_losses(model, raised_layers(survey), calibration) if sized else None
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
         more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}

@@ -22,28 +22,22 @@ from lisa_kernels.scores.calibration import calibration_inputs, evaluation_mode
 
 # More batches change few picks.
 BATCHES = 4
-# Where no data is given, tokens drawn evenly from the vocabulary.
-RANDOM_BATCHES, RANDOM_TOKENS = 2, 256
 
 
 def measure_code_losses(
-    model: nn.Module, layers: Iterable[nn.Module], batches: Iterable[Mapping[str, Tensor]] | None
+    model: nn.Module, layers: Iterable[nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[nn.Module, CodeLoss] | None:
     """Return what each linear layer loses in 4 bits and in 8; None of a model that gives no logits, or no numbers.
 
-    batches: (input_ids, …), of which the first few are read; None: random tokens. The model is as it was when this
-    returns or raises. Costs one forward and backward a batch, without weight gradients, and the quantisation of every
-    matrix in both ways.
+    batches: (input_ids, …) of text, of which the first few are read; of random tokens other matrices lose most. The
+    model is as it was when this returns or raises. Costs one forward and backward a batch, without weight gradients,
+    and the quantisation of every matrix in both ways.
     """
     layers = list(dict.fromkeys(layers))
-    table = _token_table(model)
-    if table is None or any(param.is_meta for param in model.parameters()):
-        return None
     energies = {layer: _Energies() for layer in layers}
     generator = torch.Generator().manual_seed(0)
-    given = _random_batches(model, table, generator) if batches is None else batches
     with _prepared(model, energies):
-        for inputs in calibration_inputs(model, islice(given, BATCHES)):
+        for inputs in calibration_inputs(model, islice(batches, BATCHES)):
             if not _go_back(model, inputs, generator):
                 return None
     tokens = max((energy.tokens for energy in energies.values()), default=0)
@@ -95,20 +89,6 @@ def _squares(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).to(torch.float32).square().sum(0)
 
 
-def _token_table(model: nn.Module) -> nn.Embedding | None:
-    get = getattr(model, "get_input_embeddings", None)
-    table = get() if callable(get) else None
-    takes_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return table if isinstance(table, nn.Embedding) and not takes_two else None
-
-
-def _random_batches(model: nn.Module, table: nn.Embedding, generator: torch.Generator) -> list[dict[str, Tensor]]:
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or RANDOM_TOKENS
-    shape = 1, min(RANDOM_TOKENS, longest)
-    ids = (torch.randint(table.num_embeddings, shape, generator=generator) for _ in range(RANDOM_BATCHES))
-    return [{"input_ids": each} for each in ids]
-
-
 @contextmanager
 def _prepared(model: nn.Module, energies: Mapping[nn.Module, _Energies]) -> Iterator[None]:
     """Have the layers' forwards heard, and no parameter get a gradient."""
@@ -134,14 +114,17 @@ def _go_back(model: nn.Module, inputs: Mapping[str, Any], generator: torch.Gener
 
     Returns whether it says numbers.
     """
-    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    said = model(**{name: value for name, value in inputs.items() if name != "labels"})
+    logits = getattr(said, "logits", None)
+    if not isinstance(logits, Tensor):
+        return False
     rows = logits.reshape(-1, logits.shape[-1]).to(torch.float32)
     if not bool(rows.isfinite().all()):
         return False
     drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator).to(rows.device)
-    said = rows.log_softmax(-1).gather(-1, drawn)[:, 0]
+    known = rows.log_softmax(-1).gather(-1, drawn)[:, 0]
     mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.numel() == len(said):
-        said = said[mask.reshape(-1).to(torch.bool)]
-    (-said.sum()).backward()
+    if isinstance(mask, Tensor) and mask.numel() == len(known):
+        known = known[mask.reshape(-1).to(torch.bool)]
+    (-known.sum()).backward()
     return True

@@ -63,6 +63,7 @@ from lisa_kernels.train.restart import LAUNCHERS, find_launchers, resumed_by_lau
 from lisa_kernels.train.run_folder import start_run
 from lisa_kernels.train.run_lock import RunLock
 from lisa_kernels.train.sharded import check_disk
+from lisa_kernels.train.size_rows import rows_for_size
 from lisa_kernels.train.taken import Grounds, Taken, recorded_in
 from lisa_kernels.train.tokenize import TokenizedData
 
@@ -239,7 +240,7 @@ def _run(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
         resting=options.resting, resting_where=options.resting_where, active_on=options.active_on, masters=masters,
-        wire_dtype=options.wire_dtype,
+        wire_dtype=options.wire_dtype, calibration=rows_for_size(options, train, pad, console),
     )  # fmt: skip
     if options.resting:
         model.to(device)

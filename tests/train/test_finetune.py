@@ -164,7 +164,7 @@ def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["owlore", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lisa", "lora-fa", "lora --resting nf4"))],
+    ["owlore", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lisa", "lora-fa", "lora --resting 3MB"))],
 )
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_bit_equal(
     how: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
