@@ -32,7 +32,7 @@ from lisa_kernels.methods.code_losses import measure_code_losses
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.masters import Masters, check_masters
 from lisa_kernels.methods.precision import CodeLoss, is_size
-from lisa_kernels.methods.resting import check_resting, check_resting_where, raised_layers
+from lisa_kernels.methods.resting import check_device, check_resting, check_resting_where, raised_layers
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
 from lisa_kernels.methods.units import Layout, make_layout
@@ -47,8 +47,8 @@ def attach(
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
     scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
     paging: str | None = None, resting: str | None = None, resting_where: str | None = None,
-    active_on: str | None = None,
-    masters: str | os.PathLike[str] | None = None, ranks: Any = "auto", wire_dtype: str | None = None,
+    active_on: str | None = None, masters: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None, ranks: Any = "auto", wire_dtype: str | None = None,
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
@@ -87,6 +87,9 @@ def attach(
     (`optimizer.master_bytes_written` counts). The folder belongs to this run while it lasts and goes at `detach()`;
     the parameters stay mapped from what was there, and the disk has its place back once the model is gone.
 
+    device: where a model whose weights rest is to compute: each matrix goes there as soon as it rests, and all else
+    then, so that neither the device nor the host ever holds more; None: where it is.
+
     ranks: "auto" is the default process group of torch.distributed, where it has several processes; another group; or
     None for a caller who reduces gradients. Each process (rank) has the whole model, or its rows of one that was given
     to `fully_shard` (FSDP2) before, and attaches it with the same settings; layer scores are those of rank 0. Gradients
@@ -108,6 +111,7 @@ def attach(
             resting = check_resting(resting, method, sharing is not None or bool(units_of(model)))
             folder = check_masters(masters, resting)
             awake = on_masters(active_on, resting, method)
+            there = check_device(device, resting)
             at_rest(model)
             survey = survey_model(model, method, blocks)
         if sharing is not None:
@@ -123,7 +127,7 @@ def attach(
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
         more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}
-        optimizer = _attached(sharing, survey, scores, seed, more, resting, where, folder, awake, losses)
+        optimizer = _attached(sharing, survey, scores, seed, more, resting, where, folder, awake, losses, there)
     except BaseException:
         if sharing is not None:
             sharing.close()
@@ -135,16 +139,18 @@ def attach(
 def _attached(
     sharing: Ranks | None, survey: Survey, scores: Sequence[float] | None, seed: int, settings: Mapping[str, Any],
     resting: str | None, where: str, folder: str | None, awake: bool, losses: Mapping[nn.Module, CodeLoss] | None,
+    device: torch.device | None,
 ) -> SampledAdamW:  # fmt: skip
     """Do to the model what was surveyed; on a failure of this rank or another it is as it was."""
     optimizer: SampledAdamW | None = None
     layout: Layout | None = None
+    before = None if device is None else next(survey.model.parameters()).device
     swaps: list[Swap | TappedEmbedding] = []
     try:
         with together(sharing):
             sampler = _make_sampler(survey, seed, scores)
-            masters = None if folder is None or resting is None else Masters(survey, resting, folder)
-            layout = make_layout(survey, seed, resting, where, masters, awake, losses)
+            masters = None if folder is None else Masters(survey, folder)
+            layout = make_layout(survey, seed, resting, where, masters, awake, losses, device)
             swaps = layout.swaps
             kind: type[SampledAdamW] = survey.method.optimizer or SampledAdamW
             optimizer = kind(survey.model, survey.method, layout, sampler, seed=seed, **settings)
@@ -154,6 +160,8 @@ def _attached(
         else:
             for swap in swaps:
                 swap.undo()
+            if before is not None:
+                survey.model.to(before)
             if layout is not None and layout.masters is not None:
                 layout.masters.close()
         raise

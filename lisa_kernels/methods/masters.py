@@ -13,7 +13,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.layers import AccumulatingSlot
 from lisa_kernels.methods.outer_slots import find_still_outer
 from lisa_kernels.methods.own_files import OwnFiles
-from lisa_kernels.methods.resting import Kinds
+from lisa_kernels.methods.resting import still_places
 from lisa_kernels.methods.survey import Survey, UnitPlan
 from lisa_kernels.paging.masters import MasterFolder
 
@@ -54,9 +54,9 @@ class Masters:
     Raises InputError where the folder cannot be had, before anything is changed.
     """
 
-    def __init__(self, survey: Survey, resting: str, folder: str) -> None:
+    def __init__(self, survey: Survey, folder: str) -> None:
         self._own = OwnFiles(survey.model)
-        self.folder = MasterFolder(folder, MasterBytes.of(survey, resting).wanted)
+        self.folder = MasterFolder(folder, MasterBytes.of(survey).wanted)
 
     @property
     def bytes_written(self) -> int:
@@ -96,12 +96,12 @@ class MasterBytes:
         return self.all + self.largest + self.active
 
     @classmethod
-    def of(cls, survey: Survey, resting: str) -> MasterBytes:
+    def of(cls, survey: Survey) -> MasterBytes:
         """Return that of a model whose matrices are to rest."""
         outer = survey.outer
         still = find_still_outer(survey.model) if outer is None and survey.method.embeddings_rest else None
         around = [weight for places in (outer, still) if places is not None for weight in places.weights()]
-        linears = [place.layer.weight for place in (*survey.places(), *Kinds(resting, survey).still)]
+        linears = [place.layer.weight for place in (*survey.places(), *still_places(survey))]
         each: dict[int, int] = {id(weight): _size(weight) for weight in (*linears, *around)}
 
         def size_of(weights: Iterable[Any]) -> int:

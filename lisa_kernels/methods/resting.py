@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lisa_kernels.errors import InputError, unknown_name
@@ -45,6 +46,18 @@ def check_resting(resting: str | None, method: Method, shared: bool) -> str | No
     return resting
 
 
+def check_device(device: torch.device | str | None, resting: str | None) -> torch.device | None:
+    """Return where a model whose weights rest is to compute, None: where it is; `resting` as `check_resting` has it."""
+    if device is None:
+        return None
+    if resting is None:
+        raise InputError(
+            f"device={str(device)!r} is for a model whose weights are to rest, and these are in 16 bits; call "
+            "model.to(device) before it is attached."
+        )
+    return torch.device(device)
+
+
 def check_resting_where(where: str | None, resting: str | None) -> str:
     """Return where the codes of the blocks are between uses; raises InputError for a place that is none."""
     if where is not None and where not in PLACES:
@@ -69,7 +82,7 @@ class Kinds:
 
     def __init__(self, resting: str, survey: Survey, losses: Mapping[nn.Module, CodeLoss] | None = None) -> None:
         self.resting = resting
-        self.still = _still_places(survey)
+        self.still = still_places(survey)
         places = [*survey.places(), *self.still]
         head = _output_layer(survey.model)
         self._kinds: dict[nn.Module, str] = {}
@@ -90,7 +103,7 @@ class Kinds:
 
 def raised_layers(survey: Survey, places: Iterable[Place] | None = None) -> list[nn.Module]:
     """Return the linears that rest in as many bits as a size has room for: all that rest but the output layer."""
-    places = [*survey.places(), *_still_places(survey)] if places is None else places
+    places = [*survey.places(), *still_places(survey)] if places is None else places
     head = _output_layer(survey.model)
     return [layer for layer in dict.fromkeys(place.layer for place in places) if layer is not head]
 
@@ -109,7 +122,7 @@ def _rests_outside(survey: Survey) -> bool:
     return outer is not None and bool(outer.head)
 
 
-def _still_places(survey: Survey) -> list[Place]:
+def still_places(survey: Survey) -> list[Place]:
     """Return the linears of the blocks that carry no slot and whose weight nobody else reads: they rest too."""
     taken = {place.layer for place in survey.places()}
     if not survey.path:

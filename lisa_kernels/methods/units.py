@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker, RandomRows, random_basis
@@ -109,9 +110,9 @@ class _SlotMaker:
 
     def __init__(
         self, survey: Survey, seed: int, resting: str | None, where: str, masters: MasterKeeper | None,
-        on_masters: bool, losses: Mapping[nn.Module, CodeLoss] | None,
+        on_masters: bool, losses: Mapping[nn.Module, CodeLoss] | None, device: torch.device | None,
     ) -> None:  # fmt: skip
-        self.masters, self.on_masters = masters, on_masters
+        self.masters, self.on_masters, self.device = masters, on_masters, device
         self.method, self.seed, self.made = survey.method, seed, 0
         self.kinds = None if resting is None else Kinds(resting, survey, losses)
         self.homes = HostHomes(survey, self.kinds) if self.kinds is not None and where == "host" else None
@@ -151,9 +152,11 @@ class _SlotMaker:
         return layer
 
     def keep(self, layer: SlotModule, path: str) -> None:
-        """Move the layer's master, if it has one, to where masters are kept."""
+        """Move the layer's master, if it has one, to where masters are kept, and all else to where it computes."""
         if self.masters is not None and isinstance(layer, AccumulatingSlot):
             self.masters.keep(layer, path)
+        if self.device is not None:
+            layer.to(self.device)
 
     def codes_home(self, original: nn.Module) -> CodesHome | None:
         """Return where a layer's codes are, None: where it computes."""
@@ -171,7 +174,7 @@ class _SlotMaker:
 def make_layout(
     survey: Survey, seed: int = 0, resting: str | None = None, where: str = "device",
     masters: MasterKeeper | None = None, on_masters: bool = False,
-    losses: Mapping[nn.Module, CodeLoss] | None = None,
+    losses: Mapping[nn.Module, CodeLoss] | None = None, device: torch.device | None = None,
 ) -> Layout:  # fmt: skip
     """Do to the model what the survey found possible.
 
@@ -179,14 +182,15 @@ def make_layout(
 
     masters: what keeps theirs in files, closed where this fails; None: they are in host memory. on_masters: whether
     drawn ones are on the device in 16 bits while they train, see `on_masters`. losses: by which a size is filled, None:
-    by what is known without them.
+    by what is known without them. device: where the model computes then, None: where it is.
 
     When something cannot be done, nothing is: masters too are where they were.
     """
     homes = {param: param.device for param in survey.model.parameters()}
     changes: list[Swap | TappedEmbedding] = []
     try:
-        return _make_layout(survey, _SlotMaker(survey, seed, resting, where, masters, on_masters, losses), changes)
+        maker = _SlotMaker(survey, seed, resting, where, masters, on_masters, losses, device)
+        return _make_layout(survey, maker, changes)
     except BaseException:
         for change in reversed(changes):
             change.undo()
@@ -229,6 +233,8 @@ def _make_layout(survey: Survey, maker: _SlotMaker, changes: list[Swap | TappedE
         for layer in dict.fromkeys(swap.layer for swap in still):
             if isinstance(layer, WokenLinear):
                 owners[layer.stored_weight].woken.append(layer)
+    if maker.device is not None:
+        survey.model.to(maker.device)
     return layout
 
 

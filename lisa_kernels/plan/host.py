@@ -81,7 +81,7 @@ def host_bytes(workload: Any, steps: int | None) -> HostBytes | None:
     if resting is None:
         return None
     method = workload.method if workload.length is None else workload.length.applied_to(workload.method)
-    masters = MasterBytes.of(survey_model(empty_model(workload.model, workload.dtype), workload.method), resting)
+    masters = MasterBytes.of(survey_model(empty_model(workload.model, workload.dtype), workload.method))
     if workload.masters in (None, IN_MEMORY):
         return HostBytes(masters.all)
     period, gap = method.get("period", None), method.get("gap", DEFAULT_GAP)

@@ -37,6 +37,7 @@ from lisa_kernels.layers import (
 )
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.methods.adapter_layout import is_all_adaptable
+from lisa_kernels.methods.resting import AS_THEY_ARE
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
 from lisa_kernels.report.memory import most_held
 from lisa_kernels.report.memory import planned as planned_of
@@ -228,7 +229,8 @@ def _run(
         if options.offload_activations:
             offload_checkpoints(model)
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.
-    if device.type != "cpu" and options.resting not in (None, "16-bit") and method.score_kind() == "outlier":
+    resting = options.resting not in (None, AS_THEY_ARE)
+    if device.type != "cpu" and resting and method.score_kind() == "outlier":
         console.print(
             "note: outlier scores are measured on the host, where the weights are until they rest; --scores uniform or "
             "weight-norm needs no forwards",
@@ -241,9 +243,8 @@ def _run(
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
         resting=options.resting, resting_where=options.resting_where, active_on=options.active_on, masters=masters,
         wire_dtype=options.wire_dtype, calibration=rows_for_size(options, train, pad, console),
+        device=device if resting else None,
     )  # fmt: skip
-    if options.resting:
-        model.to(device)
     tokens_per_step = options.batch_size * options.accumulate * train.tokens / len(train)
     if optimizer.layout.masters is not None:
         # However the run ends.

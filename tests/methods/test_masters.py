@@ -407,6 +407,11 @@ def test_a_folder_that_cannot_hold_masters_is_refused(
     assert sorted(tmp_path.rglob("*")) == present
 
 
+def test_a_device_is_for_weights_that_rest() -> None:
+    with pytest.raises(InputError, match=r"device='cuda' is for a model whose weights are to rest.*model.to"):
+        attach(made(), OWLORE, device="cuda")
+
+
 def test_a_disk_that_fills_leaves_every_master_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a layer; the codes are those of the master, and with room the run goes on."""
     model, optimizer, _ = attached(tmp_path)
