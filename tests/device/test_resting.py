@@ -9,6 +9,7 @@ import torch
 from families import llama
 
 from lisa_kernels import GaLore, LoRA, attach
+from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods import Method
 
 from .training import batch
@@ -45,3 +46,14 @@ def test_a_model_says_where_it_computes(method: Method, tied: bool, first: str) 
     mask = torch.ones_like(ids, device="cpu")
     wanted = plain.generate(ids.cpu(), attention_mask=mask, max_new_tokens=4, do_sample=False)
     assert (made.cpu() == wanted).float().mean() > 0.8
+
+
+def test_a_size_is_filled_on_the_device_as_on_the_host() -> None:
+    """By what the same rows say, up to the order of sums."""
+    found = []
+    for device in ("cpu", "cuda"):
+        model: Any = llama(hidden_size=64, intermediate_size=96).to(device)
+        attach(model, LoRA(rank=4), resting="100kB", calibration=[batch(device, seed) for seed in range(2)])
+        found.append({path: part.kind for path, part in model.named_modules() if isinstance(part, RestingLinear)})
+    assert {"int8", "nf4"} == set(found[0].values())
+    assert sum(found[0][path] != kind for path, kind in found[1].items()) <= 1
