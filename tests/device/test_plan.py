@@ -42,10 +42,13 @@ CASES: dict[str, tuple[str, Method]] = {
     "lora-fa resting tied": ("Qwen2", LoRAFA(rank=16)),
     "lisa resting": ("Llama", LISA(2)),
     "owlore on masters": ("Llama", OwLore(2, rank=64, scores="uniform", embeddings="frozen")),
+    "owlore streamed": ("Llama", OwLore(2, rank=64, scores="uniform", embeddings="frozen")),
+    "galore streamed tied": ("Qwen2", GaLore(rank=64, embeddings="low-rank")),
 }
 RESTING = {
     "owlore resting": "nf4", "galore resting tied": "mixed", "lora resting": "nf4", "lora-fa resting tied": "int8",
-    "lisa resting": "int8", "owlore on masters": "nf4",
+    "lisa resting": "int8", "owlore on masters": "nf4", "owlore streamed": "nf4",
+    "galore streamed tied": "int8",
 }  # fmt: skip
 # Where weights rest the peak is in the loss, while the head finds its basis: a plan says up to so much more.
 SKETCHES = 1 << 21
@@ -125,6 +128,7 @@ def test_the_allocator_gives_out_what_was_planned(name: str) -> None:
     active_on = "master" if "masters" in name else None
     given: dict[str, Any] = {
         "batch_size": BATCH, "seq_len": SEQ_LEN, "resting": RESTING.get(name), "active_on": active_on,
+        "resting_where": "host" if "streamed" in name else None,
     }  # fmt: skip
     planned = plan(config(family), method, **given)
     less = GpuMemory.here().workspace_bytes if name in BEFORE_A_BACKWARD else 0
