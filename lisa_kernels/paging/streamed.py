@@ -116,7 +116,11 @@ class StreamedPages:
     def held(self) -> list[Tensor]:
         """Return the memory that is held on devices, and of a plan's pages what `hold` has given them."""
         buffers = [slot.memory for readers in self._readers.values() for slot in readers.slots]
-        return buffers + [page.home.bytes for page in self._pages if self._holding]
+        return buffers + (self.homes() if self._holding else [])
+
+    def homes(self) -> list[Tensor]:
+        """Return the pages at home, uint8."""
+        return [page.home.bytes for page in self._pages]
 
     def hold(self) -> None:
         """Give pages without values the memory that they take where host and device are one: for a plan."""

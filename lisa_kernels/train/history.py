@@ -86,10 +86,13 @@ def held_bytes(model: nn.Module, optimizer: SampledAdamW) -> dict[str, int]:
     layers = [module for module in model.modules() if isinstance(module, SlotModule)]
     mapped = {layer.stored_weight for layer in layers if isinstance(layer, AccumulatingSlot) and layer.is_mapped}
     states: list[Any] = list(optimizer.state.values())
+    streamed = optimizer.layout.streamed
+    pages = [] if streamed is None else [*streamed.held(), *streamed.homes()]
+    own = [local(param) for param in model.parameters() if param not in mapped]
     groups: dict[str, Iterable[Any]] = {
         "bases": [tensor for layer in layers for tensor in (layer.slot, layer.basis, layer.remainder)],
-        "weights": [*(local(param) for param in model.parameters() if param not in mapped), *model.buffers()],
-        "optimizer state": [tensor for state in states for tensor in state.values()],
+        "weights": [*own, *model.buffers(), *pages],
+        "optimizer state": [*(tensor for state in states for tensor in state.values()), *(optimizer._counters or ())],
         "gradients": [local(param.grad) for param in model.parameters() if param.grad is not None],
     }
     seen, totals = set[int](), dict[str, int]()

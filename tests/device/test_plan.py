@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +20,18 @@ from device.simulation import SimulatedDevice
 from device.triton_launches import unheard
 from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore
 from lisa_kernels.basis.tracker import Heard
+from lisa_kernels.cli import _parser, main
 from lisa_kernels.layers import embedding, resting
 from lisa_kernels.layers.loss import LossWithoutLogits
 from lisa_kernels.methods import Method, outer_slots
 from lisa_kernels.plan import plan
+from lisa_kernels.plan.cards import CONTEXT_BYTES
 from lisa_kernels.plan.draws import GivenDraws
 from lisa_kernels.plan.gpu_memory import GpuMemory
+from lisa_kernels.plan.options import workload_of
 from lisa_kernels.plan.rehearsal import STEPS, Workload, prepare
+from lisa_kernels.train.configs import load_config
+from lisa_kernels.train.options import FineTuneOptions
 
 BATCH, SEQ_LEN = 2, 256
 KINDS = ("requested_bytes", "allocated_bytes")
@@ -101,7 +110,7 @@ def peaks_of_steps(workload: Workload) -> tuple[int, int]:
     before = torch.cuda.memory_stats()
     # What rests comes as codes, as a plan takes it to.
     with torch.device("cuda" if workload.resting is None else "cpu"):
-        model = AutoModelForCausalLM.from_config(workload.model, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(load_config(workload.model), dtype=torch.bfloat16)
     model.config.use_cache = False
     opt = prepare(model.train(), workload)
     model.to("cuda")
@@ -137,3 +146,27 @@ def test_the_allocator_gives_out_what_was_planned(name: str) -> None:
     more = SKETCHES if name in RESTING else SMALL
     assert -more <= asked - (planned.peak_bytes - less) <= SMALL
     assert abs(given_out - (planned.reserved().allocated - less)) <= UNCUT
+
+
+@pytest.mark.order("late")
+@pytest.mark.usefixtures("nothing_computed")
+def test_the_command_that_fit_prints_takes_what_was_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model that fits in 4 bits and from the host only: as the options of a run, with the switch that is in it."""
+    model = config("Llama")
+    model.save_pretrained(tmp_path)
+    asked = [
+        "plan", "--model", str(tmp_path), "--method", "owlore", "--rank", "64", "--active-layers", "2", "--scores",
+        "uniform", "--batch-size", "1", "--seq-len", str(SEQ_LEN), "--dtype", "bf16", "--gradient-checkpointing",
+    ]  # fmt: skip
+    method = OwLore(2, rank=64, scores="uniform")
+    wanted = plan(model, method, seq_len=SEQ_LEN, resting="nf4", resting_where="host")
+    size = CONTEXT_BYTES + wanted.reserved(expandable=True).reserved + UNCUT
+    assert main([*asked, "--fit", str(size), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["resting"], found["resting_where"], found["peak_bytes"]) == ("nf4", "host", wanted.peak_bytes)
+    words = shlex.split(found["fit"]["command"])
+    told = _parser().parse_args(words[words.index("finetune") :])
+    known = {field.name for field in dataclasses.fields(FineTuneOptions)}
+    workload = workload_of(FineTuneOptions(**{name: value for name, value in vars(told).items() if name in known}))
+    asked_for, _ = peaks_of_steps(workload)
+    assert -SKETCHES <= asked_for - found["peak_bytes"] <= SMALL
