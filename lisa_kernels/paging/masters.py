@@ -7,7 +7,7 @@ import shutil
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -114,6 +114,10 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
+def _nowhere() -> None:
+    return None
+
+
 class MasterFile:
     """Where one master is: in a file of someone else's that is never written to, or in its newest generation here."""
 
@@ -123,6 +127,10 @@ class MasterFile:
         self._path: Path | None = None
         self._stamp: Stamp | None = None
         self._borrowed = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave a copy of what has it without a home: its master is in memory then."""
+        return _nowhere, ()
 
     def borrow(self, place: Place, stamp: Stamp) -> None:
         """Note that the master is in a file of someone else's, which had this stamp before it was read."""

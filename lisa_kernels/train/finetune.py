@@ -237,7 +237,7 @@ def _run(
             highlight=False,
         )
     scores = facts["scores"] if "scores" in facts else _agreed_scores(model, method, train, options, pad, ranks)
-    masters = settled_masters(options, model, console)
+    masters = settled_masters(options, model, method, console)
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from rich.console import Console
 from torch import nn
 
-from lisa_kernels.methods.masters import IN_MEMORY, check_masters
+from lisa_kernels.errors import InputError
+from lisa_kernels.methods import Method
+from lisa_kernels.methods.masters import IN_MEMORY, MasterBytes, check_masters
 from lisa_kernels.methods.resting import AS_THEY_ARE
-from lisa_kernels.paging.masters import MasterFolder
+from lisa_kernels.methods.survey import survey_model
+from lisa_kernels.paging.masters import SUFFIX, MasterFolder
 from lisa_kernels.sizes import gb
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.recomputation import available_bytes
 from lisa_kernels.train.run_folder import MASTERS_FOLDER
+from lisa_kernels.train.save_rehearsal import run_bytes
 
 # Of the memory that is free, what masters may take of it: data, activations and other programs want some too.
 SHARE = 0.5
 
 
-def settled_masters(options: FineTuneOptions, model: nn.Module, console: Console) -> str | None:
+def settled_masters(options: FineTuneOptions, model: nn.Module, method: Method, console: Console) -> str | None:
     """Return the folder of the masters, None: they are in host memory, or there are none; says what was not given.
 
-    What a killed run has left beside the run goes.
+    What a killed run has left beside the run goes. Raises InputError where masters and what the run saves have no room
+    together.
     """
     beside = options.output / MASTERS_FOLDER
     if options.resting in (None, AS_THEY_ARE):
@@ -41,7 +47,28 @@ def settled_masters(options: FineTuneOptions, model: nn.Module, console: Console
         folder = check_masters(options.masters, options.resting)
     if beside.is_dir() and (folder is None or Path(folder).resolve() != beside.resolve()):
         MasterFolder(beside, 0).close()
+    if folder is not None:
+        _check_room_for_both(options, model, method, Path(folder).expanduser().absolute())
     return folder
+
+
+def _check_room_for_both(options: FineTuneOptions, model: nn.Module, method: Method, folder: Path) -> None:
+    """Raise InputError where the masters' disk is the run's, and too small for both."""
+    place, run = (next(path for path in (each, *each.parents) if path.exists()) for each in (folder, _of(options)))
+    if place.stat().st_dev != run.stat().st_dev:
+        return
+    masters = MasterBytes.of(survey_model(model, method)).wanted
+    whole, checkpoints, each = run_bytes(options, model)
+    free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in place.glob(f"*{SUFFIX}*"))
+    if free < masters + whole + checkpoints * each:
+        raise InputError(
+            f"masters take up to {masters:,} bytes on the disk, and the run saves {whole + checkpoints * each:,} on "
+            f"the same one, which has {free:,} left; name a folder on another disk with --masters, or make room."
+        )
+
+
+def _of(options: FineTuneOptions) -> Path:
+    return options.output.absolute()
 
 
 def tell_written(nbytes: int, console: Console) -> None:

@@ -88,13 +88,19 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
-def _check_space(options: FineTuneOptions, model: nn.Module) -> None:
+def run_bytes(options: FineTuneOptions, model: nn.Module) -> tuple[int, int, int]:
+    """Return what a run will write: of the model, how many checkpoints, and of each of these."""
     whole = model_bytes(model)
     # Adapters are saved with the weights beneath them; moments, which are less than weights, are not counted.
     each = whole * (2 if options.build_method().form == "adapter" else 1)
     present = 0 if options.overwrite else len(find_checkpoints(options.output))
     # A new one is whole before an old one goes.
     checkpoints = max(0, options.max_checkpoints + 1 - present) if options.save_every else 0
+    return whole, checkpoints, each
+
+
+def _check_space(options: FineTuneOptions, model: nn.Module) -> None:
+    whole, checkpoints, each = run_bytes(options, model)
     wanted = whole + checkpoints * each
     free = shutil.disk_usage(options.output).free + (_held(options.output) if options.overwrite else 0)
     if free < wanted:

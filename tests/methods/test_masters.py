@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -119,6 +121,16 @@ def test_masters_in_files_learn_what_those_in_memory_do(
         train_on(model)
     assert all(same(one, other) for one, other in zip(*ends))
     assert not (tmp_path / "masters").exists()
+
+
+def test_a_copy_has_its_masters_in_memory(tmp_path: Path) -> None:
+    """One that is made here, and one that was sent elsewhere."""
+    model = made()
+    optimizer = start(model, "owlore", tmp_path / "masters")
+    run(model, optimizer, 0, 3)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same(values(other), values(model))
+        assert not any(layer.is_mapped for layer in resting(other).values())
 
 
 def train_on(model: Any) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
+from families import llama
 from rich.console import Console
 from small_run import arguments, summary, write_text
 
 from lisa_kernels.cli import main
 from lisa_kernels.errors import InputError
-from lisa_kernels.methods import SampledAdamW
+from lisa_kernels.methods import OwLore, SampledAdamW
 from lisa_kernels.paging import masters as files
 from lisa_kernels.paging import tensor_file
 from lisa_kernels.train import master_files
@@ -35,21 +37,27 @@ def options(output: Path, **settings: str) -> FineTuneOptions:
 
 def test_masters_are_files_where_memory_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the run, unless another folder is named; which is said."""
-    model, output = torch.nn.Linear(100, 100), tmp_path / "run"
-    for free, wanted in ((90_000, None), (70_000, str(output / "masters"))):
+    model, output, method = llama(), tmp_path / "run", OwLore(active_layers=1, rank=4)
+    matrices = sum(param.nbytes for param in model.parameters() if param.dim() > 1)
+    for free, wanted in ((2 * matrices, None), (2 * matrices - 1, str(output / "masters"))):
         monkeypatch.setattr(master_files, "available_bytes", lambda free=free: free)
-        with Console(width=1000).capture() as said:
-            pass
         console = Console(width=1000)
         with console.capture() as said:
-            assert settled_masters(options(output, resting="nf4"), model, console) == wanted
-        assert ("take 40.0 kB and 70.0 kB of memory are free" in said.get()) == (wanted is not None)
+            assert settled_masters(options(output, resting="nf4"), model, method, console) == wanted
+        assert ("of memory are free: they are files in" in said.get()) == (wanted is not None)
     console = Console(quiet=True)
-    assert settled_masters(options(output, resting="nf4", masters="host"), model, console) is None
-    assert settled_masters(options(output, resting="int8", masters="x"), model, console) == "x"
-    assert settled_masters(options(output), model, console) is None
+    assert settled_masters(options(output, resting="nf4", masters="host"), model, method, console) is None
+    assert settled_masters(options(output, resting="int8", masters="x"), model, method, console) == "x"
+    assert settled_masters(options(output), model, method, console) is None
     with pytest.raises(InputError, match="is for weights that rest in 8 or 4 bits"):
         options(output, masters="x")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(master_files.shutil, "disk_usage", lambda path: usage(0, 0, 2 * matrices))
+    words = r"masters take up to [\d,]+ bytes on the disk, and the run saves [\d,]+ on the same one"
+    with pytest.raises(InputError, match=words):
+        settled_masters(options(output, resting="nf4", masters=str(tmp_path / "x")), model, method, console)
+    monkeypatch.setattr(master_files.shutil, "disk_usage", lambda path: usage(0, 0, 4 * matrices))
+    settled_masters(options(output, resting="nf4", masters=str(tmp_path / "x")), model, method, console)
 
 
 def test_the_host_s_memory_that_ends_is_told_in_one_sentence() -> None:
