@@ -5,7 +5,9 @@
     python -m bench.memory --record --plot bench/results/memory.png
 
 A plan rehearses the real training step on tensors without values, peers' steps with the same tracker. On the small
-model the same steps run with real tensors on the CPU as well, and must take the same bytes.
+model the same steps run with real tensors on the CPU as well, and must take the same bytes. Weights at rest are planned
+for a GPU, whose workspaces count and masters in host memory do not; on the small model, where host and device are one,
+both do.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from bench.step_contestants import reason_of
 from lisa_kernels import LISA, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore
 from lisa_kernels.errors import unknown_name
 from lisa_kernels.methods import Method
+from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.trace import Trace
 
@@ -38,6 +41,8 @@ MODELS = ("llama-2-7b", "llama-3.1-8b", "tiny")
 MEASURED = ("tiny",)
 # Of methods with a rank that the small model does not have.
 SMALL_RANK, RANK = 32, 128
+# In what weights rest, of methods beside which they do.
+RESTING = {"lora-int8": "int8", "lora-nf4": "nf4", "galore-32-nf4": "nf4"}
 
 
 def _methods(rank: int) -> dict[str, tuple[str, Method]]:
@@ -56,8 +61,19 @@ def _methods(rank: int) -> dict[str, tuple[str, Method]]:
         "lisa": ("LISA, embeddings always", LISA()),
         "badam-ours": ("BAdam()", BAdam()),
         "lora": ("LoRA(rank=16), embeddings low-rank", LoRA(rank=16, embeddings="low-rank")),
+        **{
+            f"lora-{kind}": (
+                f"LoRA(rank=16), embeddings low-rank, at rest in {kind}",
+                LoRA(rank=16, embeddings="low-rank"),
+            )
+            for kind in ("int8", "nf4")
+        },
         "lora-fa": ("LoRAFA()", LoRAFA()),
         "galore-32": ("GaLore(rank=32), embeddings low-rank", GaLore(rank=32, embeddings="low-rank")),
+        "galore-32-nf4": (
+            "GaLore(rank=32), embeddings low-rank, at rest in nf4",
+            GaLore(rank=32, embeddings="low-rank"),
+        ),
         "galore": ("GaLore()", GaLore(rank=rank)),
         "full": ("FullFineTune()", FullFineTune()),
     }
@@ -115,7 +131,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
             workload = Workload(
                 f"preset:{model}", method, arguments.batch, arguments.seq_len,
                 dtype="fp32" if model in MEASURED else arguments.dtype,
-                gradient_checkpointing=not arguments.no_checkpointing,
+                gradient_checkpointing=not arguments.no_checkpointing, resting=RESTING.get(name),
             )  # fmt: skip
             console.print(f"{model}: {title}", highlight=False)
             row = _row(name, title, model, workload)
@@ -142,7 +158,8 @@ def parse(text: str, known: Sequence[str], what: str) -> list[str]:
 def _row(name: str, title: str, model: str, workload: Workload) -> Row:
     peer = PEERS.get(name)
     begin = time.perf_counter()
-    trace, reason = _trace(lambda: rehearse(workload) if peer is None else planned_peer(peer, workload), peer)
+    gpu = GpuMemory.here() if workload.resting is not None and model not in MEASURED else None
+    trace, reason = _trace(lambda: rehearse(workload, gpu=gpu) if peer is None else planned_peer(peer, workload), peer)
     seconds = time.perf_counter() - begin
     real = None
     if model in MEASURED and trace is not None:
