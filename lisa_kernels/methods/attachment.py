@@ -10,8 +10,7 @@ import torch
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods.active_on import CODES, MASTER
-from lisa_kernels.methods.precision import is_size
-from lisa_kernels.methods.resting import AS_THEY_ARE
+from lisa_kernels.methods.precision import AS_THEY_ARE, is_size
 from lisa_kernels.methods.slots import check_slots_state, slots_state
 from lisa_kernels.samplers import Sampler, sampler_from_state
 

@@ -12,6 +12,7 @@ from lisa_kernels.layers import linear_shape
 from lisa_kernels.ops.resting import block_count, code_count
 from lisa_kernels.sizes import gb, parse_size
 
+AS_THEY_ARE = "16-bit"
 # Of the blocks at either end of a pretrained SmolLM2, where the matrix with the most inputs loses several times as much
 # in 4 bits as others do.
 FIRST, LAST, LOSES_MORE = 3, 2, 4.0
@@ -26,7 +27,7 @@ class CodeLoss(NamedTuple):
 
 def is_size(resting: str) -> bool:
     """Return whether a way to rest is said as a size, such as "5.5GB"."""
-    return resting[:1].isdigit()
+    return resting != AS_THEY_ARE and resting[:1].isdigit()
 
 
 def bytes_at_rest(layer: nn.Module, kind: str) -> int:

@@ -15,11 +15,10 @@ from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.active_on import draws
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.outer_slots import find_still_outer
-from lisa_kernels.methods.precision import CodeLoss, bytes_at_rest, is_size, losses_by_place, pick_kinds
+from lisa_kernels.methods.precision import AS_THEY_ARE, CodeLoss, bytes_at_rest, is_size, losses_by_place, pick_kinds
 from lisa_kernels.methods.survey import Survey
 from lisa_kernels.sizes import parse_size
 
-AS_THEY_ARE = "16-bit"
 WAYS = (AS_THEY_ARE, "int8", "mixed", "nf4")
 PLACES = ("device", "host")
 

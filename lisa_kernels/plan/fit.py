@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import Method
-from lisa_kernels.methods.resting import AS_THEY_ARE, check_resting
+from lisa_kernels.methods.precision import AS_THEY_ARE
+from lisa_kernels.methods.resting import check_resting
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.sizes import gb
 

@@ -37,7 +37,7 @@ from lisa_kernels.layers import (
 )
 from lisa_kernels.methods import Method, SampledAdamW, attach, layer_scores
 from lisa_kernels.methods.adapter_layout import is_all_adaptable
-from lisa_kernels.methods.resting import AS_THEY_ARE
+from lisa_kernels.methods.precision import AS_THEY_ARE
 from lisa_kernels.report import PAGE_FILE, read_run, write_page
 from lisa_kernels.report.memory import most_held
 from lisa_kernels.report.memory import planned as planned_of
@@ -64,7 +64,7 @@ from lisa_kernels.train.restart import LAUNCHERS, find_launchers, resumed_by_lau
 from lisa_kernels.train.run_folder import start_run
 from lisa_kernels.train.run_lock import RunLock
 from lisa_kernels.train.sharded import check_disk
-from lisa_kernels.train.size_rows import rows_for_size
+from lisa_kernels.train.size_rows import rows_for_size, tell_picks
 from lisa_kernels.train.taken import Grounds, Taken, recorded_in
 from lisa_kernels.train.tokenize import TokenizedData
 
@@ -245,6 +245,7 @@ def _run(
         wire_dtype=options.wire_dtype, calibration=rows_for_size(options, train, pad, console),
         device=device if resting else None,
     )  # fmt: skip
+    tell_picks(options, model, console)
     tokens_per_step = options.batch_size * options.accumulate * train.tokens / len(train)
     if optimizer.layout.masters is not None:
         # However the run ends.

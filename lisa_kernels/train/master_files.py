@@ -11,7 +11,7 @@ from torch import nn
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import Method
 from lisa_kernels.methods.masters import IN_MEMORY, MasterBytes, check_masters
-from lisa_kernels.methods.resting import AS_THEY_ARE
+from lisa_kernels.methods.precision import AS_THEY_ARE
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.paging.masters import SUFFIX, MasterFolder
 from lisa_kernels.sizes import gb

@@ -12,7 +12,8 @@ from lisa_kernels.distributed import check_wire_dtype
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.methods import Method, method_by_name
 from lisa_kernels.methods.masters import check_masters
-from lisa_kernels.methods.resting import AS_THEY_ARE, check_resting_where
+from lisa_kernels.methods.precision import AS_THEY_ARE
+from lisa_kernels.methods.resting import check_resting_where
 from lisa_kernels.paging import check_paging
 from lisa_kernels.sizes import parse_size
 from lisa_kernels.train.sources.kinds import parse_columns

@@ -1,12 +1,14 @@
-"""The training rows by which a size for weights at rest is filled."""
+"""A size for weights at rest: the training rows by which it is filled, and what was found."""
 
 from __future__ import annotations
 
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
+from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods.code_losses import BATCHES
-from lisa_kernels.methods.precision import is_size
+from lisa_kernels.methods.precision import bytes_at_rest, is_size
+from lisa_kernels.sizes import gb
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.packing import collate
 from lisa_kernels.train.tokenize import TokenizedData
@@ -25,3 +27,16 @@ def rows_for_size(
         highlight=False,
     )
     return [collate([data[index]], pad) for index in range(count)]
+
+
+def tell_picks(options: FineTuneOptions, model: nn.Module, console: Console) -> None:
+    """Say how many matrices of an attached model rest in 8 bits, where that was found for a size."""
+    if options.resting is None or not is_size(options.resting):
+        return
+    layers = [module for module in model.modules() if isinstance(module, RestingLinear)]
+    in_8_bits = sum(layer.kind == "int8" for layer in layers)
+    codes = gb(sum(bytes_at_rest(layer, layer.kind) for layer in layers))
+    console.print(
+        f"note: {in_8_bits} of {len(layers)} matrices rest in 8 bits, the others in 4: {codes} of {options.resting}",
+        highlight=False,
+    )
