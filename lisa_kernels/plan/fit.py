@@ -171,16 +171,19 @@ def lighter_workloads(workload: Workload) -> Iterator[list[Workload]]:
     """Yield lists of workloads, the first with the one given, each in less and less memory: lighter methods, at rest.
 
     Where weights are in 16 bits and could rest, they do so in 8 bits before anything is given up, which changes a loss
-    in its third digit, and in fewer only where all that can be given up is not enough. Those in 4 bits, or whose bits
-    are given, are streamed from the host before anything more is given up, unless it is said where they are: that
-    changes no bit of what is learnt.
+    in its third digit, and in fewer only where all that can be given up is not enough. Where that is not enough either,
+    or bits are given, they are streamed from the host before anything more is given up, unless it is said where they
+    are: that changes no bit of what is learnt.
     """
     methods = list(lighter_methods(workload.method))
     if workload.resting is None and _can_rest(workload):
         yield [workload]
         yield [replace(workload, method=method, resting="int8") for method in methods]
         yield [replace(workload, resting="mixed")]
-        workload = replace(workload, resting="nf4")
+        if workload.resting_where is None:
+            yield [replace(workload, resting="nf4")]
+            yield [replace(workload, resting="int8", resting_where="host")]
+        workload = replace(workload, resting="nf4", resting_where=workload.resting_where or "host")
     if workload.resting not in (None, AS_THEY_ARE) and workload.resting_where is None:
         yield [workload]
         workload = replace(workload, resting_where="host")

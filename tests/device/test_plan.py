@@ -151,12 +151,13 @@ def test_the_allocator_gives_out_what_was_planned(name: str) -> None:
 @pytest.mark.order("late")
 @pytest.mark.usefixtures("nothing_computed")
 def test_the_command_that_fit_prints_takes_what_was_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a model that fits in 4 bits and from the host only: as the options of a run, with the switch that is in it."""
+    """Of a model that fits from the host only: as the options of a run, with the switch that is in it."""
     model = config("Llama")
     model.save_pretrained(tmp_path)
     asked = [
         "plan", "--model", str(tmp_path), "--method", "owlore", "--rank", "64", "--active-layers", "2", "--scores",
-        "uniform", "--batch-size", "1", "--seq-len", str(SEQ_LEN), "--dtype", "bf16", "--gradient-checkpointing",
+        "uniform", "--batch-size", "1", "--seq-len", str(SEQ_LEN), "--dtype", "bf16", "--resting", "nf4",
+        "--gradient-checkpointing",
     ]  # fmt: skip
     method = OwLore(2, rank=64, scores="uniform")
     wanted = plan(model, method, seq_len=SEQ_LEN, resting="nf4", resting_where="host")

@@ -38,7 +38,6 @@ class Run:
 
 
 WEIGHTS = {None: 1000, "16-bit": 1000, "int8": 530, "mixed": 400, "nf4": 300}
-STREAMED = 10
 
 
 def need_mib(run: Run) -> int:
@@ -49,7 +48,7 @@ def need_mib(run: Run) -> int:
     kept = method.get("retired_state", "drop" if hasattr(method, "period") else "keep") == "keep"
     state = 100 * (run.paging is None and kept)
     return (
-        (STREAMED if run.resting_where == "host" else WEIGHTS[run.resting])
+        (WEIGHTS[run.resting] // 20 if run.resting_where == "host" else WEIGHTS[run.resting])
         + embeddings
         + int(layers)
         + state
@@ -122,13 +121,14 @@ def test_last_of_all_the_embeddings_freeze() -> None:
 
 
 def test_weights_rest_in_8_bits_before_anything_is_given_up_and_in_4_after_all_else() -> None:
-    """Those in 4 bits are on the host before anything is given up beside them."""
+    """Then in 8 bits on the host, and in 4, before anything is given up beside them."""
     free = Run(resting=None)
     for wanted in (
         Run(resting="int8", **FRUGAL),
         Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), resting="int8", **FRUGAL),
         Run(resting="mixed", **FRUGAL),
         Run(resting="nf4", **FRUGAL),
+        Run(resting="int8", resting_where="host", **FRUGAL),
         Run(resting="nf4", resting_where="host", **FRUGAL),
         Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), resting="nf4", resting_where="host", **FRUGAL),
     ):
