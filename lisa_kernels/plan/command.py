@@ -21,6 +21,7 @@ from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.fit import Fit, proposals
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.host import print_host
+from lisa_kernels.plan.moves import moves_of
 from lisa_kernels.plan.options import finetune_command, workload_of
 from lisa_kernels.plan.plot import plot_timeline, stacked
 from lisa_kernels.plan.rehearsal import Workload, rehearse
@@ -100,7 +101,7 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
         if device_bytes is not None:
             print_fit(ranked, device_bytes, machine, Console())
     if arguments.plot is not None:
-        plot_timeline(found.plan, arguments.plot)
+        plot_timeline(found.plan, arguments.plot, moves_of(found.plan.workload))
         console.print(f"picture in {arguments.plot}")
     return result
 

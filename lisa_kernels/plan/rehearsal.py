@@ -35,6 +35,7 @@ from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.host import RehearsedMasters
 from lisa_kernels.plan.length import RunLength
+from lisa_kernels.plan.moves import Moves
 from lisa_kernels.plan.ranks import RehearsedRanks, travel_of
 from lisa_kernels.plan.shards import GatheredWeights, share_out_rehearsed
 from lisa_kernels.plan.stand_ins import META, Answers, EmptyOperations, FusedAttention
@@ -121,7 +122,7 @@ class Workload:
 
 def rehearse(
     workload: Workload, draws: Sequence[Sequence[int]] | None = None, gpu: GpuMemory | None = None,
-    work: WorkLog | None = None,
+    work: WorkLog | None = None, moves: Moves | None = None,
 ) -> Trace:  # fmt: skip
     """Return the storages of a run's steps; no weights are made, and no operation computes anything.
 
@@ -129,17 +130,17 @@ def rehearse(
     layers in the middle of what a draw may bring; or, with `draws`, one step with each of these lists of layers, as
     many as the method has active. Of several micro-batches two are taken. Bytes are those of a GPU's device memory,
     and `gpu` says what it holds beside tensors; see `StorageTracker` for what no plan sees. `work` is told each
-    operation, and layers are then drawn that cost what draws do on average. Raises InputError for what the run itself
-    would refuse.
+    operation, and layers are then drawn that cost what draws do on average; without it, `moves` is told what crosses
+    between host and device. Raises InputError for what the run itself would refuse.
     """
     model = empty_model(workload.model, workload.dtype)
     rows, by_segments = workload.rows(typical=work is not None), keeps_segments(model, workload, gpu)
     # The last token of a row is no label, for nothing follows it; on a GPU nobody asks, and its row stays.
     tokens, ends = sum(map(sum, rows)), sum(map(len, rows))
     operations = EmptyOperations(tokens - (gpu is None) * ends, workload.data is None or by_segments)
-    tracker = StorageTracker("meta", operations, watch=work)
+    tracker = StorageTracker("meta", operations, watch=work or moves)
     if gpu is not None:
-        tracker = StorageTracker("meta", operations, gpu.inside, gpu.definitions, work)
+        tracker = StorageTracker("meta", operations, gpu.inside, gpu.definitions, work or moves)
     make_batch = partial(empty_batch, workload, META)
     if workload.data is not None:
         make_batch = partial(packed_batch, rows, by_segments, META)
@@ -155,6 +156,10 @@ def rehearse(
                     optimizer.layout.streamed.hold()
             if work is not None and optimizer.layout.streamed is not None:
                 work.turns = Turns(optimizer.layout.streamed, lambda: tracker.phase_name)
+            if moves is not None:
+                moves.event = lambda: tracker.events
+                if optimizer.layout.streamed is not None:
+                    moves.follow(optimizer.layout.streamed)
             take_steps(model, optimizer, workload, tracker, make_batch, gpu)
             if work is not None and reduction is not None and isinstance(reduction.ranks, RehearsedRanks):
                 repeats = workload.accumulate / min(workload.accumulate, MICRO_BATCHES)

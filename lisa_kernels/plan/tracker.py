@@ -114,6 +114,11 @@ class StorageTracker(TorchDispatchMode):
         """The phase that runs, "" outside of all."""
         return self._phase
 
+    @property
+    def events(self) -> int:
+        """How many births and deaths there were so far."""
+        return len(self._log)
+
     def _part(self) -> str:
         """Return what kind of work is being done, as `watch` is told it."""
         if self._work == "backward" and self._modules:

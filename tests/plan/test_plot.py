@@ -9,7 +9,8 @@ import pytest
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import LISA
-from lisa_kernels.plan.plot import plot_timeline, stacked
+from lisa_kernels.plan.moves import CODES_IN, MASTERS_IN, MASTERS_OUT, Move
+from lisa_kernels.plan.plot import crossings, plot_timeline, stacked
 from lisa_kernels.plan.rehearsal import Workload
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.plan.trace import CATEGORIES
@@ -35,10 +36,25 @@ def test_a_long_run_keeps_its_peak(points: int) -> None:
     assert max(map(sum, zip(*rows))) == run.peak_bytes
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_the_picture_is_written(suffix: str, tmp_path: Path) -> None:
+MOVES = [
+    Move(0, 5, CODES_IN),
+    Move(3, 7, MASTERS_IN),
+    Move(3, 2, MASTERS_OUT),
+    Move(4, 1, CODES_IN),
+    Move(8, 9, CODES_IN),
+]
+
+
+def test_what_crosses_over_is_summed_up_where_it_does() -> None:
+    """In above zero, out below; what sets out after the last event is in the last stretch."""
+    assert crossings(MOVES, 8, 4) == {CODES_IN: [5, 0, 1, 9], MASTERS_IN: [0, 7, 0, 0], MASTERS_OUT: [0, -2, 0, 0]}
+    assert crossings([], 8) == {}
+
+
+@pytest.mark.parametrize(("suffix", "moves"), [("png", []), ("svg", []), ("png", MOVES)])
+def test_the_picture_is_written(suffix: str, moves: list[Move], tmp_path: Path) -> None:
     path = tmp_path / f"timeline.{suffix}"
-    plot_timeline(Plan(Workload("preset:tiny", LISA()), small_run()), path)
+    plot_timeline(Plan(Workload("preset:tiny", LISA()), small_run()), path, moves)
     assert path.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
 
 
