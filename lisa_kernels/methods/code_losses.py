@@ -34,6 +34,8 @@ def measure_code_losses(
     and the quantisation of every matrix in both ways.
     """
     layers = list(dict.fromkeys(layers))
+    if not layers:
+        return {}
     energies = {layer: _Energies() for layer in layers}
     generator = torch.Generator().manual_seed(0)
     with _prepared(model, energies):
@@ -114,7 +116,9 @@ def _go_back(model: nn.Module, inputs: Mapping[str, Any], generator: torch.Gener
 
     Returns whether it says numbers.
     """
-    said = model(**{name: value for name, value in inputs.items() if name != "labels"})
+    # From its labels a decoder beside an encoder makes what it reads.
+    two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    said = model(**{name: value for name, value in inputs.items() if two or name != "labels"})
     logits = getattr(said, "logits", None)
     if not isinstance(logits, Tensor):
         return False
@@ -123,7 +127,7 @@ def _go_back(model: nn.Module, inputs: Mapping[str, Any], generator: torch.Gener
         return False
     drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator).to(rows.device)
     known = rows.log_softmax(-1).gather(-1, drawn)[:, 0]
-    mask = inputs.get("attention_mask")
+    mask = None if two else inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.numel() == len(known):
         known = known[mask.reshape(-1).to(torch.bool)]
     (-known.sum()).backward()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import anatomy, gpt2, llama, tokens, train
+from families import anatomy, gpt2, llama, t5, tokens, train
 from torch import nn
 
 from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach, plan
@@ -162,6 +162,19 @@ def test_what_is_measured_is_what_it_is_defined_as(make: Any) -> None:
             error = dequantize_resting_(torch.empty_like(weight), codes, absmax, kind) - weight
             wanted = 0.5 * torch.einsum("ij,j,i->", error.square(), x, g)
             assert getattr(found[layer], kind) == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_of_a_model_with_an_encoder_it_is_measured_too() -> None:
+    """Whose decoder is told what it reads by labels, which others are not shown."""
+    model = t5()
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not model.lm_head]
+    found = measure_code_losses(model, layers, [tokens()])
+    assert found is not None
+    assert all(loss.nf4 > loss.int8 > 0 for loss in found.values())
+    model = made()
+    unread: Any = {"input_ids": tokens()["input_ids"], "labels": "of no use"}
+    assert measure_code_losses(model, [model.model.layers[0].mlp.up_proj], [unread])
+    assert measure_code_losses(model, [], [unread]) == {}
 
 
 def test_what_reaches_nothing_is_raised_last() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import anatomy, gpt2, llama, logits, tokens, train
+from families import ADAPTED, anatomy, gpt2, llama, logits, tokens, train
 from tolerances import PRODUCT
 from torch import Tensor
 
@@ -341,6 +341,21 @@ def made_empty() -> Any:
     from lisa_kernels.plan.empty_model import empty_model
 
     return empty_model("preset:tiny", "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ADAPTED)
+@pytest.mark.parametrize("resting", ["nf4", "mixed", "60kB"])
+def test_every_family_learns_beside_weights_that_rest(family: str, resting: str) -> None:
+    """A model is detached as what its state said, and computed with fewer bits before."""
+    model, batch = ADAPTED[family].make(), ADAPTED[family].batch()
+    optimizer = attach(model, LoRA(rank=4), lr=1e-2, resting=resting, calibration=[batch])
+    assert len(adapters(model)) > 8
+    losses = [train(model, optimizer, batch) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    learnt = saved(model)
+    end = optimizer.detach().state_dict()
+    assert all(torch.equal(end[key], value) for key, value in learnt.items())
 
 
 def test_what_cannot_rest_is_refused_and_leaves_the_model_as_it_was() -> None:
