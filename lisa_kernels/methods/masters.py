@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -15,7 +16,7 @@ from lisa_kernels.methods.outer_slots import find_still_outer
 from lisa_kernels.methods.own_files import OwnFiles
 from lisa_kernels.methods.resting import still_places
 from lisa_kernels.methods.survey import Survey, UnitPlan
-from lisa_kernels.paging.masters import MasterFolder
+from lisa_kernels.paging.masters import MasterFile, MasterFolder
 
 IN_MEMORY = "host"
 
@@ -44,6 +45,9 @@ class MasterKeeper(Protocol):
     def keep(self, layer: AccumulatingSlot, path: str) -> None:
         """Move a layer's master to where it is kept; path: the layer's."""
 
+    def files(self) -> dict[str, Path]:
+        """Return the file of each master that has one to itself and is what the model would save, by its name."""
+
     def close(self) -> None:
         """Delete what was written; weights that are mapped from there stay readable."""
 
@@ -56,6 +60,7 @@ class Masters:
 
     def __init__(self, survey: Survey, folder: str) -> None:
         self._own = OwnFiles(survey.model)
+        self._kept: list[tuple[AccumulatingSlot, MasterFile]] = []
         self.folder = MasterFolder(folder, MasterBytes.of(survey).wanted)
 
     @property
@@ -71,6 +76,21 @@ class Masters:
         if found is not None:
             file.borrow(found.place, found.stamp)
         layer.move_to(file, None if found is None else found.mapped)
+        self._kept.append((layer, file))
+
+    def files(self) -> dict[str, Path]:
+        """Return the file of each master that has one to itself and is what the model would save, by its name.
+
+        Without those of tied weights, which have several names.
+        """
+        return {
+            file.name: file.path
+            for layer, file in self._kept
+            if file.path is not None
+            and layer.is_mapped
+            and not layer.is_adapter
+            and self._own.names_of(layer.stored_weight) == [file.name]
+        }
 
     def close(self) -> None:
         """Delete the folder's files; weights that are mapped from there stay readable."""

@@ -46,6 +46,10 @@ class OwnFiles:
         self._mappings = _mappings()
         self._files: dict[Path, tuple[MappedFile, Stamp]] = {}
 
+    def names_of(self, param: nn.Parameter) -> list[str]:
+        """Return the names that a parameter has in the model."""
+        return self._names.get(id(param), [])
+
     def find(self, param: nn.Parameter) -> Found | None:
         """Return where a parameter is; None where it is in no such file as it is now."""
         if param.is_meta or not param.is_contiguous() or param.dtype not in DTYPES or not param.numel():

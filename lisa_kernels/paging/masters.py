@@ -136,6 +136,11 @@ class MasterFile:
         """Note that the master is in a file of someone else's, which had this stamp before it was read."""
         self._path, self._stamp, self._borrowed = place.path, stamp, True
 
+    @property
+    def path(self) -> Path | None:
+        """The newest generation; None of one that is in a file of someone else's."""
+        return None if self._borrowed else self._path
+
     def check(self) -> None:
         """Raise InputError where another process has changed the file: what is mapped may be another weight then."""
         if self._path is None or self._stamp is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class RehearsedMasters:
     def keep(self, layer: AccumulatingSlot, path: str) -> None:
         """Have the layer's master take no memory."""
         layer.move_to(_NoFile(layer.stored_weight.detach()), layer.stored_weight.detach())
+
+    def files(self) -> dict[str, Path]:
+        """There is none."""
+        return {}
 
     def close(self) -> None:
         """There is nothing to delete."""

@@ -32,6 +32,7 @@ from lisa_kernels.train.checkpoint import (
     tensors_of,
 )
 from lisa_kernels.train.interrupt import Interrupt
+from lisa_kernels.train.linked_checkpoint import is_linked, load_linked, save_model
 from lisa_kernels.train.rank_rows import RankBatches, RankLoader
 
 TRAINING_STATE = "training_state"
@@ -136,6 +137,7 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
 
     A checkpoint holds model, tokenizer, optimizer (with sampler, bases and slots), schedule, gradient scaler and random
     state; it is written under another name, synced and renamed: a kill at any instant leaves the last one whole.
+    Masters that are files are linked, see `save_model`.
 
     The loss of a model with float16 weights is scaled by a `GradScaler`. The optimizer undoes that in its step, which
     a gradient beyond float16 skips and counts; the scale is halved then.
@@ -197,7 +199,7 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
         run = target.parent
         with written_whole(target) as folder:
             if shards is None:
-                self.model.save_pretrained(folder)
+                save_model(self.model, folder, self._base_optimizer())
             else:
                 shards.rename(folder / SHARDS)
             if self.processing_class is not None:
@@ -266,7 +268,10 @@ class FineTuneTrainer(Trainer):  # type: ignore[misc]
                 f"{checkpoint} was written by processes that had all weights each; resume without --shard, or begin "
                 "another run with it."
             )
-        super()._load_from_checkpoint(checkpoint, model)
+        if is_linked(Path(checkpoint)):
+            load_linked(self.model, Path(checkpoint))
+        else:
+            super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer(self, checkpoint: Path, tree: dict[str, Any]) -> None:
         if (checkpoint / SHARDS).is_dir():
