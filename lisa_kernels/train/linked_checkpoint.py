@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lisa_kernels.errors import InputError
 from lisa_kernels.methods import SampledAdamW
 from lisa_kernels.paging.tensor_file import header_of
 
@@ -61,7 +62,19 @@ def is_linked(checkpoint: Path) -> bool:
 
 
 def load_linked(model: Any, checkpoint: Path) -> None:
-    """Load a model that is in several files, all at once: they are mapped."""
+    """Load a model that is in several files, all at once: they are mapped.
+
+    Raises InputError where a weight is in none of them.
+    """
     files = sorted(set(json.loads((checkpoint / INDEX).read_text())["weight_map"].values()))
     state = {name: tensor for file in files for name, tensor in load_file(checkpoint / file).items()}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    saved = {named[name] for name in state if name in named}
+    # A tied weight has one of its names there.
+    lacking = sorted(name for name in model.state_dict().keys() - state.keys() if named.get(name) not in saved)
+    if lacking:
+        raise InputError(
+            f"{checkpoint} lacks {lacking[0]}{f' and {len(lacking) - 1} more weights' if lacking[1:] else ''}; resume "
+            "from another checkpoint."
+        )
     model.load_state_dict(state, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from families import gpt2, llama, tokens, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lisa_kernels import LISA, GaLore, LoRA, OwLore, attach
+from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach
 from lisa_kernels.methods import Method
 from lisa_kernels.train import linked_checkpoint
 from lisa_kernels.train.linked_checkpoint import REST, is_linked, load_linked, save_model
@@ -80,6 +81,21 @@ def test_a_disk_without_links_has_copies(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(files) == 14
     assert {path.stat().st_nlink for path in files} == {1}
     load_linked(made("owlore"), tmp_path / "saved")
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    model, optimizer = attached("owlore", tmp_path / "masters")
+    (tmp_path / "saved").mkdir()
+    save_model(model, tmp_path / "saved", optimizer)
+    index = tmp_path / "saved" / linked_checkpoint.INDEX
+    places = json.loads(index.read_text())["weight_map"]
+    first = min(name for name, file in places.items() if file != REST)
+    index.write_text(json.dumps({"weight_map": {name: file for name, file in places.items() if name != first}}))
+    other, _ = attached("owlore", None)
+    before = values(other)
+    with pytest.raises(InputError, match=f"lacks {first}; resume from another checkpoint"):
+        load_linked(other, tmp_path / "saved")
+    assert all(torch.equal(value, before[key]) for key, value in values(other).items())
 
 
 def test_what_transformers_would_name_otherwise_is_saved_as_it_has_it(tmp_path: Path) -> None:
