@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import json
 import os
 import pickle
@@ -476,6 +477,26 @@ def test_at_the_end_of_a_process_its_masters_go(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(tmp_path / "masters")]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": where})
     assert not (tmp_path / "masters").exists()
+
+
+@pytest.mark.slow
+def test_a_thousand_switches_leave_no_map_and_no_file_behind(tmp_path: Path) -> None:
+    """A layer is settled at each; files, maps and descriptors are as many after them as before."""
+    model = made()
+    method = OwLore(active_layers=1, period=1, rank=4, scores="uniform", embeddings="frozen")
+    optimizer = attach(model, method, lr=1e-3, seed=1, resting="nf4", masters=tmp_path / "masters")
+
+    def held() -> tuple[int, ...]:
+        gc.collect()
+        maps = sum(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+        return (*(len(list(Path(place).iterdir())) for place in (tmp_path / "masters", "/proc/self/fd")), maps)
+
+    run(model, optimizer, 0, 20)
+    before = held()
+    assert before[2] == before[0] - 1 == 23
+    for step in range(20, 1020):
+        train(model, optimizer, tokens(1, 2, seed=step))
+    assert held() == before
 
 
 def test_a_generation_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
