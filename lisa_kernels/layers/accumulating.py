@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.layers.linears import plain_function
-from lisa_kernels.layers.master_home import MasterHome
+from lisa_kernels.layers.master_home import Copies, MasterHome
 from lisa_kernels.layers.slot import SlotModule
 from lisa_kernels.ops.resting import rows_of_a_tile
 
@@ -29,6 +29,8 @@ class AccumulatingSlot(SlotModule):
     accumulates = True
     kept: Tensor
     home: MasterHome | None = None
+    # Those of its model share it; None while it computes in host memory only.
+    copies: Copies | None = None
     # Whether an optimizer has moved the slot since it began anew.
     stepped = False
 
@@ -42,8 +44,22 @@ class AccumulatingSlot(SlotModule):
         self._saved: tuple[weakref.ref[Any], weakref.ref[Tensor]] | None = None
         self._move_master()
 
+    def _passing(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of the master where the layer computes, to be changed there; they are home once copies are."""
+        whole = self._whole()
+        # One that takes no memory is a plan's, of a device that does not hold it.
+        if whole.device == self.device and whole.is_contiguous():
+            return self._tiles(whole)
+        assert self.copies is not None
+        return self.copies.through(self._tiles(whole), self.device)
+
     def _move_master(self) -> None:
-        self.stored_weight.data = _in_host_memory(self.stored_weight.detach())
+        self.stored_weight.data = in_host_memory(self.stored_weight.detach(), self.stored_weight.device)
+
+    def _follow(self) -> None:
+        """Have the master in memory that suits the device which the layer has moved to."""
+        if self.home is None:
+            self.stored_weight.data = in_host_memory(self.stored_weight.detach(), self.device)
 
     def hold_master(self) -> None:
         """Give a master without values the memory that it takes where a model computes in host memory."""
@@ -68,11 +84,8 @@ class AccumulatingSlot(SlotModule):
     def settle(self, key: Tensor | None) -> None:
         """Put the slot into the master, let that rest anew, and begin again at zero; `key` rounds a 16-bit master."""
         if self.home is None:
-            for rows, part in self._tiles():
-                here = self._here(part)
+            for rows, here in self._passing():
                 self._settle_rows(here, rows, key)
-                if here is not part:
-                    part.copy_(here)
         else:
             self._become(self._settle_rows(self._copied(part), rows, key) for rows, part in self._tiles())
         self.begin_anew()
@@ -229,6 +242,8 @@ class AccumulatingSlot(SlotModule):
         """Return the master, which nobody else has changed."""
         if self.home is not None:
             self.home.check()
+        if self.copies is not None:
+            self.copies.finish_for(self.stored_weight)
         return self.stored_weight.detach()
 
     def _here(self, part: Tensor) -> Tensor:
@@ -278,14 +293,18 @@ def hold_masters(model: nn.Module) -> None:
             layer.hold_master()
 
 
-def _in_host_memory(weight: Tensor) -> Tensor:
-    """Return a weight as its master is kept; of one without values, a plan's, nothing that takes memory."""
-    if weight.device.type == "cpu":
-        return weight
+def in_host_memory(weight: Tensor, device: torch.device) -> Tensor:
+    """Return a weight as the master of a layer that computes on a device is kept: for a GPU in memory that is locked.
+
+    Of one without values, a plan's, nothing that takes memory.
+    """
     if weight.is_meta:
         return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+    at_home = weight.device.type == "cpu"
+    if at_home and (device.type != "cuda" or weight.is_pinned()):
+        return weight
     try:
-        held = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True)
+        return torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True).copy_(weight)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         warnings.warn(
@@ -293,5 +312,4 @@ def _in_host_memory(weight: Tensor) -> Tensor:
             "the device more slowly: raise the limit of locked memory (ulimit -l).",
             stacklevel=2,
         )
-        held = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
-    return held.copy_(weight)
+        return weight if at_home else weight.cpu()

@@ -5,7 +5,7 @@ Beside weights that rest the table is in host memory, and lookups are made there
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,6 +55,12 @@ class AccumulatingEmbedding(AccumulatingSlot, LowRankEmbedding):
     def __init__(self, embedding: nn.Embedding, rank: int, tracker: BasisTracker) -> None:
         super().__init__(embedding, rank, tracker)
         self._keep_master()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Leave the table where it is when the slot moves."""
+        super()._apply(fn, recurse)
+        self._follow()
+        return self
 
 
 class EmbeddingTap:

@@ -133,6 +133,7 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
             rest = dict(self._parameters)
             self._parameters.clear()
             self._parameters.update({name: master if name == "weight" else rest[name] for name in names})
+        self._follow()
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

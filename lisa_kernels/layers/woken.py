@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lisa_kernels.layers.accumulating import in_host_memory
 from lisa_kernels.layers.lowrank import LowRankLinear
 from lisa_kernels.layers.resting import RestingLinear
+from lisa_kernels.ops.resting import block_count, code_count
 
 
 class WokenLinear(RestingLinear):
@@ -68,20 +70,21 @@ class WokenLinear(RestingLinear):
 
     @torch.no_grad()
     def wake(self) -> None:
-        """Bring the weight to the device in its own dtype, and give up the codes."""
+        """Bring the weight to the device in its own dtype, and give up the codes; it is there once copies are."""
         if self.awake:
             return
         master = self._whole()
+        there = master.device == self.device and master.is_contiguous()
         # What is mapped from a file is not written to.
-        here = self._here(master) if self.home is None else self._copied(master)
-        self.stored_weight.data = here
-        self._master = None if here is master else master
+        if not there or self.home is not None:
+            assert self.copies is not None
+            self._master, self.stored_weight.data = master, self.copies.bring(master, self.device)
         self.codes, self.absmax = self.codes.new_empty(0), self.absmax.new_empty(0)
         self.awake = True
 
     @torch.no_grad()
     def rest(self) -> None:
-        """Take the weight back to its master, and let it rest anew."""
+        """Take the weight back to its master, and let it rest anew; the master is whole once copies are."""
         if self.awake:
             weight = self.stored_weight.detach()
             master = self._written(weight)
@@ -90,7 +93,7 @@ class WokenLinear(RestingLinear):
 
     @torch.no_grad()
     def go_home(self) -> None:
-        """Take the weight back to its master; the device's copy and its gradient are freed."""
+        """Take the weight back to its master, as `rest` does; the layer computes no more."""
         if self.awake:
             self._leave(self._written(self.stored_weight.detach()))
 
@@ -100,9 +103,13 @@ class WokenLinear(RestingLinear):
             return self.home.write(part for _, part in self._tiles(weight))
         if self._master is None:
             return weight
-        for rows, part in self._tiles(self._master):
-            part.copy_(weight[rows])
+        assert self.copies is not None
+        self.copies.send(weight, self._master, room=self._bytes_at_rest())
         return self._master
+
+    def _bytes_at_rest(self) -> int:
+        elements = self.out_features * self.in_features
+        return code_count(elements, self.kind) + 4 * block_count(elements)
 
     def _leave(self, master: Tensor) -> None:
         self.stored_weight.data, self.stored_weight.grad = master, None
@@ -137,5 +144,6 @@ class WokenLinear(RestingLinear):
         master = self.stored_weight.data if self._master is None else self._master
         nn.Module._apply(self, fn, recurse)
         here = self.stored_weight.data
-        self._master = None if here.device == master.device and here.data_ptr() == master.data_ptr() else master
+        there = here.device == master.device and here.data_ptr() == master.data_ptr()
+        self._master = None if there else master if self.home is not None else in_host_memory(master, here.device)
         return self

@@ -210,6 +210,10 @@ class SampledAdamW(RankAccess):
         for unit in leaving:
             if self._retired_state == "drop":
                 self.retire(unit.params())
+            # Their memory is for those that come.
+            for param in unit.params():
+                param.grad = None
+        for unit in leaving:
             for layer in unit.lowrank.values():
                 layer.deactivate(keep=self._retired_state == "keep")
             for layer in unit.woken:
@@ -227,6 +231,7 @@ class SampledAdamW(RankAccess):
                 elif layer.tracker is not None:
                     layer.tracker.due = True
             unit.rest_lookups(False)
+        self.layout.copies.finish()
         self._active = sorted(layers)
         stagger(self._active_slots())
         self._arm()
@@ -418,6 +423,7 @@ class SampledAdamW(RankAccess):
         self._remove_hooks()
         for layer in self._woken.values():
             layer.go_home()
+        self.layout.copies.finish()
         for swap in self.layout.swaps:
             swap.layer.deactivate()
             swap.undo()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lisa_kernels.basis import transport_many
 from lisa_kernels.distributed.shards import local, rows_like, shard_like
 from lisa_kernels.errors import InputError
-from lisa_kernels.layers import SlotModule, accumulates
+from lisa_kernels.layers import AccumulatingSlot, SlotModule, accumulates
 from lisa_kernels.optim import AdamW8bit
 from lisa_kernels.optim.moments import read_moments, write_moments
 
@@ -141,11 +141,16 @@ def settle_slots(optimizer: AdamW8bit, layers: Iterable[SlotModule], last: bool 
 
     Those of adapters are for `Adapters` to merge, and one that was settled since the last step has nothing to give.
     """
+    settled: list[AccumulatingSlot] = []
     for layer in layers:
         if not accumulates(layer) or not layer.active or layer.tracker is None:
             continue
         if last or layer.stepped:
             layer.settle(None if last else optimizer.step_key(layer.slot))
+            settled.append(layer)
+    for copies in dict.fromkeys(layer.copies for layer in settled):
+        if copies is not None:
+            copies.finish()
 
 
 def kept_buffers(layer: SlotModule) -> dict[str, Tensor]:

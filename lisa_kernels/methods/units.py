@@ -31,6 +31,7 @@ from lisa_kernels.methods.precision import CodeLoss
 from lisa_kernels.methods.resting import Kinds
 from lisa_kernels.methods.streaming import HostHomes
 from lisa_kernels.methods.survey import Survey, UnitPlan
+from lisa_kernels.paging.master_copies import MasterCopies
 from lisa_kernels.paging.streamed import StreamedPages
 
 # Steps between two refreshes of a basis, for methods that only have embedding and head in low rank.
@@ -81,6 +82,7 @@ class Layout:
     active while unit 0 is and has no number of its own. below: whether every backward reaches below the blocks.
     resting: how matrices rest, None: as they are. streamed: the pages of those whose codes are in host memory. masters:
     what keeps theirs in files, None: they are in host memory. on_masters: whether drawn ones compute on their masters.
+    copies: of masters on their way.
     """
 
     drawn: list[Unit]
@@ -93,6 +95,7 @@ class Layout:
     streamed: StreamedPages | None = None
     masters: MasterKeeper | None = None
     on_masters: bool = False
+    copies: MasterCopies = field(default_factory=MasterCopies)
 
     def units(self) -> list[Unit]:
         """Return every unit, the drawn ones first."""
@@ -113,6 +116,7 @@ class _SlotMaker:
         on_masters: bool, losses: Mapping[nn.Module, CodeLoss] | None, device: torch.device | None,
     ) -> None:  # fmt: skip
         self.masters, self.on_masters, self.device = masters, on_masters, device
+        self.copies = MasterCopies()
         self.method, self.seed, self.made = survey.method, seed, 0
         self.kinds = None if resting is None else Kinds(resting, survey, losses)
         self.homes = HostHomes(survey, self.kinds) if self.kinds is not None and where == "host" else None
@@ -153,8 +157,10 @@ class _SlotMaker:
 
     def keep(self, layer: SlotModule, path: str) -> None:
         """Move the layer's master, if it has one, to where masters are kept, and all else to where it computes."""
-        if self.masters is not None and isinstance(layer, AccumulatingSlot):
-            self.masters.keep(layer, path)
+        if isinstance(layer, AccumulatingSlot):
+            layer.copies = self.copies
+            if self.masters is not None:
+                self.masters.keep(layer, path)
         if self.device is not None:
             layer.to(self.device)
 
@@ -214,7 +220,7 @@ def _make_layout(survey: Survey, maker: _SlotMaker, changes: list[Swap | TappedE
     layout.resting = None if maker.kinds is None else maker.kinds.resting
     layout.streamed = None if maker.homes is None else maker.homes.pages
     layout.masters = maker.masters
-    layout.on_masters = maker.on_masters
+    layout.on_masters, layout.copies = maker.on_masters, maker.copies
     if survey.with_first.full or survey.slot_with_first:
         layout.with_first = _make_unit(survey.with_first, made)
     outer, kind = survey.outer, None if maker.kinds is None else maker.kinds.of_head

@@ -26,6 +26,19 @@ SWITCHING: dict[str, Method] = {
 }
 
 
+# Beside weights at rest.
+RESTING: dict[str, dict[str, str]] = {
+    "lisa-resting": {"resting": "nf4"},
+    "owlore-resting": {"resting": "nf4"},
+    "owlore-on-masters": {"resting": "nf4", "active_on": "master"},
+}
+SWITCHING |= {
+    "lisa-resting": LISA(active_layers=1, period=1, rank=4, embeddings="low-rank"),
+    "owlore-resting": OwLore(active_layers=2, period=1, rank=4, scores="uniform"),
+    "owlore-on-masters": OwLore(active_layers=2, period=1, rank=4, scores="uniform", embeddings="frozen"),
+}
+
+
 def quick(model: nn.Module, optimizer: SampledAdamW, seed: int = 0) -> None:
     train(model, optimizer, tokens(1, 4, seed))
 
@@ -82,7 +95,7 @@ def few_objects() -> Iterator[None]:
 def run_switches(name: str, switches: int) -> None:
     """Assert that no byte or tensor is owned after many switches that was not after the first thirty."""
     model = llama(layers=4)
-    optimizer = attach(model, SWITCHING[name])
+    optimizer = attach(model, SWITCHING[name], **RESTING.get(name, {}))
     # What is owned right after a switch depends on how many layers stayed: the most of the warm-up is the bound.
     warm_up = []
     for step in range(30):
@@ -107,7 +120,7 @@ def test_a_few_switches_leave_bytes_as_they_were(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_objects")
-@pytest.mark.parametrize("name", ["lisa", "owlore", "badam"])
+@pytest.mark.parametrize("name", ["lisa", "owlore", "badam", *RESTING])
 def test_a_thousand_switches_leave_bytes_as_they_were(name: str) -> None:
     """No creep over 1,000 switches, in tensors, bytes or the process's memory."""
     run_switches(name, 1000)
