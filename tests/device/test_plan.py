@@ -110,7 +110,8 @@ def peaks_of_steps(workload: Workload) -> tuple[int, int]:
     before = torch.cuda.memory_stats()
     # What rests comes as codes, as a plan takes it to.
     with torch.device("cuda" if workload.resting is None else "cpu"):
-        model = AutoModelForCausalLM.from_config(load_config(workload.model), dtype=torch.bfloat16)
+        geometry = load_config(workload.model) if isinstance(workload.model, str) else workload.model
+        model = AutoModelForCausalLM.from_config(geometry, dtype=torch.bfloat16)
     model.config.use_cache = False
     opt = prepare(model.train(), workload)
     model.to("cuda")
