@@ -92,13 +92,17 @@ def trained(name: str, where: str, kind: str, recomputed: str) -> dict[str, Tens
     return {**seen, **optimizer.detach().state_dict()}
 
 
+# Of `CASES`, which the others leave little to be seen in.
+LONG = [("owlore-page", "mixed", "kept"), ("lora", "nf4", "kept")]
 CASES = [
     ("owlore", "nf4", "recomputed"), ("owlore-page", "mixed", "kept"), ("galore-tied", "int8", "re-entrant"),
     ("lora", "nf4", "kept"), ("lisa", "int8", "recomputed"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONG), id="-".join(case)) for case in CASES]
+)
 def test_a_streamed_run_has_the_bits_of_a_resident_one(case: tuple[str, str, str]) -> None:
     one, other = (trained(case[0], where, *case[1:]) for where in ("device", "host"))
     assert one.keys() == other.keys()
@@ -134,7 +138,7 @@ def test_the_device_holds_two_blocks_and_the_host_all_of_them() -> None:
     assert not resting(model)
 
 
-@pytest.mark.parametrize("recomputed", ["kept", "recomputed"])
+@pytest.mark.parametrize("recomputed", [pytest.param("kept", marks=pytest.mark.slow), "recomputed"])
 def test_a_step_copies_what_its_blocks_need(recomputed: str) -> None:
     """Forward all but the one that is there, backward all down to the lowest that trains but the two that are there."""
     method = OwLore(active_layers=1, period=50, gap=50, rank=4, scores="uniform", embeddings="frozen")

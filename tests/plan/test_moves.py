@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from families import llama
 
 from lisa_kernels import OwLore
@@ -15,6 +16,7 @@ from lisa_kernels.plan.rehearsal import Workload, rehearse
 LAYERS = 4
 
 
+@pytest.mark.slow
 def test_layers_that_leave_come_and_go_and_codes_come() -> None:
     """The masters of those that leave at the switches, whole, and blocks of codes one by one, all within the trace."""
     config = llama(LAYERS, hidden_size=64, intermediate_size=96).config

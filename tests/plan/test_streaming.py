@@ -70,6 +70,7 @@ def test_a_step_copies_what_was_planned(galore: Plan) -> None:
     assert Plan(dataclasses.replace(plan.workload, resting_where=None), plan.trace).streamed is None
 
 
+@pytest.mark.slow
 def test_backwards_that_end_early_copy_less() -> None:
     """Of a draw in the middle, as a plan's times have it."""
     planned = plan_of(METHODS["owlore"]).streamed
