@@ -33,7 +33,7 @@ RESTING: dict[str, dict[str, str]] = {
     "owlore-on-masters": {"resting": "nf4", "active_on": "master"},
 }
 SWITCHING |= {
-    "lisa-resting": LISA(active_layers=1, period=1, rank=4, embeddings="low-rank"),
+    "lisa-resting": LISA(active_layers=1, period=1, embeddings="frozen"),
     "owlore-resting": OwLore(active_layers=2, period=1, rank=4, scores="uniform"),
     "owlore-on-masters": OwLore(active_layers=2, period=1, rank=4, scores="uniform", embeddings="frozen"),
 }
