@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
@@ -35,14 +34,13 @@ class AccumulatingSlot(SlotModule):
     stepped = False
 
     def _keep_master(self) -> None:
-        """Move the weight to where its master is kept."""
+        """Have the weight be a master, which `share` moves to where masters are kept."""
         if self.tracker is not None:
             # Before a basis is found the slot is settled, which rounds.
             self.tracker.waits = True
         # What weight decay has left of the master since it was settled, as a factor.
         self.register_buffer("kept", torch.ones((), device=self.slot.device), persistent=False)
         self._saved: tuple[weakref.ref[Any], weakref.ref[Tensor]] | None = None
-        self._move_master()
 
     def _passing(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows of the master where the layer computes, to be changed there; they are home once copies are."""
@@ -53,13 +51,15 @@ class AccumulatingSlot(SlotModule):
         assert self.copies is not None
         return self.copies.through(self._tiles(whole), self.device)
 
-    def _move_master(self) -> None:
-        self.stored_weight.data = in_host_memory(self.stored_weight.detach(), self.stored_weight.device)
+    def share(self, copies: Copies) -> None:
+        """Move the master to host memory, from where these copies take it to the device and back."""
+        self.copies = copies
+        self._follow()
 
     def _follow(self) -> None:
-        """Have the master in memory that suits the device which the layer has moved to."""
-        if self.home is None:
-            self.stored_weight.data = in_host_memory(self.stored_weight.detach(), self.device)
+        """Have the master in memory that suits the device where the layer computes."""
+        if self.home is None and self.copies is not None:
+            self.stored_weight.data = self.copies.in_memory(self.stored_weight.detach(), self.device)
 
     def hold_master(self) -> None:
         """Give a master without values the memory that it takes where a model computes in host memory."""
@@ -291,25 +291,3 @@ def hold_masters(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, AccumulatingSlot) and layer.home is None:
             layer.hold_master()
-
-
-def in_host_memory(weight: Tensor, device: torch.device) -> Tensor:
-    """Return a weight as the master of a layer that computes on a device is kept: for a GPU in memory that is locked.
-
-    Of one without values, a plan's, nothing that takes memory.
-    """
-    if weight.is_meta:
-        return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-    at_home = weight.device.type == "cpu"
-    if at_home and (device.type != "cuda" or weight.is_pinned()):
-        return weight
-    try:
-        return torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True).copy_(weight)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        warnings.warn(
-            f"no more host memory can be locked for masters ({reason}); the others are in memory that is not and go to "
-            "the device more slowly: raise the limit of locked memory (ulimit -l).",
-            stacklevel=2,
-        )
-        return weight if at_home else weight.cpu()

@@ -28,6 +28,9 @@ class MasterHome(Protocol):
 class Copies(Protocol):
     """Copies of masters in memory to the device and back, which are done once `finish` says so."""
 
+    def in_memory(self, weight: Tensor, device: torch.device) -> Tensor:
+        """Return a weight in host memory, from where it can be copied to this device; of a plan, one without bytes."""
+
     def through(self, tiles: Iterable[tuple[slice, Tensor]], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """Yield each tile of a master on the device; what is there when the next one is asked for goes home."""
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.layers.accumulating import in_host_memory
 from lisa_kernels.layers.lowrank import LowRankLinear
 from lisa_kernels.layers.resting import RestingLinear
 from lisa_kernels.ops.resting import block_count, code_count
@@ -28,10 +27,9 @@ class WokenLinear(RestingLinear):
     awake = False
 
     def _keep_master(self) -> None:
-        """Move the weight to where its master is kept."""
+        """Have the weight be a master, which `share` moves to where masters are kept."""
         # The master while its copy trains on the device.
         self._master: Tensor | None = None
-        self._move_master()
 
     @property
     def is_mapped(self) -> bool:
@@ -145,5 +143,7 @@ class WokenLinear(RestingLinear):
         nn.Module._apply(self, fn, recurse)
         here = self.stored_weight.data
         there = here.device == master.device and here.data_ptr() == master.data_ptr()
-        self._master = None if there else master if self.home is not None else in_host_memory(master, here.device)
+        self._master = None if there else master
+        if self._master is not None and self.home is None and self.copies is not None:
+            self._master = self.copies.in_memory(self._master, here.device)
         return self

@@ -158,7 +158,7 @@ class _SlotMaker:
     def keep(self, layer: SlotModule, path: str) -> None:
         """Move the layer's master, if it has one, to where masters are kept, and all else to where it computes."""
         if isinstance(layer, AccumulatingSlot):
-            layer.copies = self.copies
+            layer.share(self.copies)
             if self.masters is not None:
                 self.masters.keep(layer, path)
         if self.device is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.paging.buffers import Slot
+from lisa_kernels.paging.locked import HostMemory
 from lisa_kernels.paging.queues import Event, Lanes
 
 # Of masters that pass through the device: one is worked on while the next one comes and the one before goes.
@@ -20,7 +21,7 @@ class _Device:
     """What copies to and from one device share."""
 
     def __init__(self, lanes: Lanes) -> None:
-        self.lanes = lanes
+        self.lanes, self.memory = lanes, HostMemory(lanes)
         self.slots: list[Slot] = []
         # Weights whose copies are on their way home, and when those are there.
         self.leaving: list[tuple[Tensor, Event | None]] = []
@@ -70,8 +71,8 @@ class _Device:
 class MasterCopies:
     """Masters on their way; none of those whose copy home was begun is to be read before `finish`.
 
-    Masters in memory that is not locked are copied all the same, and the host waits for each then. Bytes on the device
-    beyond those of the weights: two of the largest tiles that pass through, until `finish`.
+    Masters in memory that cannot be locked are copied all the same, and the host waits for each then. Bytes on the
+    device beyond those of the weights: two of the largest tiles that pass through, until `finish`.
     """
 
     def __init__(self, lanes: Callable[[torch.device], Lanes] = Lanes) -> None:
@@ -88,6 +89,18 @@ class MasterCopies:
         if device not in self._devices:
             self._devices[device] = _Device(self._lanes(device))
         return self._devices[device]
+
+    def in_memory(self, weight: Tensor, device: torch.device) -> Tensor:
+        """Return a weight in host memory, which is locked where a GPU copies from it and to it.
+
+        Of a weight without values, a plan's, a tensor that takes no memory.
+        """
+        if weight.is_meta:
+            return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        if weight.device.type == "cpu" and (device.type != "cuda" or weight.is_pinned()):
+            return weight
+        held = self._at(device).memory.buffer(weight.nbytes).bytes.view(weight.dtype).view(weight.shape)
+        return held.copy_(weight)
 
     def through(self, tiles: Iterable[tuple[Rows, Tensor]], device: torch.device) -> Iterator[tuple[Rows, Tensor]]:
         """Yield each tile of a master on the device; what is there when the next one is asked for goes home.

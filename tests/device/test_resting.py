@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 from families import llama
 
-from lisa_kernels import GaLore, LoRA, attach
+from lisa_kernels import GaLore, LoRA, OwLore, attach
 from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods import Method
+from lisa_kernels.paging.locked import LOCKED_PIECE
 
+from .simulated import driver
 from .training import batch
 
 
@@ -46,6 +49,30 @@ def test_a_model_says_where_it_computes(method: Method, tied: bool, first: str) 
     mask = torch.ones_like(ids, device="cpu")
     wanted = plain.generate(ids.cpu(), attention_mask=mask, max_new_tokens=4, do_sample=False)
     assert (made.cpu() == wanted).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("first", ["attach", "move"])
+def test_masters_lock_as_much_memory_as_they_take(first: str) -> None:
+    """Not the next power of two of each; and no more once nobody holds them."""
+    gc.collect()
+    before = driver.sim_locked_bytes()
+    model: Any = llama(layers=2, hidden_size=96, intermediate_size=160)
+    if first == "move":
+        model.to("cuda")
+    opt = attach(model, OwLore(1, 2, rank=4, scores="uniform", embeddings="low-rank"), lr=1e-2, resting="nf4")
+    model.to("cuda")
+    masters = [param for param in model.parameters() if param.device.type == "cpu"]
+    assert len(masters) == 2 * 7 + 2
+    assert all(master.is_pinned() for master in masters)
+    taken = driver.sim_locked_bytes() - before
+    least = sum(master.nbytes for master in masters)
+    assert least <= taken <= least + len(masters) * LOCKED_PIECE
+    model(**batch("cuda", 0)).loss.backward()
+    opt.step()
+    opt.detach()
+    del model, opt, masters
+    gc.collect()
+    assert driver.sim_locked_bytes() - before < least / 2
 
 
 def test_a_size_is_filled_on_the_device_as_on_the_host() -> None:

@@ -52,7 +52,7 @@ def trained(name: str, where: str, recomputed: bool, device: str) -> list[Tensor
     ids = batch(device, 9)["input_ids"][:, :5]
     mask = torch.ones_like(ids)
     seen.append(model.eval().generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False))
-    return [value.cpu() for value in [*seen, *opt.detach().state_dict().values()]]
+    return [value.to("cpu", copy=True) for value in [*seen, *opt.detach().state_dict().values()]]
 
 
 @pytest.mark.parametrize(("name", "recomputed", "device"), [("owlore", True, "cuda:1"), ("galore", False, "cuda:0")])
