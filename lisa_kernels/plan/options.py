@@ -49,7 +49,7 @@ def workload_of(
         offload_activations=options.offload_activations,
         max_grad_norm=options.max_grad_norm or None, paging=options.paging, keep_logits=options.keep_logits,
         resting=options.resting, resting_where=options.resting_where, active_on=options.active_on,
-        masters=_masters(options), seed=options.seed,
+        masters=_masters(options), seed=options.seed, steps=options.steps, epochs=options.epochs,
         length=RunLength.of(options, method, model), ranks=ranks, wire_dtype=options.wire_dtype, data=data, shard=shard,
     )  # fmt: skip
 
@@ -68,8 +68,11 @@ def finetune_command(workload: Workload, expandable: bool = False) -> str:
         **_method_flags(workload), "batch-size": workload.batch_size * workload.ranks,
         "accumulate": workload.accumulate, "seq-len": workload.seq_len, "dtype": workload.dtype,
     }  # fmt: skip
-    if workload.length is not None and workload.length.steps not in (None, DEFAULT_STEPS):
-        flags["steps"] = workload.length.steps
+    known = None if workload.length is None else workload.length.steps
+    if workload.epochs is not None:
+        flags["epochs"] = workload.epochs
+    elif (steps := workload.steps or known) not in (None, DEFAULT_STEPS):
+        flags["steps"] = steps
     if workload.max_grad_norm != FineTuneOptions.max_grad_norm:
         flags["max-grad-norm"] = workload.max_grad_norm or 0
     if workload.paging is not None:

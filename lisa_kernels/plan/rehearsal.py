@@ -61,7 +61,8 @@ class Workload:
     with gradients in wire_dtype on their way, on devices of several kinds if mixed_cards; shard: each holds a part of
     the weights, and what is said is of rank 0, whose part is the largest. data: rows whose examples share them, None: a
     row is one sequence of seq_len tokens. resting, resting_where, active_on: see `attach`; masters: "host" or, of files
-    that are mapped, "files". Raises InputError for values out of range.
+    that are mapped, "files". steps or epochs: of the run, where they are given; no bytes depend on them. Raises
+    InputError for values out of range.
     """
 
     model: Any
@@ -88,6 +89,8 @@ class Workload:
     resting_where: str | None = None
     active_on: str | None = None
     masters: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""

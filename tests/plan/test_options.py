@@ -102,6 +102,17 @@ def test_a_period_that_is_not_given_follows_from_the_length(
     assert workload_of(given) == workload
 
 
+@pytest.mark.parametrize("method", ["lora", "lisa"])
+@pytest.mark.parametrize("length", [{"steps": 700}, {"epochs": 2.5}], ids=str)
+def test_the_command_line_is_as_long_a_run(
+    method: str, length: dict[str, Any], config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not something follows from its length, and where a period is given too."""
+    for more in ({}, {"period": 9} if method == "lisa" else {}):
+        given = led_back(workload_of(options(config, method=method, **length, **more)), monkeypatch)
+        assert {"steps": given.steps, "epochs": given.epochs} == {"steps": None, "epochs": None, **length}
+
+
 def test_of_passes_the_length_is_not_known_before_the_data() -> None:
     """Unless they are those of a run whose record is planned."""
     workload = workload_of(options("preset:tiny", method="badam", epochs=2.0))
