@@ -29,6 +29,7 @@ METHODS: dict[str, Method] = {
     "owlore-frozen": OwLore(1, 3, rank=4, gap=2, scores="uniform", embeddings="frozen", retired_state="keep"),
     "owlore-page": OwLore(1, 2, rank=4, scores="uniform", retired_state="page"),
 }
+OFTEN = ("lisa-page", "owlore")
 RESUMED = ("lisa-keep", "lisa-page", "ows", "badam", "owlore", "owlore-frozen", "owlore-page")
 STEPS = 8
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -121,7 +122,9 @@ def test_drawn_layers_learn_what_they_do_beside_weights_that_codes_mean(
         assert torch.equal(value, end[key]), key
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
+)
 def test_a_resumed_run_is_bit_equal(name: str) -> None:
     """Stopped in mid-period, with layers awake whose weights are in no code; what rests has codes of its master."""
     model, optimizer = start(METHODS[name], "nf4", BF16)

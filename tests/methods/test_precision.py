@@ -187,6 +187,7 @@ def test_what_reaches_nothing_is_raised_last() -> None:
     assert in_4_bits == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
 
 
+@pytest.mark.slow
 def test_without_values_the_ends_and_small_matrices_come_first() -> None:
     """As a plan has it, which is in no more bytes either."""
     blocks: dict[int | None, list[nn.Module]] = {number: [nn.Linear(64, 32), nn.Linear(128, 64)] for number in range(8)}

@@ -299,6 +299,7 @@ def test_a_linear_of_a_block_that_was_frozen_rests_beside_those_that_train() -> 
     assert not resting(model)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_codes_and_adapters() -> None:
     """A weight is its code's bytes, an adapter the four of each number, and beside a host's codes are their masters."""
     settings: dict[str, Any] = {"seq_len": 64, "dtype": "bf16", "gradient_checkpointing": False}

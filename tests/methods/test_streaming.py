@@ -202,6 +202,7 @@ def test_a_model_writes_the_same_words() -> None:
     assert torch.equal(*words)
 
 
+@pytest.mark.slow
 def test_a_plan_holds_two_blocks_of_codes() -> None:
     """In the place of all of them; on a CPU, where host and device are one, all of them and the masters beside."""
     method, model = METHODS["owlore"], made("owlore")

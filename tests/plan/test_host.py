@@ -64,6 +64,7 @@ def test_random_weights_are_written_first(tmp_path: Path) -> None:
     assert planned.written_in_run is None
 
 
+@pytest.mark.slow
 def test_mapped_masters_take_none_of_the_memory_that_a_cpu_plan_counts() -> None:
     """There host and device are one."""
     workloads = [
