@@ -79,6 +79,8 @@ class MasterCopies:
         self._lanes = lanes
         self._devices: dict[torch.device, _Device] = {}
         self._away: set[int] = set()
+        # Told of the bytes of each copy, and whether it goes to the device.
+        self.watchers: list[Callable[[int, bool], None]] = []
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy of a model has copies of its own; its masters are read, and so none may be on its way."""
@@ -110,6 +112,7 @@ class MasterCopies:
         there = self._at(device)
         before: tuple[Rows, Tensor, Slot, Tensor] | None = None
         for rows, part in tiles:
+            self._tell(part, True)
             coming = (rows, part, *there.bring(part))
             if before is not None:
                 yield from self._worked_on(there, *before)
@@ -123,12 +126,18 @@ class MasterCopies:
         there.lanes.work.wait(slot.last.event)
         yield rows, here
         self._away.add(_memory_of(part))
+        self._tell(part, False)
         there.send(slot, here, part)
+
+    def _tell(self, part: Tensor, inwards: bool) -> None:
+        for watch in self.watchers:
+            watch(part.nbytes, inwards)
 
     def bring(self, master: Tensor, device: torch.device) -> Tensor:
         """Return a master's copy on the device, for work queued after `finish`."""
         there = self._at(device)
         there.make_room(master.nbytes)
+        self._tell(master, True)
         here = torch.empty(master.shape, dtype=master.dtype, device=device)
         there.lanes.inwards.wait(there.lanes.work.record())
         there.lanes.inwards.copy_(here, master)
@@ -142,6 +151,7 @@ class MasterCopies:
         """
         there = self._at(weight.device)
         there.make_room(room)
+        self._tell(master, False)
         there.lanes.outwards.wait(there.lanes.work.record())
         there.lanes.outwards.copy_(master, weight)
         there.gone = there.lanes.outwards.record()

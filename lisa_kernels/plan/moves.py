@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lisa_kernels.paging.master_copies import MasterCopies
 from lisa_kernels.paging.streamed import StreamedPages
 
 if TYPE_CHECKING:
@@ -47,6 +48,14 @@ class Moves:
     def follow(self, pages: StreamedPages) -> None:
         """Note the copies of streamed pages, too."""
         pages.watchers.append(lambda nbytes: self.found.append(Move(self.event(), nbytes, CODES_IN)))
+
+    def follow_masters(self, copies: MasterCopies) -> None:
+        """Note the copies of masters that pass on lanes of their own, too."""
+
+        def note(nbytes: int, inwards: bool) -> None:
+            self.found.append(Move(self.event(), nbytes, MASTERS_IN if inwards else MASTERS_OUT))
+
+        copies.watchers.append(note)
 
     def _note(self, moved: Tensor, kind: str) -> None:
         self.found.append(Move(self.event(), moved.numel() * moved.element_size(), kind))

@@ -161,6 +161,7 @@ def rehearse(
                 work.turns = Turns(optimizer.layout.streamed, lambda: tracker.phase_name)
             if moves is not None:
                 moves.event = lambda: tracker.events
+                moves.follow_masters(optimizer.layout.copies)
                 if optimizer.layout.streamed is not None:
                     moves.follow(optimizer.layout.streamed)
             take_steps(model, optimizer, workload, tracker, make_batch, gpu)
