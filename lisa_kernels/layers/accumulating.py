@@ -28,7 +28,7 @@ class AccumulatingSlot(SlotModule):
     accumulates = True
     kept: Tensor
     home: MasterHome | None = None
-    # Those of its model share it; None while it computes in host memory only.
+    # Of its model, which all its layers share; None until `share`.
     copies: Copies | None = None
     # Whether an optimizer has moved the slot since it began anew.
     stepped = False

@@ -31,8 +31,8 @@ from lisa_kernels.methods.agreement import agree
 from lisa_kernels.methods.code_losses import measure_code_losses
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.masters import Masters, check_masters
-from lisa_kernels.methods.precision import CodeLoss, is_size
-from lisa_kernels.methods.resting import check_device, check_resting, check_resting_where, raised_layers
+from lisa_kernels.methods.precision import is_size
+from lisa_kernels.methods.resting import Rest, check_device, check_resting, check_resting_where, raised_layers
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
 from lisa_kernels.methods.units import Layout, make_layout
@@ -72,11 +72,11 @@ def attach(
     loss for their bytes, by a forward and backward of the first batches of `calibration`; without any it is small ones
     first, and what is at the ends of the model, as a plan has it. What is learnt is put into the masters when a layer
     leaves or gets a new basis, and it is they that are saved. Adapters learn beside the codes, and what is saved,
-    merged or left by `detach()` are masters with the adapters in them. For
-    methods whose layers train through slots or adapters (OwLore, GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one
-    process; embeddings that train at full rank stay as they are. active_on="master" has drawn layers compute on their
-    masters, which come to the device for the period, and rest anew afterwards; "codes" on what they rest in, with slots
-    beside it. Methods that train at full rank need the one, for slots the other is the default.
+    merged or left by `detach()` are masters with the adapters in them. For methods whose layers train through slots or
+    adapters (OwLore, GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one process; embeddings that train at full rank
+    stay as they are. active_on="master" has drawn layers compute on their masters, which come to the device for the
+    period, and rest anew afterwards; "codes" on what they rest in, with slots beside it. Methods that train at full
+    rank need the one, for slots the other is the default.
 
     resting_where: "host" has the codes of the blocks in host memory too, page-locked; the device holds two blocks of
     them, the one in use and the next one on its way, and computes the same bits. "device" (the default) has them all.
@@ -127,7 +127,8 @@ def attach(
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
         more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}
-        optimizer = _attached(sharing, survey, scores, seed, more, resting, where, folder, awake, losses, there)
+        rest = None if resting is None else Rest(resting, where, awake, losses, there)
+        optimizer = _attached(sharing, survey, scores, seed, more, rest, folder)
     except BaseException:
         if sharing is not None:
             sharing.close()
@@ -138,19 +139,19 @@ def attach(
 
 def _attached(
     sharing: Ranks | None, survey: Survey, scores: Sequence[float] | None, seed: int, settings: Mapping[str, Any],
-    resting: str | None, where: str, folder: str | None, awake: bool, losses: Mapping[nn.Module, CodeLoss] | None,
-    device: torch.device | None,
+    rest: Rest | None, folder: str | None,
 ) -> SampledAdamW:  # fmt: skip
     """Do to the model what was surveyed; on a failure of this rank or another it is as it was."""
     optimizer: SampledAdamW | None = None
     layout: Layout | None = None
-    before = None if device is None else next(survey.model.parameters()).device
+    moves = rest is not None and rest.device is not None
+    before = next(survey.model.parameters()).device if moves else None
     swaps: list[Swap | TappedEmbedding] = []
     try:
         with together(sharing):
             sampler = _make_sampler(survey, seed, scores)
             masters = None if folder is None else Masters(survey, folder)
-            layout = make_layout(survey, seed, resting, where, masters, awake, losses, device)
+            layout = make_layout(survey, seed, rest, masters)
             swaps = layout.swaps
             kind: type[SampledAdamW] = survey.method.optimizer or SampledAdamW
             optimizer = kind(survey.model, survey.method, layout, sampler, seed=seed, **settings)

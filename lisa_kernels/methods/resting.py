@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,6 +67,22 @@ def check_resting_where(where: str | None, resting: str | None) -> str:
             f"resting_where={where!r} is for weights that rest in 8 or 4 bits; give resting, such as 'nf4', too."
         )
     return where or "device"
+
+
+@dataclass(frozen=True)
+class Rest:
+    """How the matrices of a model are to rest, checked; see `attach`.
+
+    way: "int8", "nf4", "mixed" or a size; losses: by which a size is filled, None: by what is known without them.
+    where: codes are, "device" or "host". on_masters: whether drawn layers are on the device in 16 bits while they
+    train. device: where the model computes then, None: where it is.
+    """
+
+    way: str
+    where: str = "device"
+    on_masters: bool = False
+    losses: Mapping[nn.Module, CodeLoss] | None = None
+    device: torch.device | None = None
 
 
 class Kinds:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from lisa_kernels.basis import BasisTracker, RandomRows, random_basis
@@ -27,8 +26,7 @@ from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.definitions import LoRA
 from lisa_kernels.methods.masters import MasterKeeper
 from lisa_kernels.methods.outer_slots import add_outer_slots, find_still_outer
-from lisa_kernels.methods.precision import CodeLoss
-from lisa_kernels.methods.resting import Kinds
+from lisa_kernels.methods.resting import Kinds, Rest
 from lisa_kernels.methods.streaming import HostHomes
 from lisa_kernels.methods.survey import Survey, UnitPlan
 from lisa_kernels.paging.master_copies import MasterCopies
@@ -111,15 +109,14 @@ class Layout:
 class _SlotMaker:
     """Makes the layers with slots of one model, each with random numbers of its own."""
 
-    def __init__(
-        self, survey: Survey, seed: int, resting: str | None, where: str, masters: MasterKeeper | None,
-        on_masters: bool, losses: Mapping[nn.Module, CodeLoss] | None, device: torch.device | None,
-    ) -> None:  # fmt: skip
-        self.masters, self.on_masters, self.device = masters, on_masters, device
-        self.copies = MasterCopies()
+    def __init__(self, survey: Survey, seed: int, rest: Rest | None, masters: MasterKeeper | None) -> None:
+        self.masters, self.copies = masters, MasterCopies()
         self.method, self.seed, self.made = survey.method, seed, 0
-        self.kinds = None if resting is None else Kinds(resting, survey, losses)
-        self.homes = HostHomes(survey, self.kinds) if self.kinds is not None and where == "host" else None
+        self.on_masters = rest is not None and rest.on_masters
+        self.device = None if rest is None else rest.device
+        self.kinds = None if rest is None else Kinds(rest.way, survey, rest.losses)
+        streams = rest is not None and rest.where == "host"
+        self.homes = HostHomes(survey, self.kinds) if self.kinds is not None and streams else None
         # What trains at full rank while it is drawn.
         self.full = {param for plan in survey.drawn for param in plan.full}
 
@@ -178,25 +175,17 @@ class _SlotMaker:
 
 
 def make_layout(
-    survey: Survey, seed: int = 0, resting: str | None = None, where: str = "device",
-    masters: MasterKeeper | None = None, on_masters: bool = False,
-    losses: Mapping[nn.Module, CodeLoss] | None = None, device: torch.device | None = None,
+    survey: Survey, seed: int = 0, rest: Rest | None = None, masters: MasterKeeper | None = None
 ) -> Layout:  # fmt: skip
     """Do to the model what the survey found possible.
 
-    resting: how matrices rest, None: as they are. where: "device" or "host", see `attach`.
-
-    masters: what keeps theirs in files, closed where this fails; None: they are in host memory. on_masters: whether
-    drawn ones are on the device in 16 bits while they train, see `on_masters`. losses: by which a size is filled, None:
-    by what is known without them. device: where the model computes then, None: where it is.
-
-    When something cannot be done, nothing is: masters too are where they were.
+    rest: how matrices rest, None: as they are. masters: what keeps theirs in files, closed where this fails; None: they
+    are in host memory. When something cannot be done, nothing is: masters too are where they were.
     """
     homes = {param: param.device for param in survey.model.parameters()}
     changes: list[Swap | TappedEmbedding] = []
     try:
-        maker = _SlotMaker(survey, seed, resting, where, masters, on_masters, losses, device)
-        return _make_layout(survey, maker, changes)
+        return _make_layout(survey, _SlotMaker(survey, seed, rest, masters), changes)
     except BaseException:
         for change in reversed(changes):
             change.undo()

@@ -118,6 +118,13 @@ def _nowhere() -> None:
     return None
 
 
+def is_left_by_a_run(folder: Path) -> bool:
+    """Return whether a folder is what a run has left of its masters, and nothing else is in there."""
+    if folder.is_symlink() or not (folder / LOCK).is_file():
+        return False
+    return all(path.name == LOCK or _is_ours(path) for path in folder.iterdir())
+
+
 class MasterFile:
     """Where one master is: in a file of someone else's that is never written to, or in its newest generation here."""
 

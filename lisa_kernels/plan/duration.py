@@ -47,9 +47,8 @@ class Duration:
     """What a step takes on one machine, on average over the steps of a period; every figure a prediction.
 
     parts: seconds of forward, recomputation, backward, optimizer and switch, and of waits for streamed weights. bounds:
-    shares of the step that matrix
-    products, bandwidth and launches take, by what bounds each operation. launches, products (additions counted too) and
-    bytes (read and written): of a step that does not switch.
+    shares of the step that matrix products, bandwidth and launches take, by what bounds each operation. launches,
+    products (additions counted too) and bytes (read and written): of a step that does not switch.
     """
 
     machine: str

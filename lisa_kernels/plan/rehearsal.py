@@ -24,7 +24,7 @@ from lisa_kernels.layers import (
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.methods.active_on import on_masters
 from lisa_kernels.methods.masters import IN_MEMORY
-from lisa_kernels.methods.resting import check_resting, check_resting_where
+from lisa_kernels.methods.resting import Rest, check_resting, check_resting_where
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import make_layout
 from lisa_kernels.paging import check_paging
@@ -220,7 +220,8 @@ def prepare(
         masters = None if workload.masters in (None, IN_MEMORY) else RehearsedMasters()
         where = check_resting_where(workload.resting_where, workload.resting)
         awake = on_masters(workload.active_on, resting, workload.method)
-        layout = make_layout(survey_model(model, workload.method), workload.seed, resting, where, masters, awake)
+        rest = None if resting is None else Rest(resting, where, awake)
+        layout = make_layout(survey_model(model, workload.method), workload.seed, rest, masters)
     method, sampler = workload.method, None
     if method.get("period", None) is not None:
         method = dataclasses.replace(method, period=1)  # type: ignore[call-arg]

@@ -13,7 +13,7 @@ from lisa_kernels.methods import Method
 from lisa_kernels.methods.masters import IN_MEMORY, MasterBytes, check_masters
 from lisa_kernels.methods.precision import AS_THEY_ARE
 from lisa_kernels.methods.survey import survey_model
-from lisa_kernels.paging.masters import SUFFIX, MasterFolder
+from lisa_kernels.paging.masters import SUFFIX, MasterFolder, is_left_by_a_run
 from lisa_kernels.sizes import gb
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.recomputation import available_bytes
@@ -45,7 +45,7 @@ def settled_masters(options: FineTuneOptions, model: nn.Module, method: Method, 
             )  # fmt: skip
     else:
         folder = check_masters(options.masters, options.resting)
-    if beside.is_dir() and (folder is None or Path(folder).resolve() != beside.resolve()):
+    if is_left_by_a_run(beside) and (folder is None or Path(folder).resolve() != beside.resolve()):
         MasterFolder(beside, 0).close()
     if folder is not None:
         _check_room_for_both(options, model, method, Path(folder).expanduser().absolute())

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.files import written_whole
+from lisa_kernels.paging.masters import is_left_by_a_run
 from lisa_kernels.train.checkpoint import find_checkpoints, remove_leftovers
 from lisa_kernels.train.taken import recorded_in
 
@@ -91,7 +92,9 @@ def open_run(options: RunOptions) -> tuple[dict[str, Any], Path | None]:
 
 def _is_leftover(path: Path) -> bool:
     """Return whether a file or folder is what a start that was killed before its run began has left."""
-    return path.name in (PARTIAL_RUN_FILE, MASTERS_FOLDER) or path.name.startswith(REHEARSAL)
+    if path.name == MASTERS_FOLDER:
+        return is_left_by_a_run(path)
+    return path.name == PARTIAL_RUN_FILE or path.name.startswith(REHEARSAL)
 
 
 def _resumed(options: RunOptions, saved: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:

@@ -12,13 +12,13 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import anatomy, gpt2, llama, tokens, train
+from forked import in_another_process
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -309,17 +309,6 @@ def test_the_model_file_that_another_process_changed_is_refused(tmp_path: Path) 
     model.state_dict()
     file.unlink()
     run(model, optimizer, 0, 4)
-
-
-def in_another_process(work: Callable[[], None]) -> int:
-    """Do some work in a process of its own, which ends with it; returns the status with which it ended."""
-    process = os.fork()
-    if not process:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def die() -> None:

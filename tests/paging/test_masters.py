@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forked import in_another_process
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -100,20 +100,6 @@ def test_a_limit_of_the_system_is_one_sentence(tmp_path: Path) -> None:
 
     assert in_another_process(fail) == 0
     assert not (tmp_path / "masters").exists()
-
-
-def in_another_process(work: Callable[[], None], seconds: float | None = None) -> int:
-    """Do some work in a process of its own, killed after some time; returns the status with which it ended."""
-    process = os.fork()
-    if not process:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(process, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from lisa_kernels.train import master_files
 from lisa_kernels.train.master_files import settled_masters
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.placement import out_of_host_memory
+from lisa_kernels.train.run_folder import MASTERS_FOLDER, RUN_FILE, open_run, start_run
 
 pytestmark = pytest.mark.usefixtures("plans_once")
 SETTINGS = ["--resting", "nf4", "--dtype", "bf16", "--active-layers", "1", "--save-every", "2"]
@@ -31,7 +32,7 @@ def command(data: Path, output: Path, *more: str) -> list[str]:
     return arguments(data, output, *SETTINGS, *more, method="owlore")
 
 
-def options(output: Path, **settings: str) -> FineTuneOptions:
+def options(output: Path, **settings: str | bool) -> FineTuneOptions:
     return FineTuneOptions(model="preset:tiny", data="", output=output, method="owlore", **settings)  # type: ignore[arg-type]
 
 
@@ -58,6 +59,44 @@ def test_masters_are_files_where_memory_has_no_room(tmp_path: Path, monkeypatch:
         settled_masters(options(output, resting="nf4", masters=str(tmp_path / "x")), model, method, console)
     monkeypatch.setattr(master_files.shutil, "disk_usage", lambda path: usage(0, 0, 4 * matrices))
     settled_masters(options(output, resting="nf4", masters=str(tmp_path / "x")), model, method, console)
+
+
+def make_theirs(place: Path, what: str) -> None:
+    """Put something of a user's where masters would be, or with "left" what a killed run leaves there."""
+    place.parent.mkdir()
+    if what == "file":
+        place.write_text("mine")
+    elif what == "link":
+        (place.parent.parent / "album").mkdir()
+        place.symlink_to(place.parent.parent / "album")
+    else:
+        place.mkdir()
+        for name in {"folder": ["photo.raw"], "both": [files.LOCK, "photo.raw"], "empty": [], "left": [files.LOCK]}[
+            what
+        ]:
+            (place / name).write_text("mine")
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "both", "empty", "link"])
+def test_what_is_only_called_so_is_the_user_s(what: str, tmp_path: Path) -> None:
+    """No run begins beside it, of text or of pictures, and one that goes on leaves it alone."""
+    place = tmp_path / "run" / MASTERS_FOLDER
+    make_theirs(place, what)
+    with pytest.raises(InputError, match="holds files that are not a run of this program"):
+        open_run(options(place.parent))
+    (place.parent / RUN_FILE).write_text("{}")
+    assert settled_masters(options(place.parent), llama(), OwLore(active_layers=1, rank=4), Console(quiet=True)) is None
+    start_run(options(place.parent, resume=True), {})
+    assert os.path.lexists(place)
+    assert what not in ("folder", "both") or (place / "photo.raw").read_text() == "mine"
+
+
+def test_what_a_killed_run_has_left_of_its_masters_goes(tmp_path: Path) -> None:
+    place = tmp_path / "run" / MASTERS_FOLDER
+    make_theirs(place, "left")
+    assert open_run(options(place.parent)) == ({}, None)
+    start_run(options(place.parent), {})
+    assert not place.exists()
 
 
 def test_the_host_s_memory_that_ends_is_told_in_one_sentence() -> None:

@@ -137,12 +137,6 @@ class RestingWeight(NamedTuple):
         absmax = self.absmax[block_count(first) : block_count(last)]
         return RestingWeight(codes, absmax, self.kind, rows.stop - rows.start, self.n)
 
-    def rest_(self, weight: Tensor) -> None:
-        """Let another weight [m, n] rest in the place of this one."""
-        codes, absmax = quantize_resting(weight.contiguous(), self.kind)
-        self.codes.copy_(codes)
-        self.absmax.copy_(absmax)
-
     def woken(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the weight [m, n] in a float dtype; `out`: memory for it, of as many elements or more."""
         flat = self.absmax.new_empty((self.m * self.n,), dtype=dtype) if out is None else out[: self.m * self.n]
