@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lisa_kernels.ops.resting import GROUP, RECORD, scale_count
 from lisa_kernels.ops.tiles import ELEMENT, VECTOR, WHOLE, Launch
 
 # Compute capabilities of NVIDIA GPUs, names of AMD's.
@@ -325,13 +326,13 @@ def _resting(name: str, dtype: torch.dtype, kind: str) -> Callable[[int], Launch
     kernels = importlib.import_module("lisa_kernels.ops.resting.triton_kernel")
     n = WHOLE_TILES
     values, codes = _zeros(n, dtype), _zeros(n if kind == "int8" else n // 2, torch.uint8)
-    absmax = _zeros(n // 64, torch.float32)
+    scales = _zeros(scale_count(n), torch.uint8)
 
     def make(warp: int) -> Launch:
         if name == "quantize":
-            launch: Launch = kernels.quantize_launch(values, codes, absmax, kind, warp)
+            launch: Launch = kernels.quantize_launch(values, codes, scales, kind, warp)
         else:
-            launch = kernels.dequantize_launch(codes, absmax, values, kind, warp)
+            launch = kernels.dequantize_launch(codes, scales, values, kind, warp)
         return launch
 
     return make
@@ -420,7 +421,7 @@ def _variants() -> Iterator[KernelVariant]:
         yield KernelVariant(f"dequantize/{kind}", _codec("dequantize", signed), 5 + 4 / 256)
     for dtype in (bf16, fp32):
         for kind, size in (("int8", 1.0), ("nf4", 0.5)):
-            traffic = dtype.itemsize + size + 4 / 64
+            traffic = dtype.itemsize + size + RECORD / GROUP
             yield KernelVariant(
                 f"resting/quantize/{kind}/{TYPES[dtype]}", _resting("quantize", dtype, kind), dtype.itemsize + traffic
             )

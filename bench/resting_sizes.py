@@ -41,7 +41,7 @@ def run(task: Task, resting: str | None, filled_by: str | None, asked: int) -> d
 def resting_bytes(model: nn.Module) -> int:
     """Return the bytes of all codes and scales."""
     layers = [module for module in model.modules() if isinstance(module, RestingLinear)]
-    return sum(layer.codes.nbytes + layer.absmax.nbytes for layer in layers)
+    return sum(layer.codes.nbytes + layer.scales.nbytes for layer in layers)
 
 
 def main() -> None:

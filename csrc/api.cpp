@@ -20,7 +20,7 @@
 namespace lisa {
 namespace {
 
-constexpr int32_t kAbiVersion = 8;
+constexpr int32_t kAbiVersion = 9;
 
 #ifdef LISA_X86_64
 // Not every compiler's __builtin_cpu_supports knows this one.
@@ -245,16 +245,16 @@ void lisa_kernels_dequantize_blockwise(const uint8_t* codes, const float* absmax
   run_tensor(kernels_for(instruction_set).dequantize[is_signed != 0], task, count, block_size, threads);
 }
 
-void lisa_kernels_quantize_resting(const void* values, uint8_t* codes, float* absmax, int64_t count, int32_t dtype,
+void lisa_kernels_quantize_resting(const void* values, uint8_t* codes, uint8_t* scales, int64_t count, int32_t dtype,
                                    int32_t four_bits, int32_t threads, int32_t instruction_set) {
-  const RestTask task{values, codes, absmax, count};
-  run_tensor(kernels_for(instruction_set).rest[dtype][four_bits != 0], task, count, kRestBlock, threads);
+  const RestTask task{values, codes, scales, count};
+  run_tensor(kernels_for(instruction_set).rest[dtype][four_bits != 0], task, count, kRestGroup, threads);
 }
 
-void lisa_kernels_dequantize_resting(const uint8_t* codes, const float* absmax, void* values, int64_t count,
+void lisa_kernels_dequantize_resting(const uint8_t* codes, const uint8_t* scales, void* values, int64_t count,
                                      int32_t dtype, int32_t four_bits, int32_t threads, int32_t instruction_set) {
-  const WakeTask task{codes, absmax, values, count};
-  run_tensor(kernels_for(instruction_set).wake[dtype][four_bits != 0], task, count, kRestBlock, threads);
+  const WakeTask task{codes, scales, values, count};
+  run_tensor(kernels_for(instruction_set).wake[dtype][four_bits != 0], task, count, kRestGroup, threads);
 }
 
 void lisa_kernels_fold(void* weight, uint16_t* remainder, const float* update, int64_t count, int64_t first_element,

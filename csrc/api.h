@@ -90,13 +90,14 @@ LISA_EXPORT void lisa_kernels_dequantize_blockwise(const uint8_t* codes, const f
                                                    int64_t count, int64_t block_size, int32_t is_signed,
                                                    int32_t threads, int32_t instruction_set);
 
-// Encode `count` weights of a dtype in 8 bits, or with `four_bits` two to a byte, with one absmax for each 64.
-LISA_EXPORT void lisa_kernels_quantize_resting(const void* values, uint8_t* codes, float* absmax, int64_t count,
+// Encode `count` weights of a dtype in 8 bits, or with `four_bits` two to a byte, with a record of scales, 36
+// bytes, for each 2048.
+LISA_EXPORT void lisa_kernels_quantize_resting(const void* values, uint8_t* codes, uint8_t* scales, int64_t count,
                                                int32_t dtype, int32_t four_bits, int32_t threads,
                                                int32_t instruction_set);
 
-LISA_EXPORT void lisa_kernels_dequantize_resting(const uint8_t* codes, const float* absmax, void* values, int64_t count,
-                                                 int32_t dtype, int32_t four_bits, int32_t threads,
+LISA_EXPORT void lisa_kernels_dequantize_resting(const uint8_t* codes, const uint8_t* scales, void* values,
+                                                 int64_t count, int32_t dtype, int32_t four_bits, int32_t threads,
                                                  int32_t instruction_set);
 
 // weight <- decay * weight + update, rounded once. `first_element`: the index of weight[0] in the whole tensor, a

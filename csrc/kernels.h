@@ -58,19 +58,21 @@ struct DequantizeTask {
   int64_t count, block_size;
 };
 
-// Of a weight at rest: elements that share an absmax.
+// Of a weight at rest: elements that share a scale, and those whose scales share a record.
 constexpr int64_t kRestBlock = 64;
+constexpr int64_t kBlocksOfGroup = 32;
+constexpr int64_t kRestGroup = kRestBlock * kBlocksOfGroup;
 
 struct RestTask {
   const void* values;
   uint8_t* codes;
-  float* absmax;
+  uint8_t* scales;
   int64_t count;
 };
 
 struct WakeTask {
   const uint8_t* codes;
-  const float* absmax;
+  const uint8_t* scales;
   void* values;
   int64_t count;
 };

@@ -58,22 +58,30 @@ LISA_INLINE Words code_of(Floats scaled) {
   return reinterpret_cast<Words>(-below);
 }
 
-// Encode one block, of zeros where it ends early.
-template <class Weight, bool four_bits>
-LISA_INLINE float rest_block(const typename Weight::Storage* from, uint8_t* codes) {
-  constexpr int kVectorsOfBlock = static_cast<int>(kRestBlock) / kLanes;
-  Floats values[kVectorsOfBlock];
+constexpr int kVectorsOfBlock = static_cast<int>(kRestBlock) / kLanes;
+
+template <class Weight>
+LISA_INLINE float absmax_of_block(const typename Weight::Storage* from) {
   Words largest = broadcast(kSmallestAbsmax);
-  for (int i = 0; i < kVectorsOfBlock; ++i) {
-    values[i] = Weight::load(from + i * kLanes);
-    largest = maximum(largest, magnitude(values[i]));
-  }
-  const float absmax = absmax_of(largest);
+  for (int i = 0; i < kVectorsOfBlock; ++i) largest = maximum(largest, magnitude(Weight::load(from + i * kLanes)));
+  return absmax_of(largest);
+}
+
+template <class Weight, bool four_bits>
+LISA_INLINE void rest_block(const typename Weight::Storage* from, float absmax, uint8_t* codes) {
   const Floats scale = broadcast(four_bits ? 1.0f / absmax : 1.0f / absmax * 127.0f);
+  const Floats top = broadcast(127.0f);
   alignas(64) uint8_t bytes[kRestBlock];
   for (int i = 0; i < kVectorsOfBlock; i += kVectors) {
     Words unit[kVectors];
-    for (int j = 0; j < kVectors; ++j) unit[j] = code_of<four_bits>(values[i + j] * scale);
+    for (int j = 0; j < kVectors; ++j) {
+      Floats scaled = Weight::load(from + (i + j) * kLanes) * scale;
+      if constexpr (!four_bits) {
+        scaled = scaled > top ? top : scaled;
+        scaled = scaled < -top ? -top : scaled;
+      }
+      unit[j] = code_of<four_bits>(scaled);
+    }
     store_bytes(bytes + i * kLanes, bytes_of(unit));
   }
   if constexpr (four_bits) {
@@ -81,27 +89,72 @@ LISA_INLINE float rest_block(const typename Weight::Storage* from, uint8_t* code
   } else {
     std::memcpy(codes, bytes, kRestBlock);
   }
-  return absmax;
 }
+
+// The record of a group's scales: the lowest one's upper bits with the step below them, and each block's place.
+struct Record {
+  uint32_t word;
+  uint8_t places[kBlocksOfGroup];
+
+  // Of the absmax of so many blocks.
+  Record(const float* absmax, int count) : word(kNan), places{} {
+    uint32_t bits[kBlocksOfGroup], low = ~0u, high = 0;
+    std::memcpy(bits, absmax, sizeof(float) * count);
+    for (int i = 0; i < count; ++i) {
+      low = bits[i] < low ? bits[i] : low;
+      high = bits[i] > high ? bits[i] : high;
+    }
+    if (high >= kInfinity) return;
+    low &= kLow;
+    const uint32_t step = (high - low + kSteps * kStepUnit - 1) / (kSteps * kStepUnit);
+    word = low | step;
+    if (step == 0) return;
+    for (int i = 0; i < count; ++i) places[i] = (bits[i] - low + step * (kStepUnit / 2)) / (step * kStepUnit);
+  }
+
+  explicit Record(const uint8_t* from) { std::memcpy(this, from, sizeof(Record)); }
+
+  float scale(int block) const { return scalar_of((word & kLow) + places[block] * ((word & ~kLow) * kStepUnit)); }
+
+  static constexpr uint32_t kLow = 0xffff0000, kStepUnit = 256, kSteps = 255;
+  static constexpr uint32_t kInfinity = 0x7f800000, kNan = 0x7fc00000;
+};
+
+static_assert(sizeof(Record) == 4 + kBlocksOfGroup, "a record has no gaps");
+
+// Where a block of a group begins, and how many elements of it there are, of so many from the group's start on.
+struct BlockOfGroup {
+  int64_t start;
+  int count;
+
+  BlockOfGroup(int block, int64_t left)
+      : start(block * kRestBlock), count(static_cast<int>(smaller(kRestBlock, left - start))) {}
+  bool whole() const { return count == kRestBlock; }
+};
 
 template <class Weight, bool four_bits>
 void rest(const RestTask& task, const Scratch&, int64_t begin, int64_t end) {
   using Storage = typename Weight::Storage;
   constexpr int kPerByte = four_bits ? 2 : 1;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * kRestBlock;
-    const int count = static_cast<int>(smaller(kRestBlock, task.count - start));
-    const Storage* from = static_cast<const Storage*>(task.values) + start;
-    uint8_t* codes = task.codes + start / kPerByte;
-    if (count == kRestBlock) {
-      task.absmax[block] = rest_block<Weight, four_bits>(from, codes);
-      continue;
-    }
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = group * kRestGroup, left = smaller(kRestGroup, task.count - first);
+    const Storage* from = static_cast<const Storage*>(task.values) + first;
+    const int blocks = static_cast<int>((left + kRestBlock - 1) / kRestBlock);
+    // The last block of all, with zeros behind it where it ends early.
     Storage last[kRestBlock] = {};
-    uint8_t bytes[kRestBlock];
-    std::memcpy(last, from, sizeof(Storage) * count);
-    task.absmax[block] = rest_block<Weight, four_bits>(last, bytes);
-    std::memcpy(codes, bytes, (count + kPerByte - 1) / kPerByte);
+    const BlockOfGroup end_of_all(blocks - 1, left);
+    std::memcpy(last, from + end_of_all.start, sizeof(Storage) * end_of_all.count);
+    const auto values_of = [&](const BlockOfGroup& block) { return block.whole() ? from + block.start : last; };
+    float absmax[kBlocksOfGroup];
+    for (int i = 0; i < blocks; ++i) absmax[i] = absmax_of_block<Weight>(values_of({i, left}));
+    const Record record(absmax, blocks);
+    std::memcpy(task.scales + group * sizeof(Record), &record, sizeof(Record));
+    for (int i = 0; i < blocks; ++i) {
+      const BlockOfGroup block(i, left);
+      uint8_t bytes[kRestBlock];
+      rest_block<Weight, four_bits>(values_of(block), record.scale(i), bytes);
+      std::memcpy(task.codes + (first + block.start) / kPerByte, bytes, (block.count + kPerByte - 1) / kPerByte);
+    }
   }
 }
 
@@ -128,20 +181,23 @@ template <class Weight, bool four_bits>
 void wake(const WakeTask& task, const Scratch&, int64_t begin, int64_t end) {
   using Storage = typename Weight::Storage;
   constexpr int kPerByte = four_bits ? 2 : 1;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * kRestBlock;
-    const int count = static_cast<int>(smaller(kRestBlock, task.count - start));
-    const uint8_t* codes = task.codes + start / kPerByte;
-    Storage* to = static_cast<Storage*>(task.values) + start;
-    if (count == kRestBlock) {
-      wake_block<Weight, four_bits>(codes, task.absmax[block], to);
-      continue;
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = group * kRestGroup, left = smaller(kRestGroup, task.count - first);
+    const uint8_t* codes = task.codes + first / kPerByte;
+    Storage* to = static_cast<Storage*>(task.values) + first;
+    const Record record(task.scales + group * sizeof(Record));
+    for (int i = 0; i * kRestBlock < left; ++i) {
+      const BlockOfGroup block(i, left);
+      if (block.whole()) {
+        wake_block<Weight, four_bits>(codes + block.start / kPerByte, record.scale(i), to + block.start);
+        continue;
+      }
+      Storage last[kRestBlock];
+      uint8_t bytes[kRestBlock] = {};
+      std::memcpy(bytes, codes + block.start / kPerByte, (block.count + kPerByte - 1) / kPerByte);
+      wake_block<Weight, four_bits>(bytes, record.scale(i), last);
+      std::memcpy(to + block.start, last, sizeof(Storage) * block.count);
     }
-    Storage last[kRestBlock];
-    uint8_t bytes[kRestBlock] = {};
-    std::memcpy(bytes, codes, (count + kPerByte - 1) / kPerByte);
-    wake_block<Weight, four_bits>(bytes, task.absmax[block], last);
-    std::memcpy(to, last, sizeof(Storage) * count);
   }
 }
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lisa_kernels.errors import InputError
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 FILE_NAME = "liblisa_kernels.dylib" if sys.platform == "darwin" else "liblisa_kernels.so"
 INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -89,8 +89,8 @@ def _quantize_resting(device: torch.device) -> list[Tensor]:
 def _dequantize_resting(device: torch.device) -> list[Tensor]:
     found = []
     for kind in KINDS:
-        codes, absmax = (part.to(device) for part in quantize_resting(_values(1000), kind))
-        found.append(dequantize_resting_(torch.empty(1000, device=device), codes, absmax, kind))
+        codes, scales = (part.to(device) for part in quantize_resting(_values(1000), kind))
+        found.append(dequantize_resting_(torch.empty(1000, device=device), codes, scales, kind))
     return found
 
 

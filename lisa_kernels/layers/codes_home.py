@@ -45,8 +45,8 @@ class OnDevice:
     def put(self, layer: RestingLinear, weight: RestingWeight, first: int) -> None:
         """Take codes for some rows, in the place of what is there, or for all."""
         if not layer.codes.numel():
-            layer.codes, layer.absmax = weight.codes, weight.absmax
+            layer.codes, layer.scales = weight.codes, weight.scales
             return
         rows = layer.resting.rows(slice(first, first + weight.m))
         rows.codes.copy_(weight.codes)
-        rows.absmax.copy_(weight.absmax)
+        rows.scales.copy_(weight.scales)

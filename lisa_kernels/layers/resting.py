@@ -18,7 +18,7 @@ from lisa_kernels.layers.freezing import replica_advice
 from lisa_kernels.layers.lowrank import LowRankLinear, TrainedBasisLinear
 from lisa_kernels.ops.lent_linear import capture_lent_linear, lent_linear
 from lisa_kernels.ops.lowrank_linear.whole_weight import whole_weight
-from lisa_kernels.ops.resting import RestingWeight, block_count, code_count, quantize_resting
+from lisa_kernels.ops.resting import RestingWeight, code_count, quantize_resting, scale_count
 from lisa_kernels.ops.resting_linear import capture_resting_linear, resting_linear
 
 
@@ -30,7 +30,7 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
     Between two of these the device never holds the layer in 16 bits but a tile of it at a time, within a product. The
     master is the parameter itself, see `AccumulatingSlot`.
 
-    Bytes at `codes_home`: 1.0625 (int8) or 0.5625 (nf4) a weight; on the device those of an active slot.
+    Bytes at `codes_home`: 1.0176 (int8) or 0.5176 (nf4) a weight; on the device those of an active slot.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
         self.kind, self.codes_home = kind, codes_home or OnDevice()
         device = self.stored_weight.device
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8, device=device), persistent=False)
-        self.register_buffer("absmax", torch.empty(0, device=device), persistent=False)
+        self.register_buffer("scales", torch.empty(0, dtype=torch.uint8, device=device), persistent=False)
         weight = self._at_rest(self.stored_weight.detach())
-        if not is_finite(weight.absmax):
+        if not weight.is_finite():
             raise InputError(
                 f"{path}.weight is to rest in few bits and holds a NaN or an infinity; give a model whose weights are "
                 "finite."
@@ -52,12 +52,12 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
         self._keep_master()
 
     codes: Tensor
-    absmax: Tensor
+    scales: Tensor
 
     @property
     def resting(self) -> RestingWeight:
         """The weight [m, n] as it rests where the layer computes; see `codes_home`, which has it there."""
-        return RestingWeight(self.codes, self.absmax, self.kind, self.out_features, self.in_features)
+        return RestingWeight(self.codes, self.scales, self.kind, self.out_features, self.in_features)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -105,14 +105,14 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
         if not self.codes.numel():
             return
         self.codes = self.codes.new_empty((code_count(elements, kind),))
-        self.absmax = self.absmax.new_empty((block_count(elements),))
+        self.scales = self.scales.new_empty((scale_count(elements),))
         self.rest_anew()
 
     def _at_rest(self, stored: Tensor) -> RestingWeight:
         """Return the whole weight in codes, or rows of it, from a master as it is stored."""
         matrix = stored.t() if self.transposed else stored
-        codes, absmax = quantize_resting(matrix.contiguous(), self.kind)
-        return RestingWeight(codes, absmax, self.kind, *matrix.shape)
+        codes, scales = quantize_resting(matrix.contiguous(), self.kind)
+        return RestingWeight(codes, scales, self.kind, *matrix.shape)
 
     def _rest_rows(self, here: Tensor, rows: slice) -> None:
         self.codes_home.put(self, self._at_rest(here), 0 if self.transposed else rows.start)
@@ -148,8 +148,3 @@ class RestingLinear(AccumulatingSlot, LowRankLinear):  # type: ignore[misc]
 
 class RestingTrainedBasisLinear(RestingLinear, TrainedBasisLinear):  # type: ignore[misc]
     """An adapter beside a weight that rests, of which both factors train, as LoRA has it."""
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether all values of a tensor are finite; one without values has no others."""
-    return tensor.is_meta or bool(tensor.isfinite().all())

@@ -9,7 +9,7 @@ from torch import nn
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import linear_shape
-from lisa_kernels.ops.resting import block_count, code_count
+from lisa_kernels.ops.resting import bytes_at_rest as bytes_of
 from lisa_kernels.sizes import gb, parse_size
 
 AS_THEY_ARE = "16-bit"
@@ -33,7 +33,7 @@ def is_size(resting: str) -> bool:
 def bytes_at_rest(layer: nn.Module, kind: str) -> int:
     """Return the bytes of codes and scales of a linear layer's weight."""
     rows, columns = linear_shape(layer)
-    return code_count(rows * columns, kind) + 4 * block_count(rows * columns)
+    return bytes_of(rows * columns, kind)
 
 
 def pick_kinds(

@@ -13,7 +13,7 @@ from lisa_kernels.layers import RestingLinear, linear_shape
 from lisa_kernels.layers.codes_home import CodesHome
 from lisa_kernels.methods.resting import Kinds
 from lisa_kernels.methods.survey import Survey
-from lisa_kernels.ops.resting import RestingWeight, block_count, code_count
+from lisa_kernels.ops.resting import RestingWeight, code_count, scale_count
 from lisa_kernels.paging import Entry, SlabLayout
 from lisa_kernels.paging.streamed import StreamedPage, StreamedPages
 
@@ -24,21 +24,21 @@ class OnHost:
     stays = False
 
     def __init__(self, page: StreamedPage, name: str) -> None:
-        self._page, self._codes, self._absmax = page, f"{name}.codes", f"{name}.absmax"
+        self._page, self._codes, self._scales = page, f"{name}.codes", f"{name}.scales"
 
     @contextmanager
     def lend(self, layer: RestingLinear) -> Iterator[RestingWeight]:
         """Lend what the page's copy on the device has."""
         with self._page.lent(layer.device) as parts:
             yield RestingWeight(
-                parts[self._codes], parts[self._absmax], layer.kind, layer.out_features, layer.in_features
+                parts[self._codes], parts[self._scales], layer.kind, layer.out_features, layer.in_features
             )
 
     def put(self, layer: RestingLinear, weight: RestingWeight, first: int) -> None:
         """Write codes and scales home."""
         start = first * layer.in_features
         self._page.write(self._codes, code_count(start, layer.kind), weight.codes)
-        self._page.write(self._absmax, block_count(start), weight.absmax)
+        self._page.write(self._scales, scale_count(start), weight.scales)
 
 
 class HostHomes:
@@ -68,7 +68,7 @@ class HostHomes:
             rows, columns = linear_shape(layer)
             entries += [
                 Entry(f"{path}.codes", (code_count(rows * columns, kinds.of(layer)),), torch.uint8),
-                Entry(f"{path}.absmax", (block_count(rows * columns),), torch.float32),
+                Entry(f"{path}.scales", (scale_count(rows * columns),), torch.uint8),
             ]
         weight = next(iter(paths)).weight
         assert isinstance(weight, Tensor)

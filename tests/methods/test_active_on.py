@@ -79,8 +79,8 @@ class Reference:
         self.active = self.optimizer.active_layers
 
     def at_rest(self, master: Tensor) -> Tensor:
-        codes, absmax = quantize_resting(master, self.kind)
-        return dequantize_resting_(torch.empty_like(master), codes, absmax, self.kind)
+        codes, scales = quantize_resting(master, self.kind)
+        return dequantize_resting_(torch.empty_like(master), codes, scales, self.kind)
 
     def run(self, first: int, last: int) -> None:
         for step in range(first, last):
@@ -150,9 +150,9 @@ def check_rests(model: Any, optimizer: SampledAdamW) -> None:
     assert len(layers) == 28
     for path, layer in layers.items():
         assert layer.awake == (layer in awake), path
-        codes, absmax = quantize_resting(layer.stored_weight.detach(), layer.kind)
+        codes, scales = quantize_resting(layer.stored_weight.detach(), layer.kind)
         assert torch.equal(layer.codes, codes[:0] if layer.awake else codes), path
-        assert torch.equal(layer.absmax, absmax[:0] if layer.awake else absmax), path
+        assert torch.equal(layer.scales, scales[:0] if layer.awake else scales), path
         assert layer.awake or layer.stored_weight.grad is None
 
 

@@ -36,7 +36,7 @@ def resting(model: nn.Module) -> dict[str, RestingLinear]:
 
 
 def held(model: nn.Module) -> int:
-    return sum(layer.codes.nbytes + layer.absmax.nbytes for layer in resting(model).values())
+    return sum(layer.codes.nbytes + layer.scales.nbytes for layer in resting(model).values())
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
@@ -63,7 +63,7 @@ def test_bytes_go_where_they_save_most() -> None:
         large: CodeLoss(3.0, 0.1), small: CodeLoss(2.0, 0.1), other: CodeLoss(1.0, 0.0), poor: CodeLoss(0.9, 0.85)
     }  # fmt: skip
     least = sum(bytes_at_rest(layer, "nf4") for layer in losses)
-    assert least == (64 * 64 + 3 * 64 * 16) * 9 // 16
+    assert least == (64 * 64 + 3 * 64 * 16) // 2 + (2 + 3) * 36
     expected = {
         511: [], 512: [small], 1024: [small, other], 1535: [small, other], 1536: [small, other, poor],
         3071: [small, other, poor], 3072: [small, large, other], 3583: [small, large, other], 3584: [*losses],
@@ -158,8 +158,8 @@ def test_what_is_measured_is_what_it_is_defined_as(make: Any) -> None:
         x = torch.cat(inputs[layer]).square().mean(0)
         g = torch.cat([y.grad.reshape(-1, y.shape[-1]) for y in outputs[layer]]).square().mean(0)
         for kind in KINDS:
-            codes, absmax = quantize_resting(weight, kind)
-            error = dequantize_resting_(torch.empty_like(weight), codes, absmax, kind) - weight
+            codes, scales = quantize_resting(weight, kind)
+            error = dequantize_resting_(torch.empty_like(weight), codes, scales, kind) - weight
             wanted = 0.5 * torch.einsum("ij,j,i->", error.square(), x, g)
             assert getattr(found[layer], kind) == pytest.approx(float(wanted), rel=1e-3)
 
@@ -240,7 +240,7 @@ def test_a_resumed_run_rests_as_it_did(name: str) -> None:
     assert kinds(other) == kinds(model)
     run(other, after, 3, 6)
     for (path, one), another in zip(resting(model).items(), resting(other).values(), strict=True):
-        for part in ("stored_weight", "codes", "absmax", "slot", "basis"):
+        for part in ("stored_weight", "codes", "scales", "slot", "basis"):
             assert torch.equal(getattr(one, part), getattr(another, part)), (path, part)
     _, streamed = start(5, resting_where="host")
     with pytest.raises(InputError, match="resting_where='device'"):

@@ -67,7 +67,7 @@ def codes(model: Any) -> dict[str, Tensor]:
     at_rest = {path: layer for path, layer in resting(model).items() if not getattr(layer, "awake", False)}
     for path, layer in at_rest.items():
         with layer.lend() as weight:
-            found |= {f"{path}.codes": weight.codes.clone(), f"{path}.absmax": weight.absmax.clone()}
+            found |= {f"{path}.codes": weight.codes.clone(), f"{path}.scales": weight.scales.clone()}
     return found
 
 

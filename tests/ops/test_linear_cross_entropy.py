@@ -19,7 +19,7 @@ from lisa_kernels.ops.linear_cross_entropy.reference import NO_LABEL
 from lisa_kernels.ops.lowrank_linear import products
 from lisa_kernels.ops.resting import KINDS
 
-ROWS, N, VOCABULARY, RANK = 70, 24, 101, 8
+ROWS, N, VOCABULARY, RANK = 70, 32, 101, 8
 # Sums of at most a hundred float32 products.
 EXACT = 1e-5
 

@@ -28,8 +28,8 @@ class Layer:
             return torch.randn(*shape, generator=generator).to(device)
 
         self.kind = kind
-        self.codes, self.absmax = quantize_resting(normal(M, N).to(dtype), kind)
-        self.weight = dequantize_resting_(torch.empty(M, N, dtype=dtype, device=device), self.codes, self.absmax, kind)
+        self.codes, self.scales = quantize_resting(normal(M, N).to(dtype), kind)
+        self.weight = dequantize_resting_(torch.empty(M, N, dtype=dtype, device=device), self.codes, self.scales, kind)
         self.x = normal(2, TOKENS // 2, N).to(dtype).requires_grad_()
         self.bias = normal(M).to(dtype).requires_grad_()
         self.slot = normal(RANK, M).requires_grad_()
@@ -38,7 +38,7 @@ class Layer:
 
     @property
     def resting(self) -> tuple[Any, ...]:
-        return self.codes, self.absmax, self.kind, M, self.bias
+        return self.codes, self.scales, self.kind, M, self.bias
 
     def gradients(self, y: Tensor, *others: Tensor) -> list[Tensor]:
         return [y.detach(), *torch.autograd.grad(y, [self.x, self.bias, *others], self.dy.view(y.shape))]
@@ -121,18 +121,18 @@ def test_a_weight_of_several_tiles_is_one_weight(
         woken.append(out.numel())
         return dequantize_resting_(out, *parts)
 
-    monkeypatch.setattr(resting, "TILE_ELEMENTS", 40 * N)
+    monkeypatch.setattr(resting, "TILE_ELEMENTS", 64 * N)
     monkeypatch.setattr(resting, "dequantize_resting_", decode)
     tiles = layer.gradients(resting_linear(layer.x, *layer.resting, layer.slot, layer.basis), layer.slot)
     for one, other in zip(tiles, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-7 * float(other.abs().max()))
-    assert woken == [40 * N, 40 * N, 16 * N] * 2
+    assert woken == [64 * N, 32 * N] * 2
 
 
 @OF_KIND
 def test_nothing_is_kept_but_codes_and_the_projected_input(kind: str) -> None:
     layer = Layer(kind, torch.float32, torch.device("cpu"))
-    own = {tensor.data_ptr() for tensor in (layer.codes, layer.absmax, layer.slot, layer.basis)}
+    own = {tensor.data_ptr() for tensor in (layer.codes, layer.scales, layer.slot, layer.basis)}
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:

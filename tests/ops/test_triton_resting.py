@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lisa_kernels.ops.resting import KINDS, block_count, code_count, reference
+from lisa_kernels.ops.resting import KINDS, code_count, quantize_resting, reference, scale_count
 
 from .kernel_checks import BF16, EXTREMES, FP16, FP32, assert_equal_bits, elements_of, normal
 from .kernel_runs import MACHINES, Machine, Poisoned, edited_kernels
@@ -27,28 +27,29 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 
 
 def defined(values: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, absmax and the weights that these stand for."""
+    """Return codes, scales and the weights that these stand for."""
     if kind == "int8":
-        codes, absmax = reference.quantize_int8(values)
-        return codes, absmax, reference.dequantize_int8(codes, absmax, values.numel()).to(values.dtype)
-    codes, absmax = reference.quantize_nf4(values)
-    return codes, absmax, reference.dequantize_nf4(codes, absmax, values.numel()).to(values.dtype)
+        codes, scales = reference.quantize_int8(values)
+        return codes, scales, reference.dequantize_int8(codes, scales, values.numel()).to(values.dtype)
+    codes, scales = reference.quantize_nf4(values)
+    return codes, scales, reference.dequantize_nf4(codes, scales, values.numel()).to(values.dtype)
 
 
 def check(machine: Machine, values: Tensor, kind: str, shift: int = 0) -> None:
-    memory, kernels = Poisoned(machine.device, shift), machine.module("resting")
+    memory, aligned, kernels = Poisoned(machine.device, shift), Poisoned(machine.device), machine.module("resting")
     expected = defined(values, kind)
     [there] = memory.place([values])
-    codes, absmax, decoded = (memory.empty(tensor) for tensor in expected)
+    codes, scales, decoded = memory.empty(expected[0]), aligned.empty(expected[1]), memory.empty(expected[2])
     machine.run(
         [
-            kernels.quantize_launch(there, codes, absmax, kind, machine.warp),
-            kernels.dequantize_launch(codes, absmax, decoded, kind, machine.warp),
+            kernels.quantize_launch(there, codes, scales, kind, machine.warp),
+            kernels.dequantize_launch(codes, scales, decoded, kind, machine.warp),
         ]
     )
-    for ours, wanted, what in zip((codes, absmax, decoded), expected, ("codes", "absmax", "weights")):
+    for ours, wanted, what in zip((codes, scales, decoded), expected, ("codes", "scales", "weights")):
         assert_equal_bits(ours, wanted, what)
     memory.assert_untouched()
+    aligned.assert_untouched()
 
 
 @OF_KIND
@@ -75,13 +76,13 @@ def test_every_code_means_what_the_definition_says(machine: Machine, kind: str) 
     for dtype in (FP32, BF16, FP16):
         codes = torch.arange(256).to(torch.uint8)
         n = 256 if kind == "int8" else 512
-        absmax = torch.rand(block_count(n), generator=torch.Generator().manual_seed(0)) * 3
+        scales = quantize_resting(normal(n, 2), kind)[1]
         decode = reference.dequantize_int8 if kind == "int8" else reference.dequantize_nf4
         memory, kernels = Poisoned(machine.device), machine.module("resting")
-        [there], [scale] = memory.place([codes]), memory.place([absmax])
+        [there], [scale] = memory.place([codes]), memory.place([scales])
         values = memory.empty(torch.zeros(n, dtype=dtype))
         machine.run([kernels.dequantize_launch(there, scale, values, kind, machine.warp)])
-        assert_equal_bits(values, decode(codes, absmax, n).to(dtype), "weights")
+        assert_equal_bits(values, decode(codes, scales, n).to(dtype), "weights")
 
 
 @OF_KIND
@@ -95,16 +96,16 @@ def test_kernels_work_far_into_a_tensor(kind: str) -> None:
     machine, n, start = Machine(90), 8192, 2**32 - 4096
     kernels, values = machine.module("resting"), normal(n, 1, BF16)
     expected = defined(values, kind)
-    codes, absmax, decoded = (torch.empty_like(tensor) for tensor in expected)
-    before = {"codes": code_count(start, kind), "absmax": 4 * block_count(start), "values": 2 * start}
+    codes, scales, decoded = (torch.empty_like(tensor) for tensor in expected)
+    before = {"codes": code_count(start, kind), "scales": scale_count(start), "values": 2 * start}
     for launch in (
-        kernels.quantize_launch(values, codes, absmax, kind),
-        kernels.dequantize_launch(codes, absmax, decoded, kind),
+        kernels.quantize_launch(values, codes, scales, kind),
+        kernels.dequantize_launch(codes, scales, decoded, kind),
     ):
         first = start // elements_of(launch)
         launch = replace(launch, arguments={**launch.arguments, "count": start + n})
         machine.run([launch], displaced=before, only=range(first, first + launch.programs))
-    for ours, wanted, what in zip((codes, absmax, decoded), expected, ("codes", "absmax", "weights")):
+    for ours, wanted, what in zip((codes, scales, decoded), expected, ("codes", "scales", "weights")):
         assert_equal_bits(ours, wanted, what)
 
 
@@ -116,8 +117,22 @@ def test_kernels_work_far_into_a_tensor(kind: str) -> None:
         ("1.5 * 2.0**23", "1.5 * 2.0**23 + 1", "int8"),
         ("0.007874015718698502", "0.007874017", "int8"),
         ("tl.where(first, LEVEL[13], LEVEL[12])", "tl.where(first, LEVEL[12], LEVEL[13])", "nf4"),
+        ("(bits - low + size // 2)", "(bits - low)", "nf4"),
+        ("(ALL_STEPS - 1)) // ALL_STEPS", "(ALL_STEPS - 1)) // ALL_STEPS + 1", "int8"),
+        ("bits, LARGEST_INT)", "bits, bits)", "nf4"),
+        ("tl.minimum(tl.maximum(scaled, -127.0), 127.0)", "scaled", "int8"),
     ],
-    ids=["halves swapped", "ties up", "rounding", "scale", "levels swapped"],
+    ids=[
+        "halves swapped",
+        "ties up",
+        "rounding",
+        "scale",
+        "levels swapped",
+        "places down",
+        "steps",
+        "an absent block",
+        "more than 127",
+    ],
 )
 def test_a_defect_in_a_kernel_is_found(
     old: str, new: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

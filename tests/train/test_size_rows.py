@@ -50,7 +50,7 @@ def test_what_was_found_is_said() -> None:
     console, text = quiet_console()
     tell_picks(options("60kB"), model, console)
     layers = [module for module in model.modules() if isinstance(module, RestingLinear)]
-    codes = sum(layer.codes.nbytes + layer.absmax.nbytes for layer in layers)
+    codes = sum(layer.codes.nbytes + layer.scales.nbytes for layer in layers)
     in_8_bits = sum(layer.kind == "int8" for layer in layers)
     assert 1 < in_8_bits < 15
     said = f"note: {in_8_bits} of 15 matrices rest in 8 bits, the others in 4: {codes / 1e3:.1f} kB of 60kB\n"

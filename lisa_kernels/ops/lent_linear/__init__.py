@@ -47,7 +47,7 @@ class _LentLinear(torch.autograd.Function):
         beside = projected, slot, basis, ctx.scale, needs_dx, x
         if needs_dx:
             with ctx.lend() as weight:
-                dx, dslot, dbasis = backward_definition(dy, weight.codes, weight.absmax, weight.kind, weight.n, *beside)
+                dx, dslot, dbasis = backward_definition(dy, weight.codes, weight.scales, weight.kind, weight.n, *beside)
         else:
             # No weight comes for a gradient that is not wanted.
             none = dy.new_empty((0,))

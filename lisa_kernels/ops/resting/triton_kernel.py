@@ -7,8 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lisa_kernels.ops.blockwise8.triton_kernel import block_absmax, load_absmax, reciprocal, store_absmax
-from lisa_kernels.ops.resting.reference import BLOCK, LEVELS, MIDDLES
+from lisa_kernels.ops.blockwise8.triton_kernel import block_absmax, reciprocal
+from lisa_kernels.ops.resting.reference import (
+    BLOCK,
+    GROUP,
+    INFINITY_BITS,
+    LEVELS,
+    MIDDLES,
+    NAN_BITS,
+    RECORD,
+    STEP_UNIT,
+    STEPS,
+)
 from lisa_kernels.ops.tiles import (
     ACCESS_BYTES,
     ELEMENT,
@@ -35,12 +45,51 @@ INVERSE_127 = tl.constexpr(0.007874015718698502)
 ROUNDING = tl.constexpr(1.5 * 2.0**23)
 LEVEL = tl.constexpr(LEVELS)
 MIDDLE = tl.constexpr(MIDDLES)
+RECORD_BYTES = tl.constexpr(RECORD)
+UNIT = tl.constexpr(STEP_UNIT)
+ALL_STEPS = tl.constexpr(STEPS * STEP_UNIT)
+INFINITY = tl.constexpr(INFINITY_BITS)
+NAN = tl.constexpr(NAN_BITS)
+LARGEST_INT = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def scale_of(word, place):
+    """The scale at a place, of a group's word."""
+    return ((word & -65536) + place * ((word & 65535) * UNIT)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def encode_scales(scales, absmax, left, LANES: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the record of a group, whose absmax are [rows, 1, 1], and return its scales."""
+    ROWS: tl.constexpr = absmax.shape[0]
+    bits, row = absmax.to(tl.int32, bitcast=True), tl.arange(0, ROWS)[:, None, None]
+    high = tl.max(tl.max(tl.max(tl.where(row * BLOCK < left, bits, 0), axis=2), axis=1), axis=0)
+    low = tl.min(tl.min(tl.min(tl.where(row * BLOCK < left, bits, LARGEST_INT), axis=2), axis=1), axis=0) & -65536
+    step = (high - low + (ALL_STEPS - 1)) // ALL_STEPS
+    word = tl.where(high < INFINITY, low | step, NAN)
+    size = (word & 65535) * UNIT
+    place = (bits - low + size // 2).to(tl.uint32) // tl.maximum(size, 1).to(tl.uint32)
+    place = tl.where((size > 0) & (row * BLOCK < left), place, 0).to(tl.int32)
+    tl.store(scales.to(tl.pointer_type(tl.int32)), word)
+    offsets = tile_offsets(ROWS, LANES, VECTOR, BLOCK)
+    first = tl.arange(0, LANES)[None, :, None] == 0
+    places = tl.broadcast_to(place.to(tl.uint8), (ROWS, LANES, 1))
+    tl.store(scales + 4 + offsets // BLOCK, places, mask=first)
+    return scale_of(word, place)
+
+
+@triton.jit
+def load_scales(scales, ROWS: tl.constexpr):
+    """Load the scales of a group, [rows, 1, 1]."""
+    word = tl.load(scales.to(tl.pointer_type(tl.int32)))
+    return scale_of(word, tl.load(scales + 4 + tl.arange(0, ROWS)).to(tl.int32))[:, None, None]
 
 
 @triton.jit
 def encode_int8(scaled):
     """The signed byte nearest to a number, as an unsigned one."""
-    return (scaled + ROUNDING).to(tl.uint32, bitcast=True).to(tl.uint8)
+    return (tl.minimum(tl.maximum(scaled, -127.0), 127.0) + ROUNDING).to(tl.uint32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -113,7 +162,7 @@ def encode_step(
 
 @triton.jit
 def decode_step(
-    codes, values, offsets, SHIFT: tl.constexpr, left, absmax, FOUR_BITS: tl.constexpr, VECTOR: tl.constexpr,
+    codes, values, offsets, SHIFT: tl.constexpr, left, scale, FOUR_BITS: tl.constexpr, VECTOR: tl.constexpr,
     ACCESS: tl.constexpr,
 ):  # fmt: skip
     """Decode and store one step of a tile."""
@@ -122,21 +171,21 @@ def decode_step(
         there = pair_mask(offsets, SHIFT, left, VECTOR, ACCESS)
         pair = load(pair_pointers(codes, offsets, SHIFT, VECTOR), there, ACCESS).to(tl.int32)
         level = tl.join(decode_nf4(pair >> 4), decode_nf4(pair))
-        value = tl.reshape(level, (offsets.shape[0], offsets.shape[1], VECTOR)) * absmax
+        value = tl.reshape(level, (offsets.shape[0], offsets.shape[1], VECTOR)) * scale
     else:
         code = load(element_pointers(codes, offsets, SHIFT, VECTOR), mask, ACCESS)
-        value = code.to(tl.int8, bitcast=True).to(tl.float32) * (absmax * INVERSE_127)
+        value = code.to(tl.int8, bitcast=True).to(tl.float32) * (scale * INVERSE_127)
     pointers = element_pointers(values, offsets, SHIFT, VECTOR)
     store(pointers, value.to(values.dtype.element_ty), mask, ACCESS)
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["values", "codes", "absmax"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["values", "codes", "scales"])
 def quantize_resting_kernel(
-    values, codes, absmax, count: tl.int64,
+    values, codes, scales, count: tl.int64,
     FOUR_BITS: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     VECTOR: tl.constexpr, STEPS: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Encode one program's blocks."""
+    """Encode one program's blocks, which are a group."""
     TILE: tl.constexpr = ROWS * LANES * VECTOR * STEPS
     start = tl.program_id(0).to(tl.int64) * TILE
     left = tl.minimum(count - start, TILE).to(tl.int32)
@@ -148,29 +197,28 @@ def quantize_resting_kernel(
         mask = tile_mask(offsets, step * LANES * VECTOR, left, VECTOR, ACCESS)
         x = load_floats(values, offsets, step * LANES * VECTOR, mask, VECTOR, ACCESS)
         largest = tl.maximum(largest, tl.abs(x))
-    largest = block_absmax(largest)
-    store_absmax(absmax + start // BLOCK, largest, left, LANES, VECTOR, BLOCK, ACCESS)
-    scale = reciprocal(largest)
+    scales += tl.program_id(0).to(tl.int64) * RECORD_BYTES
+    scale = reciprocal(encode_scales(scales, block_absmax(largest), left, LANES, VECTOR, BLOCK))
     if not FOUR_BITS:
         scale = scale * 127.0
     for step in tl.static_range(STEPS):
         encode_step(values, codes, offsets, step * LANES * VECTOR, left, scale, FOUR_BITS, VECTOR, ACCESS)
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["codes", "absmax", "values"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["codes", "scales", "values"])
 def dequantize_resting_kernel(
-    codes, absmax, values, count: tl.int64,
+    codes, scales, values, count: tl.int64,
     FOUR_BITS: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     VECTOR: tl.constexpr, STEPS: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Decode one program's blocks."""
+    """Decode one program's blocks, which are a group."""
     TILE: tl.constexpr = ROWS * LANES * VECTOR * STEPS
     start = tl.program_id(0).to(tl.int64) * TILE
     left = tl.minimum(count - start, TILE).to(tl.int32)
     values = advance(values, start, ACCESS)
     codes = advance(codes, start // 2 if FOUR_BITS else start, ACCESS)
     offsets = tile_offsets(ROWS, LANES, VECTOR, BLOCK)
-    scale = load_absmax(absmax + start // BLOCK, left, ROWS, BLOCK, ACCESS)
+    scale = load_scales(scales + tl.program_id(0).to(tl.int64) * RECORD_BYTES, ROWS)
     for step in tl.static_range(STEPS):
         decode_step(codes, values, offsets, step * LANES * VECTOR, left, scale, FOUR_BITS, VECTOR, ACCESS)
 
@@ -180,22 +228,23 @@ def _access(values: Tensor, codes: Tensor) -> int:
     return VECTOR if aligned and values.numel() % vector_of(values.dtype) == 0 else ELEMENT
 
 
-def quantize_launch(values: Tensor, codes: Tensor, absmax: Tensor, kind: str, warp: int = WARP) -> Launch:
-    """Return the launch that encodes `values` into `codes` and `absmax`."""
-    return _launch(quantize_resting_kernel, values, codes, absmax, kind, warp)
+def quantize_launch(values: Tensor, codes: Tensor, scales: Tensor, kind: str, warp: int = WARP) -> Launch:
+    """Return the launch that encodes `values` into `codes` and `scales`, which begin at a multiple of 4 bytes."""
+    return _launch(quantize_resting_kernel, values, codes, scales, kind, warp)
 
 
-def dequantize_launch(codes: Tensor, absmax: Tensor, values: Tensor, kind: str, warp: int = WARP) -> Launch:
-    """Return the launch that decodes `codes` and `absmax` into `values`."""
-    return _launch(dequantize_resting_kernel, values, codes, absmax, kind, warp)
+def dequantize_launch(codes: Tensor, scales: Tensor, values: Tensor, kind: str, warp: int = WARP) -> Launch:
+    """Return the launch that decodes `codes` and `scales`, which begin at a multiple of 4 bytes, into `values`."""
+    return _launch(dequantize_resting_kernel, values, codes, scales, kind, warp)
 
 
 def _launch(
-    kernel: triton.runtime.JITFunction, values: Tensor, codes: Tensor, absmax: Tensor, kind: str, warp: int
+    kernel: triton.runtime.JITFunction, values: Tensor, codes: Tensor, scales: Tensor, kind: str, warp: int
 ) -> Launch:
     shape = tile_shape(BLOCK, vector_of(values.dtype), warp)
+    assert shape.elements == GROUP
     constants = {"FOUR_BITS": kind == "nf4", "ACCESS": _access(values, codes), **shape.constants()}
-    arguments: dict[str, Tensor | int] = {"values": values, "codes": codes, "absmax": absmax, "count": values.numel()}
+    arguments: dict[str, Tensor | int] = {"values": values, "codes": codes, "scales": scales, "count": values.numel()}
     return Launch(kernel, arguments, constants, -(-values.numel() // shape.elements), shape.num_warps)
 
 
@@ -203,13 +252,15 @@ def quantize(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Encode `values` [n] on a GPU; the contract is the package's."""
     n = values.numel()
     codes = torch.empty(-(-n // 2) if kind == "nf4" else n, dtype=torch.uint8, device=values.device)
-    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=values.device)
+    scales = torch.empty(-(-n // GROUP) * RECORD, dtype=torch.uint8, device=values.device)
     if n:
-        quantize_launch(values, codes, absmax, kind, warp_size(values.device)).run()
-    return codes, absmax
+        quantize_launch(values, codes, scales, kind, warp_size(values.device)).run()
+    return codes, scales
 
 
-def dequantize_(out: Tensor, codes: Tensor, absmax: Tensor, kind: str) -> None:
+def dequantize_(out: Tensor, codes: Tensor, scales: Tensor, kind: str) -> None:
     """Decode into `out` [n] on a GPU; the contract is the package's."""
     if out.numel():
-        dequantize_launch(codes, absmax, out, kind, warp_size(out.device)).run()
+        if scales.data_ptr() % 4:
+            scales = scales.clone()
+        dequantize_launch(codes, scales, out, kind, warp_size(out.device)).run()

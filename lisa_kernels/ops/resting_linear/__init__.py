@@ -51,11 +51,11 @@ def times(dy: Tensor, weight: RestingWeight) -> Tensor:
 
 
 def forward_definition(
-    x: Tensor, codes: Tensor, absmax: Tensor, kind: str, m: int, bias: Tensor | None, slot: Tensor | None,
+    x: Tensor, codes: Tensor, scales: Tensor, kind: str, m: int, bias: Tensor | None, slot: Tensor | None,
     basis: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with no_autocast(x.device.type):
-        weight = RestingWeight(codes, absmax, kind, m, x.shape[-1])
+        weight = RestingWeight(codes, scales, kind, m, x.shape[-1])
         if slot is None or basis is None:
             return linear_with(weight, x, bias), x.new_empty((0,))
         projected = matmul(x, basis.t().to(x.dtype))
@@ -69,7 +69,7 @@ _resting_linear = torch.library.custom_op("lisa_kernels::resting_linear", forwar
 
 @_resting_linear.register_fake
 def _(
-    x: Tensor, codes: Tensor, absmax: Tensor, kind: str, m: int, bias: Tensor | None, slot: Tensor | None,
+    x: Tensor, codes: Tensor, scales: Tensor, kind: str, m: int, bias: Tensor | None, slot: Tensor | None,
     basis: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kept = (0,) if basis is None else (*x.shape[:-1], basis.shape[0])
@@ -77,7 +77,7 @@ def _(
 
 
 def backward_definition(
-    dy: Tensor, codes: Tensor, absmax: Tensor, kind: str, n: int, projected: Tensor, slot: Tensor | None,
+    dy: Tensor, codes: Tensor, scales: Tensor, kind: str, n: int, projected: Tensor, slot: Tensor | None,
     basis: Tensor | None, scale: float, needs_dx: bool, x: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with no_autocast(dy.device.type):
@@ -85,7 +85,7 @@ def backward_definition(
         if slot is not None:
             dslot = reference.slot_gradient(dy, projected, scale)
         if needs_dx:
-            dx = times(dy, RestingWeight(codes, absmax, kind, dy.shape[-1], n))
+            dx = times(dy, RestingWeight(codes, scales, kind, dy.shape[-1], n))
         if slot is not None and (needs_dx or x is not None):
             through = reference.through(dy, slot)
             if needs_dx and basis is not None:
@@ -102,7 +102,7 @@ _resting_linear_backward = torch.library.custom_op(
 
 @_resting_linear_backward.register_fake
 def _(
-    dy: Tensor, codes: Tensor, absmax: Tensor, kind: str, n: int, projected: Tensor, slot: Tensor | None,
+    dy: Tensor, codes: Tensor, scales: Tensor, kind: str, n: int, projected: Tensor, slot: Tensor | None,
     basis: Tensor | None, scale: float, needs_dx: bool, x: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dslot = dy.new_empty((0,)) if slot is None else dy.new_empty(tuple(slot.shape), dtype=torch.float32)
@@ -111,8 +111,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, codes, absmax, kind, _, bias, slot, basis, scale = inputs
-    ctx.save_for_backward(codes, absmax, output[1], slot, basis, x if ctx.needs_input_grad[7] else None)
+    x, codes, scales, kind, _, bias, slot, basis, scale = inputs
+    ctx.save_for_backward(codes, scales, output[1], slot, basis, x if ctx.needs_input_grad[7] else None)
     ctx.kind, ctx.columns, ctx.scale = kind, x.shape[-1], scale
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
@@ -121,10 +121,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
-    codes, absmax, projected, slot, basis, x = ctx.saved_tensors
+    codes, scales, projected, slot, basis, x = ctx.saved_tensors
     needs_dx, needs_bias, needs_slot = (ctx.needs_input_grad[place] for place in (0, 5, 6))
     dx, dslot, dbasis = _resting_linear_backward(
-        dy, codes, absmax, ctx.kind, ctx.columns, projected, slot, basis, ctx.scale, needs_dx, x
+        dy, codes, scales, ctx.kind, ctx.columns, projected, slot, basis, ctx.scale, needs_dx, x
     )  # fmt: skip
     dbias = bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
     return (
@@ -137,53 +137,53 @@ _resting_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def resting_linear(
-    x: Tensor, codes: Tensor, absmax: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor | None = None,
+    x: Tensor, codes: Tensor, scales: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor | None = None,
     basis: Tensor | None = None, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Return y = x Ŵᵀ + b + s · (x Pᵀ) B with gradients for x, the bias, the slot B and a basis that trains.
 
-    x: [..., n]; codes and absmax: of a weight [rows, n], see `quantize_resting`; slot B: float32 [r, rows] with a basis
+    x: [..., n]; codes and scales: of a weight [rows, n], see `quantize_resting`; slot B: float32 [r, rows] with a basis
     P [r, n], float32 where it requires a gradient, or neither. Keeps x Pᵀ for the backward, x where P requires a
     gradient, and nothing of the weight.
     """
     x_, bias_ = as_autocast(x, bias)
     basis_ = basis if basis is None or basis.requires_grad else as_autocast(x, basis)[1]
-    y, _ = _resting_linear(x_, codes, absmax, kind, rows, bias_, slot, basis_, scale)
+    y, _ = _resting_linear(x_, codes, scales, kind, rows, bias_, slot, basis_, scale)
     return y  # type: ignore[no-any-return]
 
 
 class _CaptureRestingLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor,
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor,
         choose: Choose,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, codes, absmax)
+        ctx.save_for_backward(x, codes, scales)
         ctx.kind, ctx.choose = kind, choose
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return linear_with(RestingWeight(codes, absmax, kind, rows, x.shape[-1]), x, bias)
+        return linear_with(RestingWeight(codes, scales, kind, rows, x.shape[-1]), x, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, codes, absmax = ctx.saved_tensors
+        x, codes, scales = ctx.saved_tensors
         needs_dx, needs_bias, needs_slot = (ctx.needs_input_grad[place] for place in (0, 5, 6))
         with no_autocast(dy.device.type):
             # The basis first: what it takes to find one is gone when dX comes.
             dslot = slot_gradient_in_new_basis(dy, x, ctx.choose) if needs_slot else None
-            dx = times(dy, RestingWeight(codes, absmax, ctx.kind, dy.shape[-1], x.shape[-1])) if needs_dx else None
+            dx = times(dy, RestingWeight(codes, scales, ctx.kind, dy.shape[-1], x.shape[-1])) if needs_dx else None
         dbias = bias_gradient(dy, ctx.bias_dtype) if needs_bias else None
         return dx, None, None, None, None, dbias, dslot, None
 
 
 def capture_resting_linear(
-    x: Tensor, codes: Tensor, absmax: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor, choose: Choose
+    x: Tensor, codes: Tensor, scales: Tensor, kind: str, rows: int, bias: Tensor | None, slot: Tensor, choose: Choose
 ) -> Tensor:  # fmt: skip
     """Return y = x Ŵᵀ + b; the backward asks `choose(dY, x)` for a basis P [r, n] and gives dB = P Gᵀ for G = dYᵀ x.
 
     x: [tokens, n]; the slot B must be zero.
     """
     x_, bias_ = as_autocast(x, bias)
-    y: Tensor = _CaptureRestingLinear.apply(x_, codes, absmax, kind, rows, bias_, slot, choose)  # type: ignore[no-untyped-call]
+    y: Tensor = _CaptureRestingLinear.apply(x_, codes, scales, kind, rows, bias_, slot, choose)  # type: ignore[no-untyped-call]
     return y
 
 
