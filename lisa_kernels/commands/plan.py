@@ -17,8 +17,9 @@ _FIT_HELP = (
     "find the settings that fit this size, such as 16GB (1e9 bytes each) or 16GiB, all that the run takes on the card, "
     "and print their finetune command. Tried in this order: what is given; fewer rows at a time and as many more "
     "accumulated; gradient checkpointing; --offload-activations; state paged to host memory (galore, full); then "
-    "half the rank, down to 32; fewer active layers, down to 2; embedding and head low-rank; one active layer; "
-    "embedding and head frozen"
+    "--resting int8, beside it half the rank, down to 32; fewer active layers, down to 2; embedding and head low-rank; "
+    "one active layer; embedding and head frozen; then without these the largest --resting SIZE that fits; then codes "
+    "on the host"
 )
 _CARD_HELP = (
     "tell the time of a step on this card, and where it goes: a100, h100, rtx-3060, rtx-3090, rtx-4060-ti, rtx-4090, "

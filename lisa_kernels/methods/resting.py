@@ -91,7 +91,7 @@ class Kinds:
     In a block these are the ones with the most inputs, which lead its widest activations back: of what NF4 costs a
     pretrained SmolLM2 before it trains they make nearly half. An output layer, whose errors reach the loss as they are,
     rests in 8 bits always. A size is filled by what is lost, see `pick_kinds`; losses: measured, None: as far as they
-    are known without values.
+    are known without values. nbytes: of all codes and scales, which a size bounds.
     """
 
     of_head = "int8"
@@ -101,16 +101,17 @@ class Kinds:
         self.still = still_places(survey)
         places = [*survey.places(), *self.still]
         head = _output_layer(survey.model)
+        rests = head is not None and (head in {place.layer for place in places} or _rests_outside(survey))
+        beside = bytes_at_rest(head, self.of_head) if head is not None and rests else 0
+        layers = raised_layers(survey, places)
         self._kinds: dict[nn.Module, str] = {}
         if resting == "mixed":
             self._kinds = _by_width(survey.path, places)
         elif is_size(resting):
-            layers = raised_layers(survey, places)
-            rests = head is not None and (head in {place.layer for place in places} or _rests_outside(survey))
-            beside = bytes_at_rest(head, self.of_head) if head is not None and rests else 0
             self._kinds = pick_kinds(layers, resting, beside, losses or losses_by_place(_by_block(survey.path, places)))
         if head is not None:
             self._kinds[head] = self.of_head
+        self.nbytes = beside + sum(bytes_at_rest(layer, self.of(layer)) for layer in layers)
 
     def of(self, layer: nn.Module) -> str:
         """Return "int8" or "nf4" for a linear layer."""

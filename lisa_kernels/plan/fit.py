@@ -10,6 +10,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.methods import Method
 from lisa_kernels.methods.precision import AS_THEY_ARE
 from lisa_kernels.methods.resting import check_resting
+from lisa_kernels.plan.filling import filled, resting_bytes
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.sizes import gb
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 FEW_LAYERS = 2  # what LISA was published with
 SMALL_RANK = 32
 NEIGHBOURS = 2  # sizes of micro-batches tried on either side
+FILLED = ("mixed", "nf4")  # ways to rest that a size with more bits in it takes the place of
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ class Fit:
     rehearsals: int
 
 
-def fit(workload: Workload, device_bytes: int, make_plan: Callable[[Workload], Plan], blocks: int = 0) -> Fit:
+def fit(
+    workload: Workload, device_bytes: int, make_plan: Callable[[Workload], Plan], blocks: int = 0,
+    at_rest: Callable[[Workload], int] = resting_bytes,
+) -> Fit:  # fmt: skip
     """Return the first of the settings, in order of preference, with which `workload` fits `device_bytes` in all.
 
     First what changes no result beyond rounding: fewer rows at a time and as many more accumulated (tokens per step
@@ -38,16 +43,16 @@ def fit(workload: Workload, device_bytes: int, make_plan: Callable[[Workload], P
     layer, and of layers that left where it is kept). Then what changes the training, see `lighter_workloads`. Memory
     falls along each of these lists, which are searched by halving.
 
-    blocks: of the model, where not all need be recomputed: then as few are as fit. Raises InputError, with the bytes
-    that are missing, where nothing fits.
+    blocks: of the model, where not all need be recomputed: then as few are as fit. at_rest: what a size of resting
+    weights bounds. Raises InputError, with the bytes that are missing, where nothing fits.
     """
-    search = _Search(device_bytes, make_plan)
+    search = _Search(device_bytes, make_plan, at_rest)
     return search.result(_found(workload, search, blocks))
 
 
 def proposals(
     workload: Workload, device_bytes: int, make_plan: Callable[[Workload], Plan], seconds: Callable[[Plan], float],
-    blocks: int = 0,
+    blocks: int = 0, at_rest: Callable[[Workload], int] = resting_bytes,
 ) -> list[Fit]:  # fmt: skip
     """Return what `fit` finds and others that fit and teach the same, fastest first.
 
@@ -55,7 +60,7 @@ def proposals(
     read the weights less often, fewer leave memory in which nothing is recomputed. seconds: of a step of a plan. Among
     equals the one that `fit` finds is first.
     """
-    search = _Search(device_bytes, make_plan)
+    search = _Search(device_bytes, make_plan, at_rest)
     found = _found(workload, search, blocks)
     chosen = [found, *_other_batches(found, search, blocks)]
     return sorted((search.result(each) for each in chosen), key=lambda each: seconds(each.plan))
@@ -100,9 +105,10 @@ def _lighter(workload: Workload, search: _Search) -> Workload:
         rungs = [_most_frugal(each) for each in lighter]
         best = search.first(rungs)
         if best is not None:
-            workload = lighter[rungs.index(best)]
-            by_stage = (search.first(list(_smaller_batches(stage))) for stage in _stages(workload))
-            return next(found for found in by_stage if found is not None)
+            by_stage = (search.first(list(_smaller_batches(stage))) for stage in _stages(lighter[rungs.index(best)]))
+            found = next(found for found in by_stage if found is not None)
+            chosen = workload.resting is None and found.resting in FILLED and found.resting_where in (None, "device")
+            return filled(found, search.left, search.at_rest) if chosen else found
     raise search.nothing_fits(rungs[-1])
 
 
@@ -116,8 +122,10 @@ def _fewer_recomputed(workload: Workload, blocks: int) -> Iterator[Workload]:
 class _Search:
     """Plans that were made, and which of them fit."""
 
-    def __init__(self, device_bytes: int, make_plan: Callable[[Workload], Plan]) -> None:
-        self.device_bytes, self.make_plan = device_bytes, make_plan
+    def __init__(
+        self, device_bytes: int, make_plan: Callable[[Workload], Plan], at_rest: Callable[[Workload], int]
+    ) -> None:  # fmt: skip
+        self.device_bytes, self.make_plan, self.at_rest = device_bytes, make_plan, at_rest
         self.plans: list[Plan] = []
 
     def plan(self, workload: Workload) -> Plan:
@@ -132,6 +140,11 @@ class _Search:
         """Tell whether the workload fits, with expandable segments if need be."""
         plan = self.plan(workload)
         return plan.fits(self.device_bytes) or plan.fits(self.device_bytes, expandable=True)
+
+    def left(self, workload: Workload) -> int:
+        """Return what the workload leaves, with expandable segments where that is more; below 0 what it lacks."""
+        plan = self.plan(workload)
+        return max(plan.margin_bytes(self.device_bytes, expandable) for expandable in (False, True))
 
     def first(self, workloads: Sequence[Workload]) -> Workload | None:
         """Return the first that fits of workloads that take less and less memory; None where the last does not."""
@@ -150,8 +163,7 @@ class _Search:
 
     def nothing_fits(self, smallest: Workload) -> InputError:
         """Return the error that says by how much the most frugal settings are too large."""
-        plan = self.plan(smallest)
-        missing = -max(plan.margin_bytes(self.device_bytes, expandable) for expandable in (False, True))
+        plan, missing = self.plan(smallest), -self.left(smallest)
         return InputError(
             f"no setting of {smallest.method.name} fits {gb(self.device_bytes)}: the smallest"
             f" ({_described(smallest)}) takes {gb(self.device_bytes + missing)} with {gb(plan.context_bytes)} for CUDA"
@@ -171,9 +183,9 @@ def lighter_workloads(workload: Workload) -> Iterator[list[Workload]]:
     """Yield lists of workloads, the first with the one given, each in less and less memory: lighter methods, at rest.
 
     Where weights are in 16 bits and could rest, they do so in 8 bits before anything is given up, which changes a loss
-    in its third digit, and in fewer only where all that can be given up is not enough. Where that is not enough either,
-    or bits are given, they are streamed from the host before anything more is given up, unless it is said where they
-    are: that changes no bit of what is learnt.
+    in its third digit, and in fewer only where all that can be given up is not enough: what "mixed" or "nf4" leaves
+    then goes to a size. Where that is not enough either, or bits are given, they are streamed from the host before
+    anything more is given up, unless it is said where they are: that changes no bit of what is learnt.
     """
     methods = list(lighter_methods(workload.method))
     if workload.resting is None and _can_rest(workload):

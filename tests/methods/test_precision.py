@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.methods.code_losses import measure_code_losses
 from lisa_kernels.methods.precision import CodeLoss, bytes_at_rest, losses_by_place, pick_kinds
+from lisa_kernels.methods.resting import Kinds
+from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.ops.resting import KINDS, dequantize_resting_, quantize_resting
 
 METHODS: dict[str, Method] = {
@@ -98,6 +102,17 @@ def test_what_rests_fills_a_size(name: str) -> None:
         train(model, optimizer, tokens())
         optimizer.detach()
         assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("name", ["owlore", "galore", "lora"])
+@pytest.mark.parametrize("make", [made, partial(made, tied=True)], ids=["apart", "tied"])
+def test_what_will_rest_is_counted_before_it_does(name: str, make: Callable[[], nn.Module]) -> None:
+    """In every way, of a model that nobody has changed: all that rests, the output layer where it does too."""
+    for way in ("nf4", "mixed", "int8", str((LEAST + MOST) // 2)):
+        expected = Kinds(way, survey_model(make(), METHODS[name])).nbytes
+        model = make()
+        attach(model, METHODS[name], resting=way)
+        assert held(model) == expected
 
 
 def test_a_size_that_is_none_or_too_small_is_refused() -> None:

@@ -13,8 +13,10 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.methods import LISA, BAdam, FullFineTune, GaLore, LoRAFA, Method, OwLore
 from lisa_kernels.plan.allocator import MIB
 from lisa_kernels.plan.cards import CONTEXT_BYTES
+from lisa_kernels.plan.filling import TRIES, written
 from lisa_kernels.plan.fit import Fit, fit, lighter_methods, proposals
 from lisa_kernels.plan.result import Plan
+from lisa_kernels.sizes import parse_size
 
 from .traces import sizes
 
@@ -48,7 +50,7 @@ def need_mib(run: Run) -> int:
     kept = method.get("retired_state", "drop" if hasattr(method, "period") else "keep") == "keep"
     state = 100 * (run.paging is None and kept)
     return (
-        (WEIGHTS[run.resting] // 20 if run.resting_where == "host" else WEIGHTS[run.resting])
+        at_rest(run) // MIB // (20 if run.resting_where == "host" else 1)
         + embeddings
         + int(layers)
         + state
@@ -58,7 +60,18 @@ def need_mib(run: Run) -> int:
 
 def search(run: Run, mib: int, need: Callable[[Run], int] = need_mib) -> Fit:
     workload: Any = run
-    return fit(workload, CONTEXT_BYTES + mib * MIB, lambda asked: Plan(asked, sizes((1, 2 * (need(asked) // 2) * MIB))))  # type: ignore[arg-type]
+    return fit(
+        workload, CONTEXT_BYTES + mib * MIB, lambda asked: Plan(asked, sizes((1, 2 * (need(asked) // 2) * MIB))),  # type: ignore[arg-type]
+        at_rest=lambda asked: at_rest(asked),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def at_rest(run: Run) -> int:
+    """What a size bounds; one that is given is filled by matrices of 3 MiB."""
+    if run.resting in WEIGHTS:
+        return WEIGHTS[run.resting] * MIB
+    assert run.resting is not None
+    return parse_size(run.resting) // (3 * MIB) * 3 * MIB
 
 
 def found(run: Run, mib: int) -> Any:
@@ -144,6 +157,71 @@ def test_weights_stay_where_someone_wants_them() -> None:
         assert found(Run(resting="int8"), need_mib(wanted)) == wanted
     wanted = Run(few, resting="int8", resting_where="device", **FRUGAL)
     assert found(Run(resting="int8", resting_where="device"), need_mib(wanted)) == wanted
+
+
+@pytest.mark.parametrize(("base", "mib"), [("nf4", 24), ("nf4", 60), ("mixed", 16), ("mixed", 36)])
+def test_what_is_left_beside_four_bits_goes_to_a_size(base: str, mib: int) -> None:
+    """The rest is as it would be with these bits alone; less is left than a matrix takes and what is rounded off."""
+    room = need_mib(Run(resting=base, **FRUGAL)) + mib
+    run = found(Run(resting=None), room)
+    assert replace(run, resting=base) == found(Run(resting=base), room)
+    assert run.resting not in WEIGHTS
+    assert 0 <= room - need_mib(run) <= 6
+    # Whatever the run finds, there is nothing left to fill.
+    assert parse_size(run.resting) - at_rest(run) < MIB
+
+
+def test_a_size_takes_few_plans_and_holds_where_segments_are_cut_unevenly() -> None:
+    """Each size has up to 14 MiB of its own beside it; one that is too large is followed by what it lacks."""
+    tried: list[Run] = []
+
+    def uneven(run: Run) -> int:
+        tried.append(run)
+        return need_mib(run) + (at_rest(run) // MIB % 15 if run.resting not in WEIGHTS else 0)
+
+    for mib in range(20, 90, 7):
+        room = need_mib(Run(resting="nf4", **FRUGAL)) + mib
+        tried.clear()
+        run: Any = search(Run(resting=None, **FRUGAL), room, uneven).plan.workload
+        sized = {each.resting for each in tried} - set(WEIGHTS)
+        assert run.resting in sized
+        assert len(sized) <= TRIES
+        assert room - 25 <= uneven(run) <= room + 1
+
+
+def test_a_size_is_proposed_between_8_and_4_bits_alone() -> None:
+    """Not where all is in 8, where someone wants 4, nor where the device holds two blocks of what is on the host."""
+    spare = 60
+    for run in (Run(resting="nf4"), Run(resting="mixed", resting_where="device")):
+        assert found(run, need_mib(replace(run, **FRUGAL)) + spare).resting == run.resting
+    assert found(Run(resting=None), need_mib(Run(resting="int8", **FRUGAL)) + spare).resting == "int8"
+    assert found(Run(resting=None, **FRUGAL), need_mib(Run(resting="int8", **FRUGAL)) - 100).resting not in WEIGHTS
+    on_host = Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), resting="mixed", resting_where="host")
+    held = replace(on_host, resting=None)
+    assert found(held, need_mib(replace(on_host, **FRUGAL)) + 3).resting in WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "size"),
+    [
+        (5_310_000_001, "5.311GB"),
+        (10**9, "1.000GB"),
+        (999_990_001, "1000.00MB"),
+        (10**6, "1.00MB"),
+        (999_999, "999999"),
+    ],
+)
+def test_a_size_is_written_as_people_do_and_is_no_less_than_its_bytes(nbytes: int, size: str) -> None:
+    assert written(nbytes) == size
+    assert nbytes <= parse_size(size) < nbytes + 10**6
+
+
+def test_no_size_that_is_written_is_read_as_less() -> None:
+    """Of what decimal digits are as binary fractions nothing is lost."""
+    for nbytes in range(10**9, 12 * 10**9, 10**6):
+        assert parse_size(written(nbytes)) == nbytes
+    for nbytes in range(10**6, 10**9, 7_777_777):
+        assert 0 <= parse_size(written(nbytes)) - nbytes < 10**4
 
 
 def test_weights_of_layers_that_are_drawn_at_full_rank_rest_first_too() -> None:
