@@ -42,6 +42,10 @@ class SlabLayout:
             self._places.append((self.nbytes, self.nbytes + size))
             self.nbytes += -(-size // ALIGNMENT) * ALIGNMENT
 
+    def begin(self, name: str) -> int:
+        """Return the byte at which a tensor begins."""
+        return next(begin for entry, (begin, _) in zip(self.entries, self._places) if entry.name == name)
+
     def views(self, slab: Tensor) -> dict[str, Tensor]:
         """Return the tensors by name as views of `slab`, uint8 [nbytes]."""
         typed = {dtype: slab.view(dtype) for dtype in {entry.dtype for entry in self.entries}}

@@ -2,7 +2,7 @@
 
 What is on the device does not grow with the number of pages. While one is read the next is on its way, into the buffer
 of the one before. A copy waits on the device for the last reader of what it writes over, and readers for their copy;
-the host waits for neither.
+the host waits for neither. For a page in a file it waits until the disk has brought it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.paging.buffers import Buffer, LastUse, Slot, copy_in_order
 from lisa_kernels.paging.locked import HostMemory
+from lisa_kernels.paging.page_file import PageFile
+from lisa_kernels.paging.page_homes import InFile, InMemory, PageHome, PageSlot
 from lisa_kernels.paging.queues import Lanes
 from lisa_kernels.paging.slab import SlabLayout
 
@@ -26,13 +27,13 @@ NOTHING = -1
 
 
 class StreamedPage:
-    """Named tensors that are at home in host memory and lent to the device where they are read."""
+    """Named tensors that are at home in host memory or a file, and lent to the device where they are read."""
 
-    def __init__(self, pages: StreamedPages, number: int, layout: SlabLayout, home: Buffer) -> None:
+    def __init__(self, pages: StreamedPages, number: int, layout: SlabLayout, home: PageHome) -> None:
         self.number, self.layout, self.home = number, layout, home
         self._pages = pages
         self._there: _Readers | None = None
-        self._views: weakref.WeakKeyDictionary[Slot, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+        self._views: weakref.WeakKeyDictionary[PageSlot, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def lent(self, device: torch.device) -> Iterator[Mapping[str, Tensor]]:
@@ -51,14 +52,11 @@ class StreamedPage:
         """
         there = self._at(content.device)
         there.forget(self)
-        if content.is_meta:
-            return
-        work, part = there.lanes.work, self.layout.views(self.home.bytes)[name][first : first + len(content)]
-        work.wait(self.home.last.event)
-        work.copy_(part.view(torch.uint8), content.view(torch.uint8))
-        self.home.last.event = work.record()
+        if not content.is_meta:
+            begin = self.layout.begin(name) + first * content.element_size()
+            self.home.write(there.lanes, begin, content.view(torch.uint8))
 
-    def _seen_in(self, slot: Slot) -> dict[str, Tensor]:
+    def _seen_in(self, slot: PageSlot) -> dict[str, Tensor]:
         if slot not in self._views:
             self._views[slot] = self.layout.views(slot.memory[: self.layout.nbytes])
         return self._views[slot]
@@ -70,26 +68,26 @@ class StreamedPage:
         return self._there
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has memory of its own, and no device yet."""
-        if self.home.last.event is not None:
-            self.home.last.event.synchronize()
-        return {"_pages": self._pages, "number": self.number, "layout": self.layout, "content": self.home.bytes.clone()}
+        """A copy is in host memory of its own, and has no device yet."""
+        content = self.home.content()
+        return {"_pages": self._pages, "number": self.number, "layout": self.layout, "content": content}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what `__getstate__` returned."""
-        content = state.pop("content")
-        self.__init__(state["_pages"], state["number"], state["layout"], _plain(content))  # type: ignore[misc]
+        home = InMemory.plain(state["content"])
+        self.__init__(state["_pages"], state["number"], state["layout"], home)  # type: ignore[misc]
 
 
 class StreamedPages:
     """The pages that are read in turns.
 
-    Host memory: the bytes of all pages, locked where a GPU reads them. Device memory: of each device two buffers of its
-    largest page, from the first time that one is read there; one, where there is a single page.
+    Host memory: the bytes of all pages, locked where a GPU reads them; of pages in a file, what a GPU has. Device
+    memory: of each device two buffers of its largest page, from the first time that one is read there; one, where there
+    is a single page. file: where pages are to be, None: in host memory.
     """
 
-    def __init__(self, lanes: Callable[[torch.device], Lanes] = Lanes) -> None:
-        self._lanes = lanes
+    def __init__(self, lanes: Callable[[torch.device], Lanes] = Lanes, file: PageFile | None = None) -> None:
+        self._lanes, self.file = lanes, file
         self._pages: list[StreamedPage] = []
         self._readers: dict[torch.device, _Readers] = {}
         self._holding = False
@@ -99,14 +97,17 @@ class StreamedPages:
 
     def page(self, layout: SlabLayout, device: torch.device) -> StreamedPage:
         """Return a new page of any content; device: where it will be read, or the CPU while that is not known."""
-        page = StreamedPage(self, len(self._pages), layout, _plain(torch.empty(0, dtype=torch.uint8, device="cpu")))
+        home: PageHome = InMemory.plain(torch.empty(0, dtype=torch.uint8, device="cpu"))
+        if self.file is not None:
+            home = InFile(self.file, layout.nbytes)
+        page = StreamedPage(self, len(self._pages), layout, home)
         self._pages.append(page)
         page._at(device)
         return page
 
     @property
     def nbytes(self) -> int:
-        """How many bytes of host memory the pages take."""
+        """How many bytes the pages take where they are at home."""
         return sum(page.layout.nbytes for page in self._pages)
 
     def page_bytes(self) -> list[int]:
@@ -119,26 +120,25 @@ class StreamedPages:
         return buffers + (self.homes() if self._holding else [])
 
     def homes(self) -> list[Tensor]:
-        """Return the pages at home, uint8."""
-        return [page.home.bytes for page in self._pages]
+        """Return what is held in host memory: the pages at home or, of pages in a file, what they come through."""
+        staged = [slot.staging.bytes for each in self._readers.values() for slot in each.slots if slot.staging]
+        return staged + [page.home.bytes for page in self._pages if isinstance(page.home, InMemory)]
 
     def hold(self) -> None:
         """Give pages without values the memory that they take where host and device are one: for a plan."""
         self._holding = True
         for page in self._pages:
-            page.home.bytes = page.home.bytes.contiguous()
+            if isinstance(page.home, InMemory):
+                page.home.bytes = page.home.bytes.contiguous()
 
     def move(self, page: StreamedPage, there: _Readers | None, device: torch.device) -> _Readers:
-        """Have a page read on another device than before: its home is made anew, as that device can copy from it."""
+        """Have a page read on another device than before: one in memory goes where that device can copy from."""
         readers = self._readers.get(device)
         if readers is None:
-            readers = self._readers[device] = _Readers(self._lanes(device), self.watchers, self.turns)
-        home = readers.home(page.layout.nbytes)
-        if page.home.last.event is not None:
-            page.home.last.event.synchronize()
-        if page.home.bytes.numel() and not page.home.bytes.is_meta and not home.bytes.is_meta:
-            home.bytes.copy_(page.home.bytes)
-        page.home = home
+            readers = _Readers(self._lanes(device), self.file is not None, self.watchers, self.turns)
+            self._readers[device] = readers
+        if isinstance(page.home, InMemory):
+            page.home = readers.home_like(page.home, page.layout.nbytes)
         readers.pages[page.number] = page
         if there is not None:
             there.forget(page)
@@ -154,12 +154,16 @@ class StreamedPages:
             readers.close()
         self._readers.clear()
         for page in self._pages:
-            page.home = _plain(page.home.bytes.new_empty(0))
+            if isinstance(page.home, InMemory):
+                page.home = InMemory.plain(page.home.bytes.new_empty(0))
+        if self.file is not None:
+            self.file.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no device yet, and nobody watches it."""
+        """A copy is in host memory and has no device yet, and nobody watches it."""
         return {
             "_lanes": self._lanes,
+            "file": None,
             "_pages": self._pages,
             "_readers": {},
             "_holding": False,
@@ -172,31 +176,36 @@ class _Readers:
     """What reads pages on one device: its buffers, and in which order the pages were asked for so far."""
 
     def __init__(
-        self, lanes: Lanes, watchers: list[Callable[[int], None]], turns: list[Callable[[int], None]]
-    ) -> None:  # fmt: skip
-        self.lanes, self._watchers, self._turns = lanes, watchers, turns
+        self, lanes: Lanes, staged: bool, watchers: list[Callable[[int], None]], turns: list[Callable[[int], None]]
+    ) -> None:
+        self.lanes, self._staged, self._watchers, self._turns = lanes, staged, watchers, turns
         self._memory = HostMemory(lanes)
         self.pages: dict[int, StreamedPage] = {}
-        self.slots: list[Slot] = []
+        self.slots: list[PageSlot] = []
         # The last two pages asked for, and by the two before which page came then.
         self._last = NOTHING, NOTHING
         self._followed: dict[tuple[int, int], int] = {}
 
-    def home(self, nbytes: int) -> Buffer:
-        """Return host memory for a page."""
+    def home_like(self, home: InMemory, nbytes: int) -> InMemory:
+        """Return host memory for a page, with what is in another."""
         if self.lanes.device.type == "meta":
-            return _plain(torch.empty((), dtype=torch.uint8, device="meta").expand(nbytes))
-        return self._memory.buffer(nbytes)
+            return InMemory.plain(torch.empty((), dtype=torch.uint8, device="meta").expand(nbytes))
+        made = self._memory.buffer(nbytes)
+        home.settle()
+        if home.bytes.numel() and not home.bytes.is_meta:
+            made.bytes.copy_(home.bytes)
+        return InMemory(made.bytes, made.last)
 
-    def take(self, page: StreamedPage) -> Slot:
+    def take(self, page: StreamedPage) -> PageSlot:
         """Return the buffer that has a page, for work queued on the current stream from now on; the next sets out."""
         if self.lanes.being_captured:
             raise InputError(
-                "weights that are streamed from the host cannot be read in the capture of a CUDA graph; keep them on "
-                "the device, or capture nothing."
+                "weights that are streamed cannot be read in the capture of a CUDA graph; keep them on the device, or "
+                "capture nothing."
             )
         turned = page.number != self._last[1]
         slot = self._holding(page.number) or self._bring(page)
+        slot.arrive()
         self.lanes.work.wait(slot.last.event)
         if turned:
             for turn in self._turns:
@@ -226,19 +235,19 @@ class _Readers:
         onwards = now + (1 if before in (NOTHING, now) or before < now else -1)
         return self._followed.get(self._last, onwards)
 
-    def _holding(self, number: int) -> Slot | None:
+    def _holding(self, number: int) -> PageSlot | None:
         page = self.pages.get(number)
         return next((slot for slot in self.slots if page is not None and slot.is_of(page)), None)
 
-    def _bring(self, page: StreamedPage) -> Slot:
+    def _bring(self, page: StreamedPage) -> PageSlot:
         slot = self._room_for(page)
         slot.page, slot.bytes = weakref.ref(page), slot.memory[: page.layout.nbytes]
-        copy_in_order(self.lanes.inwards, slot, page.home)
+        page.home.send(self.lanes, slot)
         for watch in self._watchers:
             watch(page.layout.nbytes)
         return slot
 
-    def _room_for(self, page: StreamedPage) -> Slot:
+    def _room_for(self, page: StreamedPage) -> PageSlot:
         """Return a buffer that may be written over: never that of the page which was asked for last."""
         capacity = max(each.layout.nbytes for each in self.pages.values())
         if self.slots and self.slots[0].capacity < capacity:
@@ -247,10 +256,6 @@ class _Readers:
         kept = self._holding(self._last[1])
         free = [slot for slot in self.slots if slot is not kept]
         if len(self.slots) < BUFFERS and not any(slot.idle for slot in free):
-            self.slots.append(Slot(self.lanes, capacity))
+            self.slots.append(PageSlot(self.lanes, capacity, self._memory, self._staged))
             return self.slots[-1]
         return min(free, key=lambda slot: not slot.idle)
-
-
-def _plain(content: Tensor) -> Buffer:
-    return Buffer(content, LastUse(None))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import torch
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.paging import Entry, SlabLayout
+from lisa_kernels.paging.page_file import PageFile
 from lisa_kernels.paging.queues import Lanes
 from lisa_kernels.paging.streamed import StreamedPage, StreamedPages
 
@@ -28,9 +29,9 @@ ORDERINGS = {"copies-wait-for-work": ("in", "work"), "work-waits-for-copies": ("
 class Reader:
     """Reads and writes pages in any order, and expects of each what was last written to it."""
 
-    def __init__(self, lanes: LateLanes) -> None:
+    def __init__(self, lanes: LateLanes, file: PageFile | None = None) -> None:
         self.lanes = lanes
-        self.pages = StreamedPages(lambda _: lanes)
+        self.pages = StreamedPages(lambda _: lanes, file)
         self.held = [self.pages.page(layout(size), CPU) for size in SIZES]
         self.values = [0] * len(SIZES)
         for number in range(len(SIZES)):
@@ -60,8 +61,8 @@ def layout(size: int) -> SlabLayout:
     return SlabLayout([Entry("codes", (size,), torch.uint8), Entry("absmax", (size // 4,), torch.float32)])
 
 
-def is_right(lanes: LateLanes, choices: random.Random) -> bool:
-    reader = Reader(lanes)
+def is_right(lanes: LateLanes, choices: random.Random, file: PageFile | None = None) -> bool:
+    reader = Reader(lanes, file)
     for turn in range(TURNS):
         number = turn % len(SIZES) if choices.random() < 0.7 else choices.randrange(len(SIZES))
         getattr(reader, choices.choice(["read", "read", "read", "write", "other_work"]))(number)
