@@ -1,6 +1,6 @@
 """Where a resting weight lives, behind one small interface: beside the work on the device, or elsewhere.
 
-`methods.streaming` has the one in host memory; one in a file would be a third.
+`methods.streaming` has those in host memory and in a file.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def attach(
     weight_decay: float = 1e-2, block_size: int = 256, rounding: str = "stochastic", seed: int = 0,
     max_grad_norm: float | None = None, calibration: Iterable[Mapping[str, Tensor]] | None = None,
     scores: Sequence[float] | None = None, blocks: str | None = None, keep_logits: bool = False,
-    paging: str | None = None, resting: str | None = None, resting_where: str | None = None,
+    paging: str | None = None, resting: str | None = None, resting_where: str | os.PathLike[str] | None = None,
     active_on: str | None = None, masters: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None, ranks: Any = "auto", wire_dtype: str | None = None,
 ) -> SampledAdamW:  # fmt: skip
@@ -79,7 +79,9 @@ def attach(
     rank need the one, for slots the other is the default.
 
     resting_where: "host" has the codes of the blocks in host memory too, page-locked; the device holds two blocks of
-    them, the one in use and the next one on its way, and computes the same bits. "device" (the default) has them all.
+    them, the one in use and the next one on its way, and computes the same bits. A folder has them in a file there,
+    which it does not show and which goes with the process; of them the host then holds, page-locked for a GPU, two
+    blocks as well (`optimizer.code_bytes_written` and `code_bytes_read` count). "device" (the default) has them all.
 
     masters: "host" (or None) keeps them in host memory; a folder keeps them in files that are mapped, so that they take
     none but the system's file cache. A master is the file that the model was loaded from, which is never written to,
@@ -163,8 +165,9 @@ def _attached(
                 swap.undo()
             if before is not None:
                 survey.model.to(before)
-            if layout is not None and layout.masters is not None:
-                layout.masters.close()
+            for kept in () if layout is None else (layout.masters, layout.streamed):
+                if kept is not None:
+                    kept.close()
         raise
     return optimizer
 

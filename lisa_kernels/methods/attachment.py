@@ -46,7 +46,7 @@ def check_attachment(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> Sampl
     if any(not layer.codes_home.stays for layer, _ in _rested_otherwise(optimizer, saved)):
         raise InputError(
             f"the state is of a model in which resting={saved.get('resting')!r} was found to mean other matrices in 8 "
-            "bits, and codes in host memory stay as they are; attach with resting_where='device'."
+            "bits, and codes that are streamed stay as they are; attach with resting_where='device'."
         )
     layout = optimizer.layout
     if saved.get("on_masters", False) != layout.on_masters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lisa_kernels.methods.survey import Survey
 from lisa_kernels.sizes import parse_size
 
 WAYS = (AS_THEY_ARE, "int8", "mixed", "nf4")
-PLACES = ("device", "host")
+ON_DEVICE, ON_HOST = "device", "host"
 
 
 def check_resting(resting: str | None, method: Method, shared: bool) -> str | None:
@@ -58,15 +59,21 @@ def check_device(device: torch.device | str | None, resting: str | None) -> torc
     return torch.device(device)
 
 
-def check_resting_where(where: str | None, resting: str | None) -> str:
-    """Return where the codes of the blocks are between uses; raises InputError for a place that is none."""
-    if where is not None and where not in PLACES:
-        raise unknown_name("place to rest", where, PLACES)
-    if where not in (None, "device") and resting in (None, AS_THEY_ARE):
+def check_resting_where(where: str | os.PathLike[str] | None, resting: str | None) -> str:
+    """Return where the codes of the blocks are between uses, ON_DEVICE, ON_HOST or a folder, which need not be there.
+
+    Raises InputError for what is no such place.
+    """
+    if where is None:
+        return ON_DEVICE
+    if not isinstance(where, (str, os.PathLike)) or not os.fspath(where):
+        raise InputError(f"resting_where is {where!r}; {ON_DEVICE!r}, {ON_HOST!r} or a folder is wanted.")
+    where = os.fspath(where)
+    if where != ON_DEVICE and resting in (None, AS_THEY_ARE):
         raise InputError(
             f"resting_where={where!r} is for weights that rest in 8 or 4 bits; give resting, such as 'nf4', too."
         )
-    return where or "device"
+    return where
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,12 @@ class Rest:
     """How the matrices of a model are to rest, checked; see `attach`.
 
     way: "int8", "nf4", "mixed" or a size; losses: by which a size is filled, None: by what is known without them.
-    where: codes are, "device" or "host". on_masters: whether drawn layers are on the device in 16 bits while they
-    train. device: where the model computes then, None: where it is.
+    where: codes are, see `check_resting_where`. on_masters: whether drawn layers are on the device in 16 bits while
+    they train. device: where the model computes then, None: where it is.
     """
 
     way: str
-    where: str = "device"
+    where: str = ON_DEVICE
     on_masters: bool = False
     losses: Mapping[nn.Module, CodeLoss] | None = None
     device: torch.device | None = None

@@ -41,6 +41,7 @@ from lisa_kernels.methods.slots import (
 from lisa_kernels.methods.units import Layout, Unit
 from lisa_kernels.optim.paged import PagedStates
 from lisa_kernels.paging import Store
+from lisa_kernels.paging.page_file import PageFile
 from lisa_kernels.samplers import AdaptiveSampler, Sampler
 
 
@@ -156,6 +157,20 @@ class SampledAdamW(RankAccess):
     def master_bytes_written(self) -> int:
         """How many bytes of masters went to the disk so far; 0 where they are in host memory."""
         return 0 if self.layout.masters is None else self.layout.masters.bytes_written
+
+    @property
+    def code_bytes_written(self) -> int:
+        """How many bytes of codes at rest went to a file so far; 0 where they are in none."""
+        return 0 if self._code_file is None else self._code_file.bytes_written
+
+    @property
+    def code_bytes_read(self) -> int:
+        """How many bytes of codes at rest came from a file so far."""
+        return 0 if self._code_file is None else self._code_file.bytes_read
+
+    @property
+    def _code_file(self) -> PageFile | None:
+        return None if self.layout.streamed is None else self.layout.streamed.file
 
     @property
     def layer_names(self) -> list[str]:

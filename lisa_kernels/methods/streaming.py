@@ -1,4 +1,4 @@
-"""Resting weights that are at home in host memory and streamed to the device a block at a time, one block ahead."""
+"""Resting weights that are at home in host memory or a file and streamed a block at a time, one block ahead."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from lisa_kernels.layers import RestingLinear, linear_shape
 from lisa_kernels.layers.codes_home import CodesHome
-from lisa_kernels.methods.resting import Kinds
+from lisa_kernels.methods.resting import ON_HOST, Kinds
 from lisa_kernels.methods.survey import Survey
 from lisa_kernels.ops.resting import RestingWeight, code_count, scale_count
 from lisa_kernels.paging import Entry, SlabLayout
+from lisa_kernels.paging.page_file import PageFile
 from lisa_kernels.paging.streamed import StreamedPage, StreamedPages
 
 
-class OnHost:
+class InPage:
     """A weight's place in the page of its block."""
 
     stays = False
@@ -41,12 +42,12 @@ class OnHost:
         self._page.write(self._scales, scale_count(start), weight.scales)
 
 
-class HostHomes:
-    """The homes of all linears of a model's blocks: a page of host memory for each block."""
+class StreamedHomes:
+    """The homes of all linears of a model's blocks: a page for each block, in host memory or a file of a folder."""
 
-    def __init__(self, survey: Survey, kinds: Kinds) -> None:
-        self.pages = StreamedPages()
-        self._homes: dict[nn.Module, OnHost] = {}
+    def __init__(self, survey: Survey, kinds: Kinds, where: str) -> None:
+        self.pages = StreamedPages(file=None if where == ON_HOST else PageFile(where))
+        self._homes: dict[nn.Module, InPage] = {}
         blocks: dict[int, dict[nn.Module, str]] = defaultdict(dict)
         seen: set[nn.Module] = set()
         for place in [*survey.places(), *kinds.still]:
@@ -73,4 +74,4 @@ class HostHomes:
         weight = next(iter(paths)).weight
         assert isinstance(weight, Tensor)
         page = self.pages.page(SlabLayout(entries), weight.device)
-        self._homes |= {layer: OnHost(page, path) for layer, path in paths.items()}
+        self._homes |= {layer: InPage(page, path) for layer, path in paths.items()}

@@ -26,8 +26,8 @@ from lisa_kernels.layers.lowrank import Swap
 from lisa_kernels.methods.definitions import LoRA
 from lisa_kernels.methods.masters import MasterKeeper
 from lisa_kernels.methods.outer_slots import add_outer_slots, find_still_outer
-from lisa_kernels.methods.resting import Kinds, Rest
-from lisa_kernels.methods.streaming import HostHomes
+from lisa_kernels.methods.resting import ON_DEVICE, Kinds, Rest
+from lisa_kernels.methods.streaming import StreamedHomes
 from lisa_kernels.methods.survey import Survey, UnitPlan
 from lisa_kernels.paging.master_copies import MasterCopies
 from lisa_kernels.paging.streamed import StreamedPages
@@ -78,9 +78,9 @@ class Layout:
 
     drawable: the numbers of the units that can be drawn; the others were frozen whole before. with_first: what is
     active while unit 0 is and has no number of its own. below: whether every backward reaches below the blocks.
-    resting: how matrices rest, None: as they are. streamed: the pages of those whose codes are in host memory. masters:
-    what keeps theirs in files, None: they are in host memory. on_masters: whether drawn ones compute on their masters.
-    copies: of masters on their way.
+    resting: how matrices rest, None: as they are. streamed: the pages of those whose codes are not on the device.
+    masters: what keeps theirs in files, None: they are in host memory. on_masters: whether drawn ones compute on their
+    masters. copies: of masters on their way.
     """
 
     drawn: list[Unit]
@@ -115,8 +115,9 @@ class _SlotMaker:
         self.on_masters = rest is not None and rest.on_masters
         self.device = None if rest is None else rest.device
         self.kinds = None if rest is None else Kinds(rest.way, survey, rest.losses)
-        streams = rest is not None and rest.where == "host"
-        self.homes = HostHomes(survey, self.kinds) if self.kinds is not None and streams else None
+        where = ON_DEVICE if rest is None else rest.where
+        streams = self.kinds is not None and where != ON_DEVICE
+        self.homes = StreamedHomes(survey, self.kinds, where) if streams and self.kinds is not None else None
         # What trains at full rank while it is drawn.
         self.full = {param for plan in survey.drawn for param in plan.full}
 
@@ -184,13 +185,17 @@ def make_layout(
     """
     homes = {param: param.device for param in survey.model.parameters()}
     changes: list[Swap | TappedEmbedding] = []
+    maker: _SlotMaker | None = None
     try:
-        return _make_layout(survey, _SlotMaker(survey, seed, rest, masters), changes)
+        maker = _SlotMaker(survey, seed, rest, masters)
+        return _make_layout(survey, maker, changes)
     except BaseException:
         for change in reversed(changes):
             change.undo()
         if masters is not None:
             masters.close()
+        if maker is not None and maker.homes is not None:
+            maker.homes.pages.close()
         for param, home in homes.items():
             if param.device != home:
                 param.data = param.data.to(home)

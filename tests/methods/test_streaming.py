@@ -1,9 +1,12 @@
-"""Weights that rest in host memory and are streamed to where a model computes: the bits of those that are there."""
+"""Weights that rest in host memory or a file and are streamed to where a model computes: bits of those there."""
 
 from __future__ import annotations
 
 import copy
+import os
+from collections import namedtuple
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach, plan
 from lisa_kernels.layers import RestingLinear, checkpoint_blocks
 from lisa_kernels.methods import Method, SampledAdamW
+from lisa_kernels.paging import page_file
+from lisa_kernels.paging.page_file import PageFile
 from lisa_kernels.paging.streamed import StreamedPages
 from lisa_kernels.plan import Plan
 from lisa_kernels.plan.rehearsal import Workload, rehearse
@@ -103,17 +108,20 @@ CASES = [
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONG), id="-".join(case)) for case in CASES]
 )
-def test_a_streamed_run_has_the_bits_of_a_resident_one(case: tuple[str, str, str]) -> None:
-    one, other = (trained(case[0], where, *case[1:]) for where in ("device", "host"))
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
+def test_a_streamed_run_has_the_bits_of_a_resident_one(case: tuple[str, str, str], tmp_path: Path) -> None:
+    """From the host and from a file, which is not seen in its folder."""
+    one, *others = (trained(case[0], where, *case[1:]) for where in ("device", "host", str(tmp_path)))
+    for other in others:
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.equal(value, other[key]), key
+    assert not any(tmp_path.iterdir())
 
 
-def test_weights_stored_transposed_are_streamed_too() -> None:
+def test_weights_stored_transposed_are_streamed_too(tmp_path: Path) -> None:
     """And under autocast."""
     ends = []
-    for where in ("device", "host"):
+    for where in ("device", "host", str(tmp_path)):
         model, optimizer = start("gpt2", where)
         for step in range(4):
             with torch.autocast("cpu", torch.bfloat16):
@@ -122,15 +130,19 @@ def test_weights_stored_transposed_are_streamed_too() -> None:
             optimizer.step()
             optimizer.zero_grad()
         ends.append(optimizer.detach().state_dict())
-    assert all(torch.equal(one, other) for one, other in zip(ends[0].values(), ends[1].values()))
+    for other in ends[1:]:
+        assert all(torch.equal(one, value) for one, value in zip(ends[0].values(), other.values()))
 
 
-def test_the_device_holds_two_blocks_and_the_host_all_of_them() -> None:
-    """None of them after the end; the layers themselves hold no codes but the head's."""
-    model, optimizer = start("owlore", "host")
+@pytest.mark.parametrize("where", ["host", "file"])
+def test_the_device_holds_two_blocks_and_the_host_all_of_them(where: str, tmp_path: Path) -> None:
+    """Or the file has them; none of them after the end; the layers themselves hold no codes but the head's."""
+    model, optimizer = start("owlore", where if where == "host" else str(tmp_path))
     train(model, optimizer, tokens())
     held, streamed = pages(optimizer).held(), pages(optimizer)
     assert [buffer.numel() for buffer in held] == [streamed.nbytes // LAYERS] * 2
+    at_home = sum(buffer.numel() for buffer in streamed.homes())
+    assert (at_home, optimizer.code_bytes_written > 0) == ((streamed.nbytes, False) if where == "host" else (0, True))
     for path, layer in resting(model).items():
         assert (layer.codes.numel() > 0) == (path == "lm_head")
     optimizer.detach()
@@ -162,8 +174,10 @@ def test_a_step_copies_what_its_blocks_need(recomputed: str) -> None:
     assert len(lowest) == LAYERS
 
 
-def test_copies_of_a_model_compute_by_themselves() -> None:
-    model, optimizer = start("owlore", "host")
+@pytest.mark.parametrize("where", ["host", "file"])
+def test_copies_of_a_model_compute_by_themselves(where: str, tmp_path: Path) -> None:
+    """Those of one whose codes are in a file have them in host memory."""
+    model, optimizer = start("owlore", where if where == "host" else str(tmp_path))
     train(model, optimizer, tokens())
     here, other = logits(model, tokens()), copy.deepcopy(model)
     for step in range(4):
@@ -172,10 +186,11 @@ def test_copies_of_a_model_compute_by_themselves() -> None:
     assert not torch.equal(logits(model, tokens()), here)
 
 
-def test_a_resumed_run_goes_on_wherever_codes_are() -> None:
-    """Saved with codes on the host and gone on with on the device, and the other way."""
+def test_a_resumed_run_goes_on_wherever_codes_are(tmp_path: Path) -> None:
+    """Saved with codes on the host and gone on with on the device, and the other way; from and to a file."""
     ends = []
-    for first, then in (("device", "host"), ("host", "device")):
+    file = str(tmp_path)
+    for first, then in (("device", "host"), ("host", file), (file, "device"), (file, file)):
         model, optimizer = start("owlore", first)
         for step in range(2):
             train(model, optimizer, tokens(1, 6, seed=step))
@@ -186,8 +201,9 @@ def test_a_resumed_run_goes_on_wherever_codes_are() -> None:
         for step in range(2, 5):
             train(model, optimizer, tokens(1, 6, seed=step))
         ends.append({**codes(model), **model.state_dict()})
-    for key, value in ends[0].items():
-        assert torch.equal(value, ends[1][key]), key
+    for other in ends[1:]:
+        for key, value in ends[0].items():
+            assert torch.equal(value, other[key]), key
 
 
 def test_a_model_writes_the_same_words() -> None:
@@ -219,10 +235,74 @@ def test_a_plan_holds_two_blocks_of_codes() -> None:
     assert Plan(None, on_cpu).split["weights"] == on_card["host"] + streamed + masters
 
 
+def test_a_disk_that_fails_in_a_step_leaves_the_masters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence, in a forward or a backward; with the disk back the run goes on, and to the same end."""
+    ends = []
+    for failing in (False, True):
+        model, optimizer = start("galore-tied", str(tmp_path), recomputed="recomputed")
+        for step in range(4):
+            if failing:
+                masters = {path: layer.stored_weight.clone() for path, layer in resting(model).items()}
+                # Of a forward the first, of a backward the second.
+                for count in (0, 3):
+                    with monkeypatch.context() as patch:
+                        fail_after(count, patch)
+                        with pytest.raises(InputError, match="cannot be read from a file"):
+                            train(model, optimizer, tokens(1, 6, seed=step))
+                assert all(torch.equal(layer.stored_weight, masters[path]) for path, layer in resting(model).items())
+                optimizer.zero_grad()
+            train(model, optimizer, tokens(1, 6, seed=step))
+        ends.append({**codes(model), **optimizer.detach().state_dict()})
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]), key
+
+
+def fail_after(reads: int, patch: pytest.MonkeyPatch) -> None:
+    """Have the disk fail after so many reads."""
+    done, real = [0], PageFile._read
+
+    def read(file: PageFile, begin: int, into: Tensor, after: Any) -> None:
+        done[0] += 1
+        if done[0] > reads:
+            file._file, kept = open(os.devnull, "rb", buffering=0), file._file  # type: ignore[assignment]  # noqa: SIM115
+            try:
+                real(file, begin, into, after)
+            finally:
+                file._file = kept
+        real(file, begin, into, after)
+
+    patch.setattr(PageFile, "_read", read)
+
+
+@pytest.mark.parametrize("how", ["small", "not finite", "no folder"])
+def test_a_start_that_fails_leaves_the_model(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no file: the disk has its place back at once."""
+    model, folder, opened = made("owlore"), tmp_path, list[PageFile]()
+    if how == "small":
+        usage, words = namedtuple("usage", "total used free"), r"take [\d,]+ bytes on the disk, and .* has 12,345 left"
+        monkeypatch.setattr(page_file.shutil, "disk_usage", lambda path: usage(0, 0, 12_345))
+    elif how == "not finite":
+        model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.nan
+        words = "holds a NaN or an infinity"
+    else:
+        folder, words = tmp_path / "none", "names a folder that is not there"
+    place = PageFile.place
+    monkeypatch.setattr(PageFile, "place", lambda file, nbytes: opened.append(file) or place(file, nbytes))
+    with pytest.raises(InputError, match=words):
+        attach(model, METHODS["owlore"], resting="nf4", resting_where=folder)
+    assert all(file._file is None or file._file.closed for file in opened)
+    assert opened
+    assert not resting(model)
+    assert logits(model, tokens()).shape
+
+
 def test_what_cannot_be_streamed_is_refused() -> None:
     for resting, where, words in (
         (None, "host", "resting_where='host' is for weights that rest"),
-        ("nf4", "disk", r"place to rest.*'disk'"),
+        (None, "/tmp", "resting_where='/tmp' is for weights that rest"),
+        ("nf4", "", "'host' or a folder is wanted"),
+        ("nf4", 3, "resting_where is 3; 'device', 'host' or a folder is wanted"),
+        ("nf4", "disk", r"'disk' names a folder that is not there; give 'device', 'host', or a folder"),
     ):
         with pytest.raises(InputError, match=words):
             attach(llama(), METHODS["owlore"], resting=resting, resting_where=where)
