@@ -313,7 +313,7 @@ def _run(
             highlight=False,
         )
     ornament("the memory that was taken", lambda: _tell_memory(memory, excess, console), console)
-    tell_written(optimizer.master_bytes_written, console)
+    tell_written(optimizer, console)
     finish_run(options, optimizer, summary, console)
     _ask(model, run.tokenizer, questions, history, steps, console)
     ornament("the page of the run", lambda: _write_page(options.output, console), console)
@@ -411,6 +411,7 @@ def _summary(
         "train_loss_first": train_losses[0], "train_loss_last": train_losses[-1],
         "eval_loss_before": losses[0], "eval_loss_after": losses[1], "tokens_per_second": tokens_per_second,
         "skipped_steps": optimizer.skipped_steps, "master_bytes_written": optimizer.master_bytes_written,
+        "code_bytes_written": optimizer.code_bytes_written, "code_bytes_read": optimizer.code_bytes_read,
         "layer_visits": dict(zip(optimizer.layer_names, optimizer.visits)), "layer_history": optimizer.history,
     }  # fmt: skip
 

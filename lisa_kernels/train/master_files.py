@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.methods import Method
+from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.methods.masters import IN_MEMORY, MasterBytes, check_masters
 from lisa_kernels.methods.precision import AS_THEY_ARE
 from lisa_kernels.methods.survey import survey_model
@@ -71,7 +71,13 @@ def _of(options: FineTuneOptions) -> Path:
     return options.output.absolute()
 
 
-def tell_written(nbytes: int, console: Console) -> None:
-    """Say what a run has written of masters; nothing where they were in memory."""
-    if nbytes:
-        console.print(f"masters: {gb(nbytes)} written to the disk", highlight=False)
+def tell_written(optimizer: SampledAdamW, console: Console) -> None:
+    """Say what a run has written of masters and of codes, and read of these; nothing where they were in memory."""
+    if optimizer.master_bytes_written:
+        console.print(f"masters: {gb(optimizer.master_bytes_written)} written to the disk", highlight=False)
+    if optimizer.code_bytes_written:
+        console.print(
+            f"codes: {gb(optimizer.code_bytes_written)} written to the disk, {gb(optimizer.code_bytes_read)} read from "
+            "there or from the system's file cache",
+            highlight=False,
+        )

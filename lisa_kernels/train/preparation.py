@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 
 from lisa_kernels.distributed import Ranks, on_first, together
+from lisa_kernels.methods.resting import ON_DEVICE, ON_HOST
+from lisa_kernels.paging.page_file import checked_folder
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, planned_memory
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.placement import Memory, check_room, settled_dtype
@@ -52,6 +54,8 @@ def prepare_run(
 ) -> PreparedRun:  # fmt: skip
     """Read and load all that a run needs; a mistake in what was given shows before anything is changed."""
     check_reporters(options)
+    if options.resting_where not in (None, ON_DEVICE, ON_HOST):
+        checked_folder(options.resting_where)
     facts, checkpoint = on_first(ranks, lambda: open_run(options))
     with together(ranks):
         # What a mistake may be in comes before what takes long.
