@@ -200,8 +200,9 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--resting-where",
-        help="where these bits of the layers are: device, or host, which streams them a layer ahead, so that the "
-        "device holds two layers of them (default: device)",
+        help="where these bits of the layers are: device; host, which streams them a layer ahead, so that the device "
+        "holds two layers of them; or a folder for a file of them, of which the host then holds two layers as well "
+        "(default: device)",
     )
     add("--steps", type=int, help="optimizer steps (default: 200)")
     add("--epochs", type=float, help="passes over the data, in place of --steps")

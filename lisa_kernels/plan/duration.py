@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lisa_kernels.plan.machines import LIMITS, LINK, Seconds
+from lisa_kernels.plan.machines import DISK, DISKS, LIMITS, LINK, Seconds, disk_seconds
 from lisa_kernels.plan.work import PARTS, Operation, WorkLog
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def predict(work: WorkLog, workload: Workload, machine: Machine, period: int | N
 
 
 def streamed_bytes(work: WorkLog, workload: Workload) -> StreamedBytes | None:
-    """Return what of a rehearsed run's weights is on the host, and what crosses over in a step within a period."""
+    """Return what of a rehearsed run's weights is streamed, and what crosses over in a step within a period."""
     return (
         None if work.turns is None else work.turns.streamed(STEADY, workload.accumulate / min(workload.accumulate, 2))
     )
@@ -135,9 +135,10 @@ def _on(
         behind = Seconds(max(0.0, host.low - parts[part].low), max(0.0, host.high - parts[part].high))
         parts[part] += behind
         shares["launches"] += sum(behind) / 2
-    waits = _waits(machine, parts, streamed_bytes(work, workload))
-    if waits.high > 0:
-        parts[WAITS], shares[LINK] = waits, sum(waits) / 2
+    streamed = streamed_bytes(work, workload)
+    waits = _waits(machine, parts, streamed)
+    if streamed is not None and waits.high > 0:
+        parts[WAITS], shares[DISK if streamed.file_bytes else LINK] = waits, sum(waits) / 2
     whole = sum(shares.values()) or 1.0
     tokens = sum(map(sum, workload.rows(typical=True))) * workload.accumulate
     counted = [(work.operations[key], count) for (_, key), count in always.items()]
@@ -155,12 +156,17 @@ def _on(
 def _waits(machine: Machine, parts: Mapping[str, Seconds], streamed: StreamedBytes | None) -> Seconds:
     """Return how much longer than the work beside them the copies of streamed weights take, forward and backward.
 
-    On a CPU they are work themselves.
+    On a CPU they are work themselves. From a file they take what the fastest of the known disks does, or the slowest.
     """
     waits = NOTHING
     if streamed is not None:
         for copied, beside in (("forward", ("forward",)), ("backward", ("recomputation", "backward"))):
-            copies = machine.copy_seconds(streamed.step_bytes.get(copied, 0))
+            nbytes = streamed.step_bytes.get(copied, 0)
+            copies = machine.copy_seconds(nbytes)
+            if streamed.file_bytes:
+                disks = [disk_seconds(nbytes, rate) for rate in DISKS.values()]
+                low, high = min(disk.low for disk in disks), max(disk.high for disk in disks)
+                copies = Seconds(max(copies.low, low), max(copies.high, high))
             work = NOTHING if machine.is_cpu else sum((parts[part] for part in beside), NOTHING)
             waits += Seconds(max(0.0, copies.low - work.low), max(0.0, copies.high - work.high))
     return waits

@@ -11,13 +11,14 @@ from lisa_kernels.plan.work import Operation
 
 # Shares of a data sheet's rates that training in PyTorch gets: of matrix products, of copies.
 FAST, SLOW = (0.90, 0.92), (0.50, 0.70)
-# Of a link to the host, that copies from locked memory get.
+# Of a link to the host, that copies from locked memory get; of a disk, that one thread which reads a file gets.
 FAST_LINK, SLOW_LINK = 0.85, 0.65
+FAST_DISK, SLOW_DISK = 0.85, 0.35
 # A kernel's own start and end, and what the host takes to launch one through Python and autograd, in microseconds.
 LAUNCH_US, HOST_US = (2.0, 4.0), (4.0, 12.0)
 LIMITS = ("matrices", "bandwidth", "launches")
 # What bounds a step whose weights come from the host more slowly than they are worked with.
-LINK = "link to the host"
+LINK, DISK = "link to the host", "disk"
 
 
 class Seconds(NamedTuple):
@@ -94,6 +95,8 @@ CARDS = {
 }
 # What links to the host carry in one direction, 1e9 bytes a second, by their standards and of 16 lanes.
 HOST_LINKS = {"PCIe 3": 15.75, "PCIe 4": 31.5, "PCIe 5": 63.0}
+# What solid-state disks read, 1e9 bytes a second, by the data sheets of usual ones.
+DISKS = {"NVMe (PCIe 4)": 7.0, "NVMe (PCIe 3)": 3.5, "SATA": 0.55}
 # Float32 products of an unknown card, as a share of its 16-bit ones.
 FP32_SHARE = 0.5
 
@@ -101,6 +104,11 @@ FP32_SHARE = 0.5
 def link_seconds(nbytes: float, bandwidth_gb_s: float) -> Seconds:
     """Return what so many bytes take from locked host memory over such a link."""
     return Seconds(*(nbytes / (bandwidth_gb_s * 1e9 * share) for share in (FAST_LINK, SLOW_LINK)))
+
+
+def disk_seconds(nbytes: float, bandwidth_gb_s: float) -> Seconds:
+    """Return what so many bytes of a file take from such a disk, where nothing of it is in the system's file cache."""
+    return Seconds(*(nbytes / (bandwidth_gb_s * 1e9 * share) for share in (FAST_DISK, SLOW_DISK)))
 
 
 def card_by_name(name: str | None, bandwidth_gb_s: float | None = None, tflops: float | None = None) -> Card:

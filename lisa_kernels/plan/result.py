@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.methods.resting import ON_DEVICE
 from lisa_kernels.plan.allocator import DeviceFullError, Reserve, replay
 from lisa_kernels.plan.cards import CARDS_GB, CONTEXT_BYTES, card_bytes
 from lisa_kernels.plan.trace import Trace
@@ -152,10 +153,10 @@ class Plan:
 
     @property
     def streamed(self) -> StreamedBytes | None:
-        """What of its weights a run holds on the host and streams to the device; None where they all are there."""
+        """What of its weights a run has on the host or in a file and streams from there; None where it has none."""
         from lisa_kernels.plan.duration import streamed_bytes
 
-        if getattr(self.workload, "resting_where", None) != "host":
+        if getattr(self.workload, "resting_where", None) in (None, ON_DEVICE):
             return None
         return streamed_bytes(self._gpu_work, self.workload)
 

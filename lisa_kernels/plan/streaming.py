@@ -1,4 +1,4 @@
-"""Resting weights that are streamed from the host: the memory they lock there, and what of them crosses over a step."""
+"""Resting weights that are streamed from the host or a file: what they take there, and what is brought in a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lisa_kernels.paging import Entry, SlabLayout
 from lisa_kernels.paging.streamed import StreamedPages
-from lisa_kernels.plan.machines import HOST_LINKS, link_seconds
+from lisa_kernels.plan.machines import DISKS, HOST_LINKS, Seconds, disk_seconds, link_seconds
 from lisa_kernels.plan.stand_ins import META
 from lisa_kernels.sizes import gb
 
@@ -22,15 +22,17 @@ ROUNDS = 4
 
 @dataclass(frozen=True)
 class StreamedBytes:
-    """The codes of the blocks that are at home on the host.
+    """The codes of the blocks that are at home on the host, or in a file there.
 
-    host_bytes: of all pages, in locked memory. buffer_bytes: of the device's two buffers. step_bytes: that set out for
-    the device in a step within a period, by "forward" and "backward" (recomputation included).
+    host_bytes: of locked memory, which all pages take or, of a file's, two buffers. buffer_bytes: of the device's two
+    buffers. step_bytes: that set out for the device in a step within a period, by "forward" and "backward"
+    (recomputation included), and from a file are read before. file_bytes: of the file, 0 without one.
     """
 
     host_bytes: int
     buffer_bytes: int
     step_bytes: Mapping[str, int] = field(default_factory=dict)
+    file_bytes: int = 0
 
     @property
     def bytes_per_step(self) -> int:
@@ -41,7 +43,7 @@ class StreamedBytes:
         """Return it as plain values, for JSON."""
         return {
             "host_bytes": self.host_bytes, "buffer_bytes": self.buffer_bytes, "bytes_per_step": self.bytes_per_step,
-            "step_bytes": dict(self.step_bytes),
+            "step_bytes": dict(self.step_bytes), "file_bytes": self.file_bytes,
         }  # fmt: skip
 
 
@@ -49,7 +51,7 @@ class Turns:
     """In which order a rehearsal reads the pages of a run's blocks, by phase."""
 
     def __init__(self, pages: StreamedPages, phase: Callable[[], str]) -> None:
-        self.page_bytes = pages.page_bytes()
+        self.page_bytes, self._in_file = pages.page_bytes(), pages.file is not None
         self._turns: list[tuple[str, int]] = []
         pages.turns.append(lambda number: self._turns.append((phase(), number)))
 
@@ -60,7 +62,8 @@ class Turns:
         for (phase, _), copied in zip(taken, copied_by_turn(sizes, [number for _, number in taken])):
             found[phase.removeprefix(step).strip()] += copied
         counted = {part: round(size * repeats) for part, size in found.items()}
-        return StreamedBytes(sum(sizes), min(2, len(sizes)) * max(sizes), counted)
+        whole, buffers = sum(sizes), min(2, len(sizes)) * max(sizes)
+        return StreamedBytes(buffers if self._in_file else whole, buffers, counted, whole if self._in_file else 0)
 
 
 def copied_by_turn(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
@@ -86,10 +89,17 @@ def print_streamed(streamed: StreamedBytes | None, console: Console) -> None:
 
 
 def _sentences(streamed: StreamedBytes) -> Iterable[str]:
+    nbytes, file = streamed.bytes_per_step, f"{gb(streamed.file_bytes)} of a file, " if streamed.file_bytes else ""
     yield (
-        f"codes of the blocks take {gb(streamed.host_bytes)} of locked host memory, and {gb(streamed.buffer_bytes)} of "
-        "the device in two buffers"
+        f"codes of the blocks take {file}{gb(streamed.host_bytes)} of locked host memory, and "
+        f"{gb(streamed.buffer_bytes)} of the device in two buffers"
     )
-    spans = ((name, link_seconds(streamed.bytes_per_step, rate)) for name, rate in HOST_LINKS.items())
-    told = ", ".join(f"{span.low:.2f}-{span.high:.2f} s by {name}" for name, span in spans)
-    yield f"{gb(streamed.bytes_per_step)} of them cross over a step beside its work: {told}"
+    if streamed.file_bytes:
+        told = _spans((name, disk_seconds(nbytes, rate)) for name, rate in DISKS.items())
+        yield f"{gb(nbytes)} of them are read a step beside its work, from the disk unless memory caches them: {told}"
+    told = _spans((name, link_seconds(nbytes, rate)) for name, rate in HOST_LINKS.items())
+    yield f"{gb(nbytes)} of them cross over a step beside its work: {told}"
+
+
+def _spans(found: Iterable[tuple[str, Seconds]]) -> str:
+    return ", ".join(f"{span.low:.2f}-{span.high:.2f} s by {name}" for name, span in found)

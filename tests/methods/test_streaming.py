@@ -229,10 +229,13 @@ def test_a_plan_holds_two_blocks_of_codes() -> None:
     # Each tensor of a page begins at a multiple of 512 bytes, of which there are 14 in a block.
     between = 14 * 512
     assert 0 <= on_card["host"] - on_card["device"] + (streamed - 2 * streamed // LAYERS) <= LAYERS * between
-    on_cpu = rehearse(Workload(model.config, method, resting_where="host", **settings))
+    on_cpu, of_file = (
+        rehearse(Workload(model.config, method, resting_where=where, **settings)) for where in ("host", "/nowhere")
+    )
     # Of a master that is elsewhere a plan has a single number.
     masters = sum(2 * (param.numel() - 1) for param in model.parameters() if param.dim() == 2)
     assert Plan(None, on_cpu).split["weights"] == on_card["host"] + streamed + masters
+    assert Plan(None, of_file).split["weights"] == on_card["host"] + masters
 
 
 def test_a_disk_that_fails_in_a_step_leaves_the_masters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lisa_kernels import GaLore, OwLore, attach
 from lisa_kernels.layers import checkpoint_blocks
 from lisa_kernels.methods import Method
 from lisa_kernels.plan.gpu_memory import GpuMemory
-from lisa_kernels.plan.machines import LINK, Seconds
+from lisa_kernels.plan.machines import DISK, LINK, Seconds
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.plan.streaming import StreamedBytes, copied_by_turn, print_streamed
@@ -34,20 +35,27 @@ def plan_of(method: Method, **changes: Any) -> Plan:
     return Plan(workload, rehearse(workload, gpu=GpuMemory.here()))
 
 
-def copied_in_a_step(method: Method, checkpointing: bool, accumulate: int, seed: int = 0) -> tuple[int, Any]:
+def copied_in_a_step(
+    method: Method, checkpointing: bool, accumulate: int, seed: int = 0, where: str = "host"
+) -> tuple[int, Any]:
     """Return the bytes that a step copies to where it computes, once it is as the one before; and the optimizer."""
     model = llama(LAYERS, **SIZES)
     if checkpointing:
         checkpoint_blocks(model)
-    optimizer = attach(model, method, seed=seed, resting="nf4", resting_where="host")
+    optimizer = attach(model, method, seed=seed, resting="nf4", resting_where=where)
     copied: list[int] = []
     assert optimizer.layout.streamed is not None
     optimizer.layout.streamed.watchers.append(copied.append)
     for step in range(4):
         copied.clear()
+        read = optimizer.code_bytes_read
         for batch in range(accumulate - 1):
             model(**tokens(1, 6, seed=10 * step + batch)).loss.backward()
         train(model, optimizer, tokens(1, 6, seed=10 * step + 9))
+    if where != "host":
+        # The last page asked for is on its way, and the one of the step before is there.
+        optimizer.layout.streamed.file._thread.submit(lambda: None).result()
+        assert optimizer.code_bytes_read - read == sum(copied)
     return sum(copied), optimizer
 
 
@@ -68,6 +76,25 @@ def test_a_step_copies_what_was_planned(galore: Plan) -> None:
     assert set(planned.step_bytes) == {"forward", "backward"}
     assert planned.as_dict()["bytes_per_step"] == copied
     assert Plan(dataclasses.replace(plan.workload, resting_where=None), plan.trace).streamed is None
+
+
+def test_a_step_reads_what_was_planned(galore: Plan, tmp_path: Path) -> None:
+    """From a file, which has the pages; the host holds no more than the device. A plan needs no folder."""
+    plan = Plan(dataclasses.replace(galore.workload, resting_where=str(tmp_path / "none")), galore.trace)
+    copied, optimizer = copied_in_a_step(METHODS["galore"], False, 3, where=str(tmp_path))
+    planned, streamed = plan.streamed, optimizer.layout.streamed
+    assert planned is not None
+    assert planned.bytes_per_step == copied == galore.streamed.bytes_per_step  # type: ignore[union-attr]
+    assert planned.file_bytes == streamed.file.nbytes == streamed.nbytes
+    assert planned.host_bytes == planned.buffer_bytes == sum(buffer.numel() for buffer in streamed.held())
+    machine = Linked(1e-15)
+    machine.is_cpu = True
+    found = plan.duration(machine)
+    # From a good day of the fastest disk to a bad one of the slowest; no link takes as long.
+    assert found.parts["waiting for weights"] == pytest.approx((copied / 7e9 / 0.85, copied / 0.55e9 / 0.35))
+    assert (DISK in found.bounds, LINK in found.bounds) == (True, False)
+    machine.seconds_per_byte = 1.0
+    assert plan.duration(machine).parts["waiting for weights"] == pytest.approx((copied, 2 * copied))
 
 
 @pytest.mark.slow
@@ -123,3 +150,8 @@ def test_a_plan_says_what_crosses_over(capsys: pytest.CaptureFixture[str]) -> No
     assert "take 4.00 GB of locked host memory, and 250.0 MB of the device" in said
     assert "7.00 GB of them cross over a step beside its work: 0.52-0.68 s by PCIe 3" in said
     assert dataclasses.asdict(streamed)["host_bytes"] == 4_000_000_000
+    print_streamed(dataclasses.replace(streamed, host_bytes=250_000_000, file_bytes=4_000_000_000), Console(width=300))
+    [said] = capsys.readouterr().out.splitlines()
+    assert "take 4.00 GB of a file, 250.0 MB of locked host memory, and 250.0 MB of the device" in said
+    assert "7.00 GB of them are read a step beside its work, from the disk unless memory caches them: 1.18-" in said
+    assert "36.36 s by SATA; 7.00 GB of them cross over" in said
