@@ -14,7 +14,6 @@ from torch import Tensor
 from bench.step_cases import Case
 from bench.step_contestants import CONTESTANTS, Trainee
 from lisa_kernels.layers import checkpoint_blocks
-from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.rehearsal import Workload, empty_batch, micro_batch, prepare, take_steps
 from lisa_kernels.plan.stand_ins import META, EmptyOperations, FusedAttention
@@ -22,6 +21,7 @@ from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
 from lisa_kernels.plan.work import WorkLog
 from lisa_kernels.train.configs import load_config
+from lisa_kernels.train.empty_model import empty_model
 from lisa_kernels.train.models import parse_dtype
 
 # A peer's state is there from its first step on; its second has everything at once.

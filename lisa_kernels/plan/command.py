@@ -17,7 +17,6 @@ from lisa_kernels.plan.allocator import replay
 from lisa_kernels.plan.apart import run_apart
 from lisa_kernels.plan.data_rows import DataRows, data_rows
 from lisa_kernels.plan.duration import Machine
-from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.fit import Fit, proposals
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.host import print_host
@@ -42,6 +41,7 @@ from lisa_kernels.plan.travel_report import check_ranks, print_travel, travel_se
 from lisa_kernels.scores.report import new_figure
 from lisa_kernels.sizes import gb, parse_size
 from lisa_kernels.train.configs import load_config
+from lisa_kernels.train.empty_model import empty_model
 from lisa_kernels.train.memory import PlannedMemory
 from lisa_kernels.train.options import AUTO, FineTuneOptions
 from lisa_kernels.train.prepare import RunData

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lisa_kernels.methods.resting import Kinds
 from lisa_kernels.methods.survey import survey_model
-from lisa_kernels.plan.empty_model import empty_model
+from lisa_kernels.train.empty_model import empty_model
 
 if TYPE_CHECKING:
     from lisa_kernels.plan.rehearsal import Workload

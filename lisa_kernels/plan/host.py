@@ -16,9 +16,9 @@ from lisa_kernels.methods.masters import IN_MEMORY, MasterBytes
 from lisa_kernels.methods.resting import check_resting
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import DEFAULT_GAP
-from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.sizes import gb
 from lisa_kernels.train.configs import PRESET_PREFIX
+from lisa_kernels.train.empty_model import empty_model
 
 FILES = "files"
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from lisa_kernels.methods import Method
 from lisa_kernels.methods.masters import IN_MEMORY
-from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.host import FILES
 from lisa_kernels.plan.length import RunLength
 from lisa_kernels.train.configs import check_sequence_length
+from lisa_kernels.train.empty_model import empty_model
 from lisa_kernels.train.finetune import build_method
 from lisa_kernels.train.models import DTYPES, parse_dtype
 from lisa_kernels.train.options import DEFAULT_STEPS, FineTuneOptions

@@ -31,7 +31,6 @@ from lisa_kernels.paging import check_paging
 from lisa_kernels.paging.host import HostStore
 from lisa_kernels.plan.data_rows import DataRows, Rows, packed_batch
 from lisa_kernels.plan.draws import GivenDraws, draws_of, every_layer, mean_draws
-from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.gpu_memory import GpuMemory
 from lisa_kernels.plan.host import RehearsedMasters
 from lisa_kernels.plan.length import RunLength
@@ -43,6 +42,7 @@ from lisa_kernels.plan.streaming import Turns
 from lisa_kernels.plan.trace import Trace
 from lisa_kernels.plan.tracker import StorageTracker
 from lisa_kernels.plan.work import WorkLog
+from lisa_kernels.train.empty_model import empty_model
 
 # Without a sampler: a step that finds bases and makes the state, and one that has both.
 STEPS = 2

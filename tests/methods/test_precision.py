@@ -219,7 +219,7 @@ def test_without_values_the_ends_and_small_matrices_come_first() -> None:
 
 
 def least_of(preset: str) -> int:
-    from lisa_kernels.plan.empty_model import empty_model
+    from lisa_kernels.train.empty_model import empty_model
 
     model = empty_model(preset, "bf16")
     linears = [layer for layer in model.get_submodule("model.layers").modules() if isinstance(layer, nn.Linear)]

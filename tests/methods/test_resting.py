@@ -22,8 +22,8 @@ from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.ops import resting as ops
 from lisa_kernels.ops.resting import KINDS, dequantize_resting_, quantize_resting
 from lisa_kernels.plan import Plan
-from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.plan.rehearsal import Workload, rehearse
+from lisa_kernels.train.empty_model import empty_model
 
 OF_KIND = pytest.mark.parametrize("kind", KINDS)
 METHODS: dict[str, Method] = {

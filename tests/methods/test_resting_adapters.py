@@ -339,7 +339,7 @@ def is_linear(layer: Any) -> bool:
 
 
 def made_empty() -> Any:
-    from lisa_kernels.plan.empty_model import empty_model
+    from lisa_kernels.train.empty_model import empty_model
 
     return empty_model("preset:tiny", "bf16")
 

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.plan.empty_model import empty_model
 from lisa_kernels.train.configs import check_sequence_length, load_config
+from lisa_kernels.train.empty_model import empty_model
 from lisa_kernels.train.models import load_model, parse_dtype
 
 SIZES = {

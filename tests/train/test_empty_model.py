@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from plan.small_runs import config
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.plan.empty_model import empty_model
-
-from .small_runs import config
+from lisa_kernels.train.empty_model import empty_model
 
 
 def test_a_7b_model_is_made_of_shapes() -> None:
