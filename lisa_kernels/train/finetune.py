@@ -46,7 +46,7 @@ from lisa_kernels.train.checkpoint import checkpoint_step, find_checkpoints
 from lisa_kernels.train.finish import finish_run, save_weights
 from lisa_kernels.train.identity import check_unchanged, checksum_of_folder, checksum_of_rows
 from lisa_kernels.train.lent_checkpoint import on_every_machine
-from lisa_kernels.train.master_files import settled_masters, tell_written
+from lisa_kernels.train.master_files import master_folder, tell_written
 from lisa_kernels.train.memory import PlannedMemory, describe_held
 from lisa_kernels.train.options import AUTO, AUTOMATIC, SCHEDULES, FineTuneOptions, default_options
 from lisa_kernels.train.ornaments import ornament
@@ -237,7 +237,7 @@ def _run(
             highlight=False,
         )
     scores = facts["scores"] if "scores" in facts else _agreed_scores(model, method, train, options, pad, ranks)
-    masters = settled_masters(options, model, method, console)
+    masters = master_folder(run.settled, model, method)
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lisa_kernels.methods.precision import AS_THEY_ARE
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.paging.masters import SUFFIX, MasterFolder, is_left_by_a_run
 from lisa_kernels.sizes import gb
+from lisa_kernels.train.empty_model import empty_model
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.recomputation import available_bytes
 from lisa_kernels.train.run_folder import MASTERS_FOLDER
@@ -24,27 +26,36 @@ from lisa_kernels.train.save_rehearsal import run_bytes
 SHARE = 0.5
 
 
-def settled_masters(options: FineTuneOptions, model: nn.Module, method: Method, console: Console) -> str | None:
-    """Return the folder of the masters, None: they are in host memory, or there are none; says what was not given.
+def choose_masters(options: FineTuneOptions, console: Console) -> FineTuneOptions:
+    """Return the options of a run with the place of its masters, where nobody gave one; says so if they are files.
+
+    Before the model is loaded: what is planned of the run is then of these.
+    """
+    if options.resting in (None, AS_THEY_ARE) or options.masters is not None:
+        return options
+    model = empty_model(options.model, options.dtype)
+    wanted, free = sum(param.nbytes for param in model.parameters() if param.dim() > 1), available_bytes()
+    if wanted <= SHARE * free:
+        return options
+    folder = str(options.output / MASTERS_FOLDER)
+    console.print(
+        f"note: the masters of the resting weights take {gb(wanted)} and {gb(free)} of memory are free: they are files "
+        f"in {folder} while the run lasts; --masters FOLDER names another disk, --masters {IN_MEMORY} keeps them in "
+        "memory",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return dataclasses.replace(options, masters=folder)
+
+
+def master_folder(options: FineTuneOptions, model: nn.Module, method: Method) -> str | None:
+    """Return the folder of the masters, None: they are in host memory, or there are none.
 
     What a killed run has left beside the run goes. Raises InputError where masters and what the run saves have no room
     together.
     """
     beside = options.output / MASTERS_FOLDER
-    if options.resting in (None, AS_THEY_ARE):
-        folder = None
-    elif options.masters is None:
-        wanted, free = sum(param.nbytes for param in model.parameters() if param.dim() > 1), available_bytes()
-        folder = str(beside) if wanted > SHARE * free else None
-        if folder is not None:
-            console.print(
-                f"note: the masters of the resting weights take {gb(wanted)} and {gb(free)} of memory are free: they "
-                f"are files in {folder} while the run lasts; --masters FOLDER names another disk, --masters {IN_MEMORY}"
-                " keeps them in memory",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
-    else:
-        folder = check_masters(options.masters, options.resting)
+    resting = None if options.resting == AS_THEY_ARE else options.resting
+    folder = check_masters(options.masters, resting)
     if is_left_by_a_run(beside) and (folder is None or Path(folder).resolve() != beside.resolve()):
         MasterFolder(beside, 0).close()
     if folder is not None:

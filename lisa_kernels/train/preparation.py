@@ -14,6 +14,7 @@ from rich.console import Console
 from lisa_kernels.distributed import Ranks, on_first, together
 from lisa_kernels.methods.resting import ON_DEVICE, ON_HOST
 from lisa_kernels.paging.page_file import checked_folder
+from lisa_kernels.train.master_files import choose_masters
 from lisa_kernels.train.memory import MemoryMeter, PlannedMemory, planned_memory
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.placement import Memory, check_room, settled_dtype
@@ -68,6 +69,7 @@ def prepare_run(
             settled = dataclasses.replace(settled, batch_size=rows, accumulate=times)
             plan = None if plan is None else functools.partial(plan, ranks=ranks.count)
         data = read_data(options, console)
+        settled = choose_masters(settled, console)
         plan = None if plan is None else functools.partial(plan, data=data)
     settled, plan_of_run = _planned(ranks, settled, plan, device, console)
     with together(ranks):

@@ -18,8 +18,10 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.methods import OwLore, SampledAdamW
 from lisa_kernels.paging import masters as files
 from lisa_kernels.paging import tensor_file
+from lisa_kernels.report.record import read_run
 from lisa_kernels.train import master_files
-from lisa_kernels.train.master_files import settled_masters
+from lisa_kernels.train.empty_model import empty_model
+from lisa_kernels.train.master_files import choose_masters, master_folder
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.placement import out_of_host_memory
 from lisa_kernels.train.run_folder import MASTERS_FOLDER, RUN_FILE, open_run, start_run
@@ -38,27 +40,38 @@ def options(output: Path, **settings: str | bool) -> FineTuneOptions:
 
 def test_masters_are_files_where_memory_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the run, unless another folder is named; which is said."""
-    model, output, method = llama(), tmp_path / "run", OwLore(active_layers=1, rank=4)
-    matrices = sum(param.nbytes for param in model.parameters() if param.dim() > 1)
+    output, fp32 = tmp_path / "run", {"resting": "nf4", "dtype": "fp32"}
+    matrices = sum(param.nbytes for param in empty_model("preset:tiny", "fp32").parameters() if param.dim() > 1)
     for free, wanted in ((2 * matrices, None), (2 * matrices - 1, str(output / "masters"))):
         monkeypatch.setattr(master_files, "available_bytes", lambda free=free: free)
         console = Console(width=1000)
         with console.capture() as said:
-            assert settled_masters(options(output, resting="nf4"), model, method, console) == wanted
+            assert choose_masters(options(output, **fp32), console).masters == wanted
         assert ("of memory are free: they are files in" in said.get()) == (wanted is not None)
-    console = Console(quiet=True)
-    assert settled_masters(options(output, resting="nf4", masters="host"), model, method, console) is None
-    assert settled_masters(options(output, resting="int8", masters="x"), model, method, console) == "x"
-    assert settled_masters(options(output), model, method, console) is None
+    for given in (
+        options(output, **fp32, masters="host"), options(output, **fp32, masters="x"), options(output, dtype="fp32"),
+        options(output, resting="16-bit", dtype="fp32"),
+    ):  # fmt: skip
+        assert choose_masters(given, console) == given
+
+
+def test_masters_want_room_on_their_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what the run saves there; nothing is wanted of a disk where they are in memory."""
+    model, output, method = llama(), tmp_path / "run", OwLore(active_layers=1, rank=4)
+    matrices = sum(param.nbytes for param in model.parameters() if param.dim() > 1)
+    assert master_folder(options(output, resting="nf4", masters="host"), model, method) is None
+    assert master_folder(options(output, resting="int8", masters="x"), model, method) == "x"
+    assert master_folder(options(output), model, method) is None
+    assert master_folder(options(output, resting="16-bit"), model, method) is None
     with pytest.raises(InputError, match="is for weights that rest in 8 or 4 bits"):
         options(output, masters="x")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(master_files.shutil, "disk_usage", lambda path: usage(0, 0, 2 * matrices))
     words = r"masters take up to [\d,]+ bytes on the disk, and the run saves [\d,]+ on the same one"
     with pytest.raises(InputError, match=words):
-        settled_masters(options(output, resting="nf4", masters=str(tmp_path / "x")), model, method, console)
+        master_folder(options(output, resting="nf4", masters=str(tmp_path / "x")), model, method)
     monkeypatch.setattr(master_files.shutil, "disk_usage", lambda path: usage(0, 0, 4 * matrices))
-    settled_masters(options(output, resting="nf4", masters=str(tmp_path / "x")), model, method, console)
+    master_folder(options(output, resting="nf4", masters=str(tmp_path / "x")), model, method)
 
 
 def make_theirs(place: Path, what: str) -> None:
@@ -85,7 +98,7 @@ def test_what_is_only_called_so_is_the_user_s(what: str, tmp_path: Path) -> None
     with pytest.raises(InputError, match="holds files that are not a run of this program"):
         open_run(options(place.parent))
     (place.parent / RUN_FILE).write_text("{}")
-    assert settled_masters(options(place.parent), llama(), OwLore(active_layers=1, rank=4), Console(quiet=True)) is None
+    assert master_folder(options(place.parent), llama(), OwLore(active_layers=1, rank=4)) is None
     start_run(options(place.parent, resume=True), {})
     assert os.path.lexists(place)
     assert what not in ("folder", "both") or (place / "photo.raw").read_text() == "mine"
@@ -167,6 +180,11 @@ def test_a_run_is_replaced_while_its_masters_are_beside_it(
     said = capsys.readouterr().err
     assert "masters: " in said
     assert not (output / "masters").exists()
+    # The plan knew of it.
+    run = read_run(output)
+    planned = run.begin["plan"]["held_bytes"]["weights"]
+    # A tensor that stands for a master has one number.
+    assert 0 <= planned - max(each["held_bytes"]["weights"] for each in run.logs) < 200
     for more in ([], ["--masters", "host"]):
         (output / "masters").mkdir()
         (output / "masters" / files.LOCK).touch()
