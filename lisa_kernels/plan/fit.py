@@ -86,9 +86,10 @@ def _other_batches(found: Workload, search: _Search, blocks: int) -> Iterator[Wo
         if free:
             every = replace(resized, gradient_checkpointing=True, checkpointed_blocks=None)
             choices = [*_fewer_recomputed(every, blocks), every]
-            # More rows need at least as many blocks recomputed.
+            # More rows need at least as many blocks recomputed, unless gradients wait for others beside one of the two.
             at = choices.index(replace(every, **_recomputation(found)))
-            choices = choices[at:] if size > found.batch_size else choices[: at + 1]
+            if min(found.accumulate, resized.accumulate) > 1:
+                choices = choices[at:] if size > found.batch_size else choices[: at + 1]
         else:
             choices = [resized]
         fitting = search.first(choices)
@@ -102,14 +103,13 @@ def _recomputation(workload: Workload) -> dict[str, Any]:
 
 def _lighter(workload: Workload, search: _Search) -> Workload:
     for lighter in lighter_workloads(workload):
-        rungs = [_most_frugal(each) for each in lighter]
-        best = search.first(rungs)
+        best = search.first(lighter, search.fits_somehow)
         if best is not None:
-            by_stage = (search.first(list(_smaller_batches(stage))) for stage in _stages(lighter[rungs.index(best)]))
+            by_stage = (search.most_rows(stage) for stage in _stages(best))
             found = next(found for found in by_stage if found is not None)
             chosen = workload.resting is None and found.resting in FILLED and found.resting_where in (None, "device")
             return filled(found, search.left, search.at_rest) if chosen else found
-    raise search.nothing_fits(rungs[-1])
+    raise search.nothing_fits(_most_frugal(lighter[-1]))
 
 
 def _fewer_recomputed(workload: Workload, blocks: int) -> Iterator[Workload]:
@@ -146,15 +146,41 @@ class _Search:
         plan = self.plan(workload)
         return max(plan.margin_bytes(self.device_bytes, expandable) for expandable in (False, True))
 
-    def first(self, workloads: Sequence[Workload]) -> Workload | None:
+    def first(
+        self, workloads: Sequence[Workload], fits: Callable[[Workload], bool] | None = None
+    ) -> Workload | None:  # fmt: skip
         """Return the first that fits of workloads that take less and less memory; None where the last does not."""
-        if not self.fits(workloads[-1]):
+        fits = fits or self.fits
+        if not fits(workloads[-1]):
             return None
         low, high = 0, len(workloads) - 1
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.fits(workloads[middle]) else (middle + 1, high)
+            low, high = (low, middle) if fits(workloads[middle]) else (middle + 1, high)
         return workloads[high]
+
+    def most_rows(self, workload: Workload) -> Workload | None:
+        """Return the workload with as many rows at a time as fit, and as many in all; None where not one does.
+
+        Fewer take less memory, but for rows that come all at once: their gradients never wait for others'.
+        """
+        given, *fewer = _smaller_batches(workload)
+        if not fewer or workload.accumulate > 1:
+            return self.first([given, *fewer])
+        found = self.first(fewer)
+        too_many = fewer if found is None else fewer[: fewer.index(found)]
+        if too_many and not self.lacks_gradients(too_many[-1]):
+            return found
+        return given if self.fits(given) else found
+
+    def fits_somehow(self, workload: Workload) -> bool:
+        """Tell whether the workload fits with one row at a time, or all of them, and all else that spares memory."""
+        one, every = _most_frugal(workload), _stages(workload)[-1]
+        return self.fits(one) or (every.accumulate == 1 and self.lacks_gradients(one) and self.fits(every))
+
+    def lacks_gradients(self, workload: Workload) -> bool:
+        """Tell whether what a workload that does not fit lacks is no more than the gradients alive at its peak."""
+        return -self.left(workload) <= self.plan(workload).split.get("gradients", 0)
 
     def result(self, workload: Workload) -> Fit:
         """Return the plan of a workload that fits, and what it took to find it."""

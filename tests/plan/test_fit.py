@@ -18,7 +18,7 @@ from lisa_kernels.plan.fit import Fit, fit, lighter_methods, proposals
 from lisa_kernels.plan.result import Plan
 from lisa_kernels.sizes import parse_size
 
-from .traces import sizes
+from .traces import sizes, trace
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,16 @@ def need_mib(run: Run) -> int:
     )
 
 
-def search(run: Run, mib: int, need: Callable[[Run], int] = need_mib) -> Fit:
+def search(run: Run, mib: int, need: Callable[[Run], int] = need_mib, waiting: int = 0) -> Fit:
+    """Fit a run of which the gradients of several micro-batches take some MiB while they wait."""
     workload: Any = run
-    return fit(
-        workload, CONTEXT_BYTES + mib * MIB, lambda asked: Plan(asked, sizes((1, 2 * (need(asked) // 2) * MIB))),  # type: ignore[arg-type]
-        at_rest=lambda asked: at_rest(asked),  # type: ignore[arg-type]
-    )  # fmt: skip
+
+    def make_plan(asked: Any) -> Plan:
+        gradients = waiting * MIB * (asked.accumulate > 1)
+        beside = (1, 2 * (need(asked) // 2) * MIB, "temporaries", "")
+        return Plan(asked, trace(beside, *([(2, gradients, "gradients", "")] if gradients else [])))
+
+    return fit(workload, CONTEXT_BYTES + mib * MIB, make_plan, at_rest=lambda asked: at_rest(asked))  # type: ignore[arg-type]
 
 
 def at_rest(run: Run) -> int:
@@ -272,13 +276,16 @@ def seconds(run: Run, blocks: int = 4) -> float:
     return run.accumulate * (1.0 + run.batch_size * (1 + recomputed / blocks / 2))
 
 
-def ranked(run: Run, mib: int, blocks: int = 4) -> list[Any]:
-    """The proposals for a model of four blocks, of which each spares as much as any other."""
+def ranked(run: Run, mib: int, blocks: int = 4, waiting: int = 0) -> list[Any]:
+    """The proposals for a model of four blocks, of which each spares as much as any other and is recomputed if need be.
+
+    waiting: what gradients of several micro-batches take.
+    """
 
     def need(asked: Run) -> int:
         none, every = (need_mib(replace(asked, gradient_checkpointing=flag)) for flag in (False, True))
         share = 0.0 if not asked.gradient_checkpointing else (asked.checkpointed_blocks or 4) / 4
-        return int(none - (none - every) * share)
+        return int(none - (none - every) * share) + waiting * (asked.accumulate > 1)
 
     workload: Any = run
     found = proposals(
@@ -286,18 +293,24 @@ def ranked(run: Run, mib: int, blocks: int = 4) -> list[Any]:
         lambda plan: seconds(plan.workload), blocks,
     )  # fmt: skip
     assert all(need(each.plan.workload) <= mib for each in found)
+    for each in (each.plan.workload for each in found if blocks and not each.plan.workload.offload_activations):
+        fewer = [replace(each, checkpointed_blocks=count) for count in range(1, each.checkpointed_blocks or blocks)]
+        fewer += [replace(each, gradient_checkpointing=False, checkpointed_blocks=None)]
+        assert all(need(other) > mib for other in fewer if each.gradient_checkpointing)
     return [each.plan.workload for each in found]
 
 
-@pytest.mark.parametrize("mib", [900, 1340, 1500, 1700, 1900, 4000])
-def test_proposals_are_fastest_first_and_teach_the_same(mib: int) -> None:
+@pytest.mark.parametrize(("rows", "waiting"), [(8, 0), (4, 300)])
+@pytest.mark.parametrize("mib", [900, 1350, 1500, 1700, 1900, 4000])
+def test_proposals_are_fastest_first_and_teach_the_same(mib: int, rows: int, waiting: int) -> None:
     """Each has as few blocks recomputed as fit; whatever else there is of rows and blocks that fits is no faster."""
-    run = Run(OwLore(active_layers=1, rank=32, embeddings="frozen"), gradient_checkpointing=True)
-    if need_mib(replace(run, batch_size=1)) > mib:
+    few = OwLore(active_layers=1, rank=32, embeddings="frozen")
+    run = Run(few, gradient_checkpointing=True, batch_size=rows, accumulate=8 // rows)
+    if need_mib(replace(run, batch_size=1)) + waiting > mib:
         with pytest.raises(InputError):
-            ranked(run, mib)
+            ranked(run, mib, waiting=waiting)
         return
-    found = ranked(run, mib)
+    found = ranked(run, mib, waiting=waiting)
     assert [seconds(each) for each in found] == sorted(seconds(each) for each in found)
     assert {each.batch_size * each.accumulate for each in found} == {8}
     assert {each.method for each in found} == {run.method}
@@ -376,21 +389,25 @@ def test_the_ladder_of_a_method(name: str) -> None:
     "method", [OwLore(active_layers=8, rank=256), LISA(), GaLore(), FullFineTune()], ids=lambda m: m.name
 )
 @pytest.mark.parametrize("batch", [1, 8, 12])
-def test_the_best_by_halving_is_the_best_of_all(method: Method, batch: int) -> None:
-    """At every size, the first in the whole list of preference that fits, and few plans to find it."""
+@pytest.mark.parametrize("waiting", [0, 30, 60, 300])
+def test_the_best_by_halving_is_the_best_of_all(method: Method, batch: int, waiting: int) -> None:
+    """At every size, the first in the whole list of preference that fits, and few plans to find it.
+
+    Where gradients wait, all rows at once may fit where fewer do not.
+    """
     run = Run(method, batch_size=batch)
     for mib in range(900, need_mib(run) + 20, 10):
-        preferred = first_that_fits(run, mib)
+        preferred = first_that_fits(run, mib, waiting)
         if preferred is None:
             with pytest.raises(InputError):
-                search(run, mib)
+                search(run, mib, waiting=waiting)
             continue
-        result = search(run, mib)
+        result = search(run, mib, waiting=waiting)
         assert result.plan.workload == preferred
         assert result.rehearsals <= 4 + math.ceil(math.log2(12)) + 4 * math.ceil(math.log2(5))
 
 
-def first_that_fits(run: Run, mib: int) -> Run | None:
+def first_that_fits(run: Run, mib: int, waiting: int) -> Run | None:
     """Go through every setting in order of preference."""
     batches = [size for size in range(run.batch_size, 0, -1) if run.batch_size % size == 0]
     if run.batch_size == 12:
@@ -401,7 +418,7 @@ def first_that_fits(run: Run, mib: int) -> Run | None:
         for checkpointing, offload, paging in [*stages, *([(True, True, "host")] if every_layer else [])]:
             for size in batches:
                 tried = Run(method, size, run.batch_size // size, checkpointing, offload, paging)
-                if 2 * (need_mib(tried) // 2) <= mib:
+                if 2 * (need_mib(tried) // 2) + waiting * (tried.accumulate > 1) <= mib:
                     return tried
     return None
 
