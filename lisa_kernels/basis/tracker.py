@@ -144,8 +144,8 @@ class BasisTracker:
         self._counts = seen if self._counts is None else self._counts + seen
         self.due, self.retrying, self.has_basis = False, False, True
         self._found = usable | self._found
-        if self.early and self.steps < self.gap:
-            self._heard = Heard(self._found)
+        # After the gap nobody asks, and on a GPU it would hold locked memory and an event.
+        self._heard = Heard(self._found) if self.early and self.steps < self.gap else None
         return basis
 
     def _take_first(self, of_first: Callable[[Tensor], Tensor], seen: Tensor, basis: Tensor) -> None:
