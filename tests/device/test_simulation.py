@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_streams_wait_for_events() -> None:
         done = stream.record_event()
     torch.cuda.current_stream().wait_event(done)
     assert (target + 0).tolist() == [3, 3, 3, 3, 3]
+
+
+def test_two_threads_may_wait_at_once() -> None:
+    """For one stream, whose work each of them then runs: in its order, and no thread goes on before it is done."""
+    for _ in range(5):
+        x = torch.zeros(1 << 20, device="cuda")
+        for _ in range(20):
+            x = x * 2 + 1
+        event = torch.cuda.current_stream().record_event()
+        with ThreadPoolExecutor(1) as thread:
+            other = thread.submit(event.synchronize)
+            values = x.cpu()
+            other.result()
+        assert (values == float(2**20 - 1)).all()
 
 
 @pytest.mark.order("late")

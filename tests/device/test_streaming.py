@@ -1,9 +1,10 @@
-"""Weights that are streamed from the host: the bits of those on the device in every order, and no step waits."""
+"""Weights that are streamed from the host or a file: bits of those on the device in every order, and no step waits."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,6 +20,7 @@ from lisa_kernels import GaLore, OwLore, attach
 from lisa_kernels.layers import checkpoint_blocks
 from lisa_kernels.methods import Method
 from lisa_kernels.paging import Entry, SlabLayout
+from lisa_kernels.paging.page_file import PageFile
 from lisa_kernels.paging.streamed import StreamedPages
 
 LAYERS = 4
@@ -56,15 +58,16 @@ def trained(name: str, where: str, recomputed: bool, device: str) -> list[Tensor
 
 
 @pytest.mark.parametrize(("name", "recomputed", "device"), [("owlore", True, "cuda:1"), ("galore", False, "cuda:0")])
-def test_streamed_bits_are_resident_ones(name: str, recomputed: bool, device: str) -> None:
+def test_streamed_bits_are_resident_ones(name: str, recomputed: bool, device: str, tmp_path: Path) -> None:
     """Losses, gradients, words, masters; with cuda:0 current. No memory stays locked after the end."""
     wanted, locked = trained(name, "device", recomputed, device), driver.sim_locked_bytes()
-    found = trained(name, "host", recomputed, device)
-    for place, (one, other) in enumerate(zip(wanted, found, strict=True)):
-        assert torch.equal(one, other), place
-    torch.cuda.synchronize(device)
-    gc.collect()
-    assert driver.sim_locked_bytes() <= locked + SMALL
+    for where in ("host", str(tmp_path)):
+        found = trained(name, where, recomputed, device)
+        for place, (one, other) in enumerate(zip(wanted, found, strict=True)):
+            assert torch.equal(one, other), (where, place)
+        torch.cuda.synchronize(device)
+        gc.collect()
+        assert driver.sim_locked_bytes() <= locked + SMALL
 
 
 def steady_waits(where: str, order: Order, copied: list[int]) -> list[tuple[str, str]]:
@@ -87,23 +90,34 @@ def steady_waits(where: str, order: Order, copied: list[int]) -> list[tuple[str,
         opt.zero_grad()
     assert allocations() == asked or order is Order.LATE
     if opt.layout.streamed is not None:
-        assert copied == [opt.layout.streamed.nbytes // LAYERS] * LAYERS
+        page = opt.layout.streamed.nbytes // LAYERS
+        assert copied == [page] * LAYERS
+        # What the host holds: all, or what a file's pages come through.
+        held = sum(buffer.numel() for buffer in opt.layout.streamed.homes())
+        assert held == (LAYERS if where == "host" else 2) * page
     return [(note.what, note.places[0]) for note in noted]
 
 
 @pytest.mark.order("eager", "late")
-def test_a_steady_step_waits_for_nothing_more(order: Order) -> None:
-    """Than one whose weights are there: their lookups wait for ids. It asks for no memory; its copies are counted."""
+def test_a_steady_step_waits_for_nothing_more(order: Order, tmp_path: Path) -> None:
+    """Than one whose weights are there: their lookups wait for ids. It asks for no memory; its copies are counted.
+
+    Of those in a file the thread that reads waits until what it reads over is copied, and the step for the disk alone.
+    """
     copied: list[int] = []
     wanted = steady_waits("device", order, copied)
     assert not copied
     assert steady_waits("host", order, copied) == wanted
+    from_file = steady_waits(str(tmp_path), order, copied)
+    own = [wait for wait in from_file if "page_file" not in wait[1]]
+    assert own == wanted
+    assert len(from_file) - len(own) <= LAYERS
 
 
-def is_right(forgotten: tuple[str, str] | None, seed: int) -> bool:
+def is_right(forgotten: tuple[str, str] | None, seed: int, file: PageFile | None = None) -> bool:
     """Read and write pages on the device in any order; whether all that was read is what was last written."""
     choices, seen = Random(seed), list[tuple[Tensor, int]]()
-    pages = StreamedPages(lambda device: NamedLanes(device, forgotten))
+    pages = StreamedPages(lambda device: NamedLanes(device, forgotten), file)
     layout, device = SlabLayout([Entry("codes", (PAGE_BYTES,), torch.uint8)]), torch.device("cuda", 0)
     held = [pages.page(layout, device) for _ in range(PAGES)]
     values = [0] * PAGES
@@ -122,20 +136,22 @@ def is_right(forgotten: tuple[str, str] | None, seed: int) -> bool:
     return right and not noted
 
 
-def runs(forgotten: tuple[str, str] | None) -> Iterator[bool]:
+def runs(forgotten: tuple[str, str] | None, folder: Path | None = None) -> Iterator[bool]:
     for seed in range(8):
         for order in (Order.LATE, Order.RANDOM):
             set_order(order, seed)
-            yield is_right(forgotten, seed)
+            yield is_right(forgotten, seed, None if folder is None else PageFile(str(folder)))
 
 
 @pytest.mark.order("late")
-def test_what_is_read_is_what_was_written_in_every_order() -> None:
-    assert all(runs(None))
+@pytest.mark.parametrize("where", ["host", "file"])
+def test_what_is_read_is_what_was_written_in_every_order(where: str, tmp_path: Path) -> None:
+    assert all(runs(None, tmp_path if where == "file" else None))
 
 
 @pytest.mark.order("late")
+@pytest.mark.parametrize("where", ["host", "file"])
 @pytest.mark.parametrize("name", ORDERINGS)
-def test_every_ordering_is_needed(name: str) -> None:
+def test_every_ordering_is_needed(name: str, where: str, tmp_path: Path) -> None:
     """Negative control: with one of the waits left out, some of the same runs are wrong."""
-    assert not all(runs(ORDERINGS[name]))
+    assert not all(runs(ORDERINGS[name], tmp_path if where == "file" else None))

@@ -14,6 +14,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -41,8 +42,9 @@ struct Graph {
 struct Stream {
   int device, priority;
   std::deque<Work> queue = {};
-  // Whether a piece of its work is running; the next one must not begin then.
+  // Whether a piece of its work is running, and in which thread; the next one must not begin in another then.
   bool running = false;
+  std::thread::id runner = {};
   Graph* capture = nullptr;
   uint64_t capture_id = 0;
 };

@@ -1,5 +1,6 @@
 // Streams: queues of work, and the order in which it runs.
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "simulation.h"
@@ -22,6 +23,7 @@ void run_next(Stream* stream) {
   Work work = std::move(stream->queue.front());
   stream->queue.pop_front();
   bool inside = std::exchange(stream->running, true);
+  stream->runner = std::this_thread::get_id();
   reach(work, stream);
   if (work.run) work.run();
   if (work.mark) work.mark->reached = true;
@@ -44,7 +46,17 @@ Stream* stream_of(cudaStream_t handle) {
 }
 
 void drain(Stream* stream, const Marker* until) {
-  while (!stream->queue.empty() && !(until && until->reached)) run_next(stream);
+  while (!(until && until->reached)) {
+    if (stream->running && stream->runner != std::this_thread::get_id()) {
+      // What another thread runs gives the lock up, and is not over yet.
+      Unlocked unlocked;
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    } else if (stream->queue.empty()) {
+      return;
+    } else {
+      run_next(stream);
+    }
+  }
 }
 
 void drain_device(int device) {
@@ -122,7 +134,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   Lock lock;
   progress();
-  return stream_of(stream)->queue.empty() ? cudaSuccess : failed(cudaErrorNotReady);
+  return stream_of(stream)->queue.empty() && !stream_of(stream)->running ? cudaSuccess : failed(cudaErrorNotReady);
 }
 
 cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call, void* data, unsigned) {

@@ -84,7 +84,9 @@ void fault(const std::string& what) {
 }
 
 void note_wait(const char* what) {
-  if (world().on_wait) world().on_wait(what);
+  if (!world().on_wait) return;
+  Unlocked unlocked;
+  world().on_wait(what);
 }
 
 }  // namespace sim
