@@ -63,6 +63,7 @@ from lisa_kernels.train.reporters import reporters
 from lisa_kernels.train.restart import LAUNCHERS, find_launchers, resumed_by_launcher
 from lisa_kernels.train.run_folder import start_run
 from lisa_kernels.train.run_lock import RunLock
+from lisa_kernels.train.save_rehearsal import check_space
 from lisa_kernels.train.sharded import check_disk
 from lisa_kernels.train.size_rows import rows_for_size, tell_picks
 from lisa_kernels.train.taken import Grounds, Taken, recorded_in
@@ -250,6 +251,9 @@ def _run(
     if optimizer.layout.masters is not None:
         # However the run ends.
         ends.callback(optimizer.layout.masters.close)
+    if optimizer.code_bytes_written:
+        # Of a disk that may be the run's.
+        check_space(options, model)
     progress = LiveProgress(console, optimizer, tokens_per_step)
     history = RunHistory(options.output, optimizer, meter, tokens_per_step, console)
     interrupt = StopOnInterrupt(ranks)

@@ -35,7 +35,7 @@ def rehearse_saving(options: FineTuneOptions, model: Any, tokenizer: Any, consol
             thin = {name: local(value.detach()).reshape(-1)[:1] for name, value in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=thin, save_original_format=False)
             tokenizer.save_pretrained(folder)
-        _check_space(options, model)
+        check_space(options, model)
 
 
 def _without_idle_sampling(model: Any, console: Console) -> None:
@@ -99,7 +99,8 @@ def run_bytes(options: FineTuneOptions, model: nn.Module) -> tuple[int, int, int
     return whole, checkpoints, each
 
 
-def _check_space(options: FineTuneOptions, model: nn.Module) -> None:
+def check_space(options: FineTuneOptions, model: nn.Module) -> None:
+    """Raise InputError where the disk has no room for what a run will write."""
     whole, checkpoints, each = run_bytes(options, model)
     wanted = whole + checkpoints * each
     free = shutil.disk_usage(options.output).free + (_held(options.output) if options.overwrite else 0)

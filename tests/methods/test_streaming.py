@@ -277,6 +277,37 @@ def fail_after(reads: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PageFile, "_read", read)
 
 
+def test_a_disk_that_fills_in_a_settle_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run that goes on from before has the end of one that nothing happened to."""
+    ends, write = [], PageFile._write
+    for failing in (False, True):
+        model, optimizer = start("owlore", str(tmp_path))
+        for step in range(2):
+            train(model, optimizer, tokens(1, 6, seed=step))
+        if failing:
+            weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            written: list[int] = []
+
+            def full(file: PageFile, begin: int, content: Tensor, written: list[int] = written) -> None:
+                written.append(begin)
+                if len(written) > 3:
+                    monkeypatch.setattr(file, "_file", open("/dev/full", "wb", buffering=0))  # noqa: SIM115
+                write(file, begin, content)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(PageFile, "_write", full)
+                with pytest.raises(InputError, match=r"cannot be written to a file in .* \(No space left on device\)"):
+                    train(model, optimizer, tokens(1, 6, seed=2))
+            model, optimizer = start("owlore", str(tmp_path))
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+        for step in range(2, 4):
+            train(model, optimizer, tokens(1, 6, seed=step))
+        ends.append({**codes(model), **optimizer.detach().state_dict()})
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]), key
+
+
 @pytest.mark.parametrize("how", ["small", "not finite", "no folder"])
 def test_a_start_that_fails_leaves_the_model(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no file: the disk has its place back at once."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ from forked import in_another_process
 from rich.console import Console
 from safetensors.torch import load_file
 from small_run import arguments, summary, write_text
+from torch import Tensor
 
 from lisa_kernels.cli import main
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import SampledAdamW
+from lisa_kernels.paging.page_file import PageFile
 from lisa_kernels.train.finetune import finetune
 from lisa_kernels.train.options import FineTuneOptions
 
@@ -62,6 +66,24 @@ def test_a_run_that_is_killed_goes_on_from_the_same_folder(tmp_path: Path, capsy
     assert found["code_bytes_read"] > found["code_bytes_written"] > 0
     assert "codes: " in said
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_disk_that_codes_have_filled_is_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is no more room for what the run will save."""
+    usage, written, write = namedtuple("usage", "total used free"), list[int](), PageFile._write
+
+    def note(file: PageFile, begin: int, content: Tensor) -> None:
+        written.append(begin)
+        write(file, begin, content)
+
+    monkeypatch.setattr(PageFile, "_write", note)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000 if written else 1 << 40))
+    assert main(command(write_text(tmp_path), tmp_path / "run", "--resting-where", str(tmp_path))) == 2
+    assert "has 0.00 GB left, and this run writes a model of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_not_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
