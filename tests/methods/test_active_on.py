@@ -123,6 +123,52 @@ def test_drawn_layers_learn_what_they_do_beside_weights_that_codes_mean(
 
 
 @pytest.mark.parametrize(
+    ("name", "kind", "dtype", "cast"), [("lisa-page", "nf4", FP32, True), ("ows-adaptive", "int8", BF16, False)]
+)
+def test_evaluation_and_autocast_read_what_codes_mean(name: str, kind: str, dtype: torch.dtype, cast: bool) -> None:
+    """To the bit: forwards without gradients, beside them in evaluation, and what is generated, between two backwards.
+
+    None of it disturbs a switch or a gradient.
+    """
+    reference = Reference(METHODS[name], kind, dtype=dtype)
+    model, optimizer = start(METHODS[name], kind, dtype)
+    for step in range(4):
+        expected, found = (
+            evaluated_step(*pair, step, cast) for pair in ((reference.model, reference.optimizer), (model, optimizer))
+        )
+        reference.settle()
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            assert torch.equal(value, found[key]), (step, key)
+    assert len({tuple(drawn) for drawn in optimizer.history}) > 1
+    end = reference.end()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, end[key]), key
+
+
+def evaluated_step(model: Any, optimizer: SampledAdamW, step: int, cast: bool) -> dict[str, Tensor]:
+    """Take a step of two backwards with evaluation between; return all that was computed, gradients by their names."""
+    found: dict[str, Tensor] = {}
+    asked = {"input_ids": tokens(2, 5, seed=99)["input_ids"]}
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        for half in range(2):
+            found[f"loss {half}"] = loss = model(**tokens(1, 6, seed=2 * step + half)).loss
+            loss.backward()
+            if half == 0:
+                model.eval()
+                for name, mode in (("no_grad", torch.no_grad), ("inference", torch.inference_mode)):
+                    with mode():
+                        found[name] = model(**asked).logits
+                found["with gradients"] = model(**asked).logits
+                found["generated"] = model.generate(**asked, max_new_tokens=3, do_sample=False, pad_token_id=0)
+                model.train()
+    found |= {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+    optimizer.step()
+    optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
     "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
 )
 def test_a_resumed_run_is_bit_equal(name: str) -> None:
