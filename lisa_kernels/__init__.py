@@ -2,7 +2,7 @@
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.flow import TimestepExperts
-from lisa_kernels.layers import checkpoint_blocks, compile_blocks
+from lisa_kernels.layers import checkpoint_blocks, compile_blocks, dequantize
 from lisa_kernels.methods import (
     LISA,
     OWS,
@@ -35,6 +35,7 @@ __all__ = [
     "attach",
     "checkpoint_blocks",
     "compile_blocks",
+    "dequantize",
     "layer_scores",
     "plan",
 ]

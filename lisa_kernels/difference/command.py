@@ -14,8 +14,9 @@ from lisa_kernels.difference.changes import Changes, differences, find_changes, 
 from lisa_kernels.difference.checkpoints import Checkpoint
 from lisa_kernels.difference.factors import Factors, factorize, factorize_to, share_out
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers import quantised_by
 from lisa_kernels.methods.peft_folder import check_replaceable
-from lisa_kernels.train.configs import load_config, locate
+from lisa_kernels.train.configs import load_config, locate, stored_config
 
 DEFAULT_RANK = 64
 
@@ -53,6 +54,12 @@ def write(options: DifferenceOptions, console: Console) -> dict[str, Any]:
     """
     folder = options.output.expanduser().resolve()
     check_replaceable(folder, TOKENIZER_FILES)
+    for spec in (options.base, options.tuned):
+        if quantised_by(stored_config(spec)) is not None:
+            raise InputError(
+                f"{spec} is stored in bitsandbytes' codes, and weights of 16 or 32 bits are compared: load it, call "
+                "lisa_kernels.dequantize(model) and save_pretrained, and give that folder."
+            )
     config = load_config(options.tuned)
     base_folder, tuned_folder = (folder_of(spec, locate(spec)) for spec in (options.base, options.tuned))
     with Checkpoint(base_folder) as base, Checkpoint(tuned_folder) as tuned:

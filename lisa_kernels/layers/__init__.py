@@ -5,6 +5,7 @@ from lisa_kernels.layers.attachable import check_attachable, without_compiler
 from lisa_kernels.layers.blocks import ModelParts, find_blocks, no_ones, split_model
 from lisa_kernels.layers.checkpointing import checkpoint_blocks
 from lisa_kernels.layers.compiling import compile_blocks
+from lisa_kernels.layers.dequantized import dequantize, quantised_by
 from lisa_kernels.layers.embedding import (
     AccumulatingEmbedding,
     LowRankEmbedding,
@@ -57,6 +58,7 @@ __all__ = [
     "check_untied",
     "checkpoint_blocks",
     "compile_blocks",
+    "dequantize",
     "find_blocks",
     "find_linears",
     "hold_masters",
@@ -68,6 +70,7 @@ __all__ = [
     "lookup_factor",
     "no_ones",
     "offload_checkpoints",
+    "quantised_by",
     "split_model",
     "swap_linears",
     "tap_embedding",

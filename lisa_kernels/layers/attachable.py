@@ -15,6 +15,7 @@ from lisa_kernels.distributed import (
     units_of,
 )
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers.dequantized import mend_conversions, quantised_by
 from lisa_kernels.layers.freezing import COPY_ADVICE, check_checkpointing, is_attached, is_copy
 
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,17 +73,20 @@ def _check_placement(model: nn.Module) -> None:
 
 
 def _check_weights(model: nn.Module) -> None:
-    config = getattr(model, "config", None)
-    found = getattr(config, "quantization_config", None)
-    if getattr(model, "hf_quantizer", None) is not None or found is not None:
-        values = found if isinstance(found, dict) else vars(found) if hasattr(found, "__dict__") else {}
-        method = values.get("quant_method")
-        scheme = "" if method is None else f" by {getattr(method, 'value', method)}"
+    method = quantised_by(getattr(model, "config", None))
+    if method == "bitsandbytes":
         raise InputError(
-            f"the model is quantised{scheme} (its configuration has a quantization_config), and its weights train in "
-            "16 or 32 bits: load one in float32, bfloat16 or float16, such as that which it was made from, and give "
-            "resting='nf4' or 'int8' for weights of 4 or 8 bits, or call dequantize() on it where it has that."
+            "the model is quantised by bitsandbytes, and weights that learn have 16 or 32 bits: call "
+            "lisa_kernels.dequantize(model) first, which makes them in host memory of what the codes mean, and attach "
+            "it with resting='nf4' (or 'int8') and device=, to compute with codes as before."
         )
+    if method is not None or getattr(model, "hf_quantizer", None) is not None:
+        raise InputError(
+            f"the model is quantised by {method or 'a loader of its own'}, and its weights train in 16 or 32 bits: "
+            "load one in float32, bfloat16 or float16, such as that which it was made from, and give resting='nf4' or "
+            "'int8' for weights of 4 or 8 bits."
+        )
+    mend_conversions(model)
     for name, param in model.named_parameters():
         if param.dtype not in TRAINABLE_DTYPES:
             raise InputError(

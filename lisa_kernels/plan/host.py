@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lisa_kernels.layers import AccumulatingSlot
+from lisa_kernels.layers import AccumulatingSlot, quantised_by
 from lisa_kernels.methods.masters import IN_MEMORY, MasterBytes
 from lisa_kernels.methods.resting import check_resting
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.methods.units import DEFAULT_GAP
 from lisa_kernels.sizes import gb
-from lisa_kernels.train.configs import PRESET_PREFIX
+from lisa_kernels.train.configs import PRESET_PREFIX, stored_config
 from lisa_kernels.train.empty_model import empty_model
 
 FILES = "files"
@@ -90,8 +90,7 @@ def host_bytes(workload: Any, steps: int | None) -> HostBytes | None:
     if workload.masters in (None, IN_MEMORY):
         return HostBytes(masters.all)
     period, gap = method.get("period", None), method.get("gap", DEFAULT_GAP)
-    fresh = isinstance(workload.model, str) and workload.model.startswith(PRESET_PREFIX)
-    at_start = masters.all if fresh else 0
+    at_start = masters.all if _is_in_no_file(workload.model) else 0
     if method.form == "adapter":
         # They are merged once, at the end.
         return HostBytes(0, masters.all, masters.wanted, at_start, 0, at_start + 2 * masters.active)
@@ -105,6 +104,13 @@ def host_bytes(workload: Any, steps: int | None) -> HostBytes | None:
         # At the end, saved with what the last layers have learnt, and settled for good.
         in_run = at_start + settled + 2 * masters.active
     return HostBytes(0, masters.all, masters.wanted, at_start, per_switch, in_run)
+
+
+def _is_in_no_file(model: Any) -> bool:
+    """Return whether a model's weights are in no file as they are: random ones, and what codes mean."""
+    if not isinstance(model, str):
+        return False
+    return model.startswith(PRESET_PREFIX) or quantised_by(stored_config(model)) is not None
 
 
 def print_host(host: HostBytes | None, console: Console) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers import quantised_by
 from lisa_kernels.train.presets import PRESETS, preset_config
 from lisa_kernels.train.records import HUB_ID
 from lisa_kernels.train.sample import SAMPLE_PREFIX, SAMPLES, sample_folder
@@ -34,8 +35,17 @@ def reason_of(error: Exception) -> str:
 def load_config(spec: str) -> Any:
     """Return the configuration of the causal language model that `spec` names; its weights need not be there.
 
-    spec: as for `load_model`, or the path of a config.json. Raises InputError.
+    spec: as for `load_model`, or the path of a config.json. Of one in bitsandbytes' codes it is that of the model in 16
+    bits which they are made into. Raises InputError.
     """
+    config = stored_config(spec)
+    if quantised_by(config) is not None:
+        del config.quantization_config
+    return config
+
+
+def stored_config(spec: str) -> Any:
+    """Return the configuration as `load_config` does, with how its weights are quantised where they are stored."""
     from transformers import AutoConfig
 
     if spec.startswith(PRESET_PREFIX):
@@ -94,17 +104,14 @@ def _check_causal(spec: str, config: Any) -> None:
 
 
 def _check_unquantised(spec: str, config: Any) -> None:
-    """Raise InputError for a checkpoint whose weights are stored in fewer than 16 bits."""
+    """Raise InputError for a checkpoint whose weights are stored in fewer than 16 bits, but in bitsandbytes' codes."""
     for part in (config, config.get_text_config()):
-        found = getattr(part, "quantization_config", None)
-        if found:
-            values = found if isinstance(found, dict) else found.to_dict()
-            method = values.get("quant_method") or "a method without a name"
+        method = quantised_by(part)
+        if method is not None and not (method == "bitsandbytes" and part is config):
             raise InputError(
-                f"model {spec!r} is stored quantised (quantization_config: {getattr(method, 'value', method)}), and "
-                "weights that train have 16 or 32 bits; give the checkpoint that it was made from, with "
-                "--resting nf4 or int8 for 4 or 8 bits on the device, or load it with transformers, dequantize() and "
-                "save_pretrained."
+                f"model {spec!r} is stored quantised (quantization_config: {method}), and weights that train have 16 "
+                "or 32 bits; give the checkpoint that it was made from, or one in bitsandbytes' 4 bits, with "
+                "--resting nf4 or int8 for 4 or 8 bits on the device."
             )
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from lisa_kernels.errors import InputError, unknown_name
+from lisa_kernels.layers import dequantize, quantised_by
 from lisa_kernels.ops.capability import auto_dtype
-from lisa_kernels.train.configs import PRESET_PREFIX, load_config, locate, unloadable, unusable_config_errors
+from lisa_kernels.requirements import require
+from lisa_kernels.train.configs import PRESET_PREFIX, locate, stored_config, unloadable, unusable_config_errors
 from lisa_kernels.train.presets import preset_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +41,8 @@ def load_model(spec: str, dtype: torch.dtype, seed: int) -> Any:
     """Return the model that `spec` names, on the CPU, with every weight in `dtype`.
 
     spec: `preset:NAME` (random weights, a function of `seed`), `sample:NAME` (a pretrained model from a package), a
-    directory with config.json and safetensors weights, or a hub id. The global random state is left as it was.
+    directory with config.json and safetensors weights, or a hub id; of weights in bitsandbytes' codes what these mean.
+    The global random state is left as it was.
     Raises InputError for a model that cannot be trained.
     """
     from transformers import AutoModelForCausalLM
@@ -67,16 +70,32 @@ def _from_pretrained(spec: str, where: Path | None, dtype: torch.dtype) -> tuple
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    config = load_config(spec)
+    config = stored_config(spec)
+    packed = quantised_by(config) is not None
+    if packed:
+        require(f"model {spec!r}, in bitsandbytes' codes,", "bitsandbytes", extra="bitsandbytes")
+    # Else transformers chooses a GPU for codes, where one is there.
+    options = {"device_map": {"": "cpu"}} if packed else {}
     failures: tuple[type[Exception], ...] = (*unusable_config_errors(), SafetensorError)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             spec if where is None else str(where), config=config, dtype=dtype, use_safetensors=True,
             output_loading_info=True, local_files_only=where is not None, trust_remote_code=False,
+            **options,
         )  # fmt: skip
     except failures as error:
         raise unloadable("model", spec, where, error) from error
-    return model, sorted(info["missing_keys"])
+    return dequantize(model, dtype), sorted(info["missing_keys"])
+
+
+def packed_note(spec: str, dtype: str) -> str | None:
+    """Return what to say of a model that is stored in bitsandbytes' codes; None of others."""
+    if quantised_by(stored_config(spec)) is None:
+        return None
+    return (
+        f"{spec} is stored in bitsandbytes' codes; its weights are what these mean, in {dtype}, and are saved so "
+        "(--resting nf4 has the device hold 4 bits of them)"
+    )
 
 
 def load_tokenizer(spec: str, texts: Iterable[str], vocab_size: int) -> Any:

@@ -18,6 +18,7 @@ from lisa_kernels.train.models import (
     check_token_ids,
     load_model,
     load_tokenizer,
+    packed_note,
     parse_dtype,
     settle_pad_token,
 )
@@ -88,7 +89,8 @@ def read_data(options: FineTuneOptions, console: Console) -> RunData:
     else:
         train = tokenize_records(records, tokenizer, options.seq_len, packing=False)
         held_out = _held_out(held_back, tokenizer, options.seq_len)
-    notes = [*([long_rows] if long_rows else []), *train.notes, *held_out.notes]
+    stored = packed_note(options.model, options.dtype)
+    notes = [*(note for note in (stored, long_rows) if note), *train.notes, *held_out.notes]
     if held_back is not None and options.eval_fraction not in (0, FineTuneOptions.eval_fraction):
         notes.append(f"--eval-fraction {options.eval_fraction:g} holds nothing back beside --eval-data")
     for note in dict.fromkeys(notes):

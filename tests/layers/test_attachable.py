@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "weights moved by hooks": (offloaded, "accelerate moves the weights of model.embed_tokens"),
     "quantised by its configuration": (
         quantised_by_config,
-        "by gptq .*quantization_config.*load one in float32.*resting='nf4'",
+        "by gptq, .*load one in float32.*resting='nf4'",
     ),
     "quantised by its loader": (quantised_by_loader, "the model is quantised"),
     "packed weights": (packed, r"lm_head\.weight is a TwoParts"),

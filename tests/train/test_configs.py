@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from lisa_kernels.errors import InputError
@@ -34,7 +36,6 @@ INCONSISTENT: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 QUANTISED: dict[str, dict[str, Any]] = {
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "gptq": {"quant_method": "gptq", "bits": 4},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
@@ -70,6 +71,20 @@ def test_a_quantised_checkpoint_is_named_before_anything_is_loaded(method: str, 
         load_config(spec)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="quantised"):
+        load_model(str(tmp_path), parse_dtype("fp32"), 0)
+
+
+def test_a_checkpoint_in_bitsandbytes_codes_is_planned_as_what_these_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without the package no weight is loaded, by a sentence that says what to install."""
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    model = empty_model(written(tmp_path, quantization_config=packed), "bf16")
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    assert not hasattr(model.config, "quantization_config")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match=r"needs bitsandbytes.*pip install 'lisa_kernels\[bitsandbytes\]'"):
         load_model(str(tmp_path), parse_dtype("fp32"), 0)
 
 
