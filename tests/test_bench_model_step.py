@@ -63,6 +63,7 @@ def rows(folder: Path) -> dict[str, ModelRow]:
     return {name: measure(bench, parse_entries(name, CASE)[0]) for name in NAMES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_steps_taken_are_the_steps_planned(rows: dict[str, ModelRow], name: str) -> None:
     """Operation by operation and byte by byte, ours and peers'; no weight that others hold counts twice.
@@ -75,6 +76,7 @@ def test_the_steps_taken_are_the_steps_planned(rows: dict[str, ModelRow], name: 
     assert row.peak_bytes == pytest.approx(row.planned_bytes, abs=UNCOLLECTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_has_all_parts_and_what_was_predicted(rows: dict[str, ModelRow], name: str) -> None:
     row = rows[name]
@@ -138,6 +140,7 @@ def _meta_linears(count: int) -> list[torch.nn.Linear]:
     return [torch.nn.Linear(4096, 11008, device="meta") for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_ratios_need_their_yardstick(rows: dict[str, ModelRow]) -> None:
     found = {row.name: row.ratio_to_peft_lora for row in with_ratios(list(rows.values()))}
     assert found[LORA] == 1.0
@@ -145,6 +148,7 @@ def test_ratios_need_their_yardstick(rows: dict[str, ModelRow]) -> None:
     assert with_ratios([rows["lora"]])[0].ratio_to_peft_lora is None
 
 
+@pytest.mark.slow
 def test_tables_and_pictures_have_every_row(rows: dict[str, ModelRow], tmp_path: Path) -> None:
     console = Console(width=300, record=True, file=io.StringIO())
     all_rows = [*rows.values(), replace(rows["lora"], name="left out", step_ms=None, reason="why not")]

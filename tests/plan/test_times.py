@@ -42,6 +42,7 @@ def test_one_card_is_told_with_where_the_time_goes(config: str, capsys: pytest.C
     assert all(f"{part} " in text for part in ("forward", "recomputation", "backward", "optimizer", "bound by:"))
 
 
+@pytest.mark.slow
 def test_without_a_card_each_that_holds_the_run_has_a_line(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     values, text = told(capsys, "--model", config)
     assert [entry["machine"] for entry in values["times"]] == list(CARDS)
@@ -60,6 +61,7 @@ def test_rates_describe_any_other_card(config: str, capsys: pytest.CaptureFixtur
     assert fast["step_seconds_low"] < slow["step_seconds_low"]
 
 
+@pytest.mark.slow
 def test_passes_over_data_are_as_many_steps_as_the_run_takes(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def settled(how: Any, plan: Any = plan_run) -> Any:
     return settle_recomputation(options(how), plan, CPU, QUIET).gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_as_few_blocks_recompute_as_a_size_allows() -> None:
     """One block fewer would not fit; a size for everything recomputes none, one for nothing all."""
     need = {count: plan_run(options(count or False)).needed_bytes for count in (0, 3, 4)}

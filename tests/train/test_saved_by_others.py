@@ -44,7 +44,9 @@ def _loaded(folder: Path | str) -> Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "owlore")) for name in METHODS]
+)
 def test_a_trainers_checkpoints_are_what_was_trained_and_go_on_bit_equal(name: str, tmp_path: Path) -> None:
     """Resumed into a model that began elsewhere: all there is of it comes from the checkpoint."""
     whole = _trainer(METHODS[name], tmp_path)

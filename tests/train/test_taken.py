@@ -80,6 +80,7 @@ def begin_again(folder: Path) -> None:
     shutil.rmtree(folder / f"checkpoint-{STEPS}")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_what_it_took(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_run_that_goes_on_keeps_what_it_took(
     assert _parser().parse_args(["finetune", str(run), "--lr", "auto"]).taken.keys() == {"period", "warmup_steps"}
 
 
+@pytest.mark.slow
 def test_an_older_run_goes_on_as_it_began(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
