@@ -41,7 +41,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(name: str) -> tuple[list[Tensor], list[list[Note]]]:
     """Return losses and masters of a run, and what the host waited for in each step."""
     method, settings = CASES[name]
-    model: Any = llama(layers=4).to(torch.bfloat16)
+    model: Any = llama(layers=4, intermediate_size=256).to(torch.bfloat16)
     opt = attach(model, method, lr=1e-2, seed=0, resting="int8", **settings)
     model.to("cuda")
     seen: list[Tensor] = []
