@@ -38,10 +38,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "TILE_ELEMENTS", 1 << 9)
 
 
-def trained(name: str) -> tuple[list[Tensor], list[list[Note]]]:
+def trained(name: str, **sizes: int) -> tuple[list[Tensor], list[list[Note]]]:
     """Return losses and masters of a run, and what the host waited for in each step."""
     method, settings = CASES[name]
-    model: Any = llama(layers=4, intermediate_size=256).to(torch.bfloat16)
+    model: Any = llama(layers=4, **sizes).to(torch.bfloat16)
     opt = attach(model, method, lr=1e-2, seed=0, resting="int8", **settings)
     model.to("cuda")
     seen: list[Tensor] = []
@@ -110,7 +110,7 @@ def test_a_switch_copies_each_master_once_there_and_once_back(name: str, monkeyp
 
 def is_right(name: str, wanted: list[Tensor]) -> bool:
     with noted_faults() as noted:
-        found, _ = trained(name)
+        found, _ = trained(name, intermediate_size=256)
     return all(map(torch.equal, wanted, found)) and not noted
 
 
@@ -127,7 +127,7 @@ def runs(wanted: dict[str, list[Tensor]]) -> Iterator[bool]:
 def test_every_ordering_is_needed(ordering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with one of the waits left out, some of the same runs are wrong."""
     set_order(Order.EAGER)
-    wanted = {name: trained(name)[0] for name in ("lisa", "owlore")}
+    wanted = {name: trained(name, intermediate_size=256)[0] for name in ("lisa", "owlore")}
     monkeypatch.setattr(MasterCopies.__init__, "__defaults__", (NamedLanes,))
     set_order(Order.LATE)
     assert is_right("lisa", wanted["lisa"])
