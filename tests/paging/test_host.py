@@ -88,8 +88,10 @@ class Trainer:
         self.held.clear()
         del self.store
         self.lanes.run_all()
-        # What was in use when its owner went is among the youngest objects.
+        # What was in use when its owner went is among the youngest objects, unless a collection came in between.
         gc.collect(0)
+        if self.lanes.locked or self.lanes.live_bytes:
+            gc.collect()
 
 
 ACTIONS = ["take", "prefetch", "give_back", "free", "lose", "settle", "other_work"]
