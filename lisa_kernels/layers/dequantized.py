@@ -33,7 +33,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     that is not quantised is returned as it is.
     Raises InputError, the model untouched, for other ways of quantising.
     """
-    method = quantised_by(getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    method = quantised_by(config)
     layers = {path: layer for path, layer in model.named_modules() if is_packed(layer)}
     if method not in (None, "bitsandbytes") or (method is None and getattr(model, "hf_quantizer", None) is not None):
         raise InputError(
@@ -46,7 +47,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             f"bitsandbytes has rearranged the codes of {moved} for this CPU, in a forward without gradients, and has "
             "rounded their scales: load the model anew, and call dequantize before it is used."
         )
-    given = dtype or getattr(model.config, "dtype", None)
+    given = dtype or getattr(config, "dtype", None)
     for path, layer in layers.items():
         model.set_submodule(path, _plain(layer, given))
     if layers or method is not None:
@@ -89,7 +90,7 @@ def _forget(model: Any) -> None:
     for name in ("hf_quantizer", "quantization_method", "hf_device_map"):
         if hasattr(model, name):
             delattr(model, name)
-    if hasattr(model.config, "quantization_config"):
+    if quantised_by(getattr(model, "config", None)) is not None:
         del model.config.quantization_config
     for module in model.modules():
         if getattr(getattr(module, "config", None), "_is_quantized", False):

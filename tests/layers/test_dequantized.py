@@ -136,6 +136,8 @@ def test_a_packed_model_is_told_what_makes_it_plain(stored: dict[str, Path]) -> 
         attach(loaded(stored["nf4"]), LoRA(rank=4), resting="nf4")
     other = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=17))
     assert dequantize(other) is other
+    bare = nn.Sequential(nn.Linear(4, 4))
+    assert dequantize(bare) is bare
     other.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(InputError, match="by gptq, and only bitsandbytes'"):
         dequantize(other)

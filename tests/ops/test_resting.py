@@ -97,9 +97,8 @@ def test_an_int8_weight_comes_back_to_half_a_step_of_its_block(device: torch.dev
     weight = even(4096 * 3).to(device)
     steps = scales_of(weight) / 127
     error = (returned(weight, "int8") - weight).view(-1, 64).abs() / steps
-    # The largest of a block may be beyond 127 steps by what the scale is below it.
-    assert 0.49 < float(error.median(dim=1).values.max()) * 2 <= 1.0
-    assert float(error.max()) <= 0.5 + 1e-4
+    # Where a scale is below the absmax, the largest of its block is beyond 127 steps by as little.
+    assert 0.49 < float(error.max()) <= 0.5 + 1e-4
 
 
 def test_an_nf4_weight_becomes_the_nearest_level_of_its_block(device: torch.device) -> None:
@@ -115,7 +114,7 @@ def test_zeros_come_back_exactly(kind: str, device: torch.device) -> None:
     weight = torch.zeros(3, 64, device=device)
     weight[1, 5], weight[2, 7] = -3.25, 2.0**-140
     back = returned(weight, kind)
-    assert torch.equal(back == 0, weight.abs() < 2.0**-130) or kind == "int8"
+    assert torch.equal(back == 0, weight.abs() < 2.0**-130)
     assert torch.allclose(back, weight, rtol=0.01, atol=2.0**-126)
 
 
