@@ -43,6 +43,7 @@ from lisa_kernels.sizes import gb, parse_size
 from lisa_kernels.train.configs import load_config
 from lisa_kernels.train.empty_model import empty_model
 from lisa_kernels.train.memory import PlannedMemory
+from lisa_kernels.train.models import packed_note
 from lisa_kernels.train.options import AUTO, FineTuneOptions
 from lisa_kernels.train.prepare import RunData
 from lisa_kernels.train.rank_rows import share_of_rank
@@ -64,6 +65,9 @@ def plan_command(arguments: argparse.Namespace, console: Console) -> dict[str, A
     options = _options(arguments)
     if isinstance(options.gradient_checkpointing, str):
         device_bytes = _size_for_recomputation(options.gradient_checkpointing, device_bytes)
+    stored = packed_note(options.model, options.dtype)
+    if stored is not None:
+        console.print(f"note: {stored}", highlight=False, markup=False, soft_wrap=True)
     data = None
     if options.data:
         options, data = with_data(options, empty_model(options.model, options.dtype))

@@ -93,8 +93,8 @@ def packed_note(spec: str, dtype: str) -> str | None:
     if quantised_by(stored_config(spec)) is None:
         return None
     return (
-        f"{spec} is stored in bitsandbytes' codes; its weights are what these mean, in {dtype}, and are saved so "
-        "(--resting nf4 has the device hold 4 bits of them)"
+        f"{spec} is stored quantised, in bitsandbytes' codes; its weights train and are saved as what these mean, in "
+        f"{dtype} (--resting nf4 has the device hold 4 bits of each)"
     )
 
 

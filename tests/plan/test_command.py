@@ -60,6 +60,26 @@ def test_json_says_everything_and_the_python_call_the_same(config: str, capsys: 
     assert {**plan.as_dict(), **beside} == told
 
 
+def test_a_checkpoint_in_four_bits_is_planned_in_16_and_said_to_be(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or somebody would take the plan for one of what is stored; numbers are those of the weights that train."""
+    packed = tmp_path / "config.json"
+    packed.write_text(
+        json.dumps({
+            **json.loads(Path(config).read_text()),
+            "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        })
+    )  # fmt: skip
+    (_, plain, silent), (code, told, note) = (
+        run(capsys, "--model", str(at), *RUN, "--json") for at in (config, packed)
+    )
+    assert code == 0
+    assert "stored quantised, in bitsandbytes' codes" in note
+    assert "quantised" not in silent
+    assert json.loads(told)["peak_bytes"] == json.loads(plain)["peak_bytes"]
+
+
 def test_the_same_options_give_finetune_its_bytes(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
