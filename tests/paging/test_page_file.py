@@ -160,10 +160,16 @@ def test_the_next_page_is_read_while_one_is_worked_on(tmp_path: Path) -> None:
     pages.close()
 
 
+def come_to_rest(file: PageFile) -> None:
+    """Wait for what was read ahead."""
+    file._thread.submit(lambda: None).result()
+
+
 class Disk:
     """Stands between a file and its reader."""
 
     def __init__(self, file: PageFile) -> None:
+        come_to_rest(file)
         self._file: Any = file._file
         self.asked = self.answered = 0
         self.before_reading: Callable[[], object] = lambda: None
@@ -197,6 +203,7 @@ def test_a_disk_that_fails_is_one_sentence(tmp_path: Path) -> None:
     pages, held = made(tmp_path)
     disk = Disk(pages.file)
     assert value(held[0]) == 0
+    come_to_rest(pages.file)
     disk.before_reading = fail
     assert value(held[1]) == 1
     for _ in range(2):
