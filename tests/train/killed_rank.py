@@ -33,7 +33,12 @@ PLACES = {
 }
 
 
+DEATH = "the test kills this rank here\n"
+
+
 def die() -> None:
+    """Say it, for the launcher names but one of two ranks that it finds ended, and end at once."""
+    os.write(2, DEATH.encode())
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from train.killed_rank import DEATH
 from train.small_run import arguments, summary, write_text
 
 from lisa_kernels.train import restart, run_folder
@@ -78,7 +79,7 @@ def test_kills_change_no_bit(at_random: bool, data: Path, more: list[str], whole
     traps = random_moments(0) if at_random else SHARD_PLACES if more else PLACES
     run = start(data, tmp_path / "killed", traps, *more)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count("exitcode: -9") == len(traps)
+    assert run.stderr.count(DEATH) == len(traps)
     theirs = load_file(whole / "model.safetensors")
     for name, tensor in load_file(tmp_path / "killed" / "model.safetensors").items():
         assert tensor.equal(theirs[name]), name
