@@ -4,11 +4,13 @@
     python -m bench.real_7b --method lisa
     python -m bench.real_7b --resting nf4       # codes beside masters in 16 bits; needs 18 GB
     python -m bench.real_7b --resting nf4 --masters FOLDER   # masters in files of 13 GB, which are mapped; needs 5 GB
+    python -m bench.real_7b --resting nf4 --masters FOLDER --resting-where FOLDER   # codes in a file too; needs 2 GB
     python -m bench.real_7b --layers 2          # a thinner stack, to try it
 
 The geometry is Llama-2-7B's unless --preset names another, the weights are random bfloat16. The last step trains other
 layers than those before it; the first step of a draw finds the bases of its layers. The peak is set beside that of a
 plan of the same steps; with masters in files what is resident of files does not count, for the system may drop it.
+With codes in a file the plan is of what a device holds, and the peak also has two blocks on the way there.
 """
 
 from __future__ import annotations
@@ -76,6 +78,8 @@ class Row:
     masters: str = "host"
     peak_anonymous_growth_bytes: int | None = None
     master_bytes_written: int = 0
+    resting_where: str = "device"
+    code_bytes_read: int = 0
 
 
 def build_model(layers: int, folder: Path | None = None, preset: str | None = None) -> Any:
@@ -139,6 +143,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--embeddings", help="embedding and head (default: owlore frozen, lisa always)")
     add("--resting", help="bits in which matrices compute: int8, mixed or nf4 (owlore; default: 16)")
     add("--masters", type=Path, help="folder for weights and masters in files that are mapped (default: in memory)")
+    add("--resting-where", type=Path, metavar="FOLDER", help="folder for a file of codes (default: in memory)")
     add("--preset", help=f"geometry (default: {PRESET}), such as llama-3.1-8b")
     add("--seed", type=int, default=0, help="of the draws")
     add("--threads", type=int, help="CPU threads (default: as torch has them)")
@@ -183,13 +188,17 @@ def _steps(
     model = build_model(arguments.layers, None if folder is None else folder / MODEL, arguments.preset)
     built = time.perf_counter()
     masters = None if folder is None else folder / MASTERS
-    optimizer = attach(model, method, lr=LR, seed=arguments.seed, resting=arguments.resting, masters=masters)
+    optimizer = attach(
+        model, method, lr=LR, seed=arguments.seed, resting=arguments.resting, masters=masters,
+        resting_where=None if arguments.resting_where is None else str(arguments.resting_where),
+    )  # fmt: skip
     attached = time.perf_counter()
     facts = {
         "method": arguments.method, "layers": arguments.layers, "tokens": arguments.tokens,
         "rank": method.get("rank", None), "embeddings": method.get("embeddings", ""),
         "build_s": built - begin, "attach_s": attached - built, "resting": arguments.resting,
         "preset": arguments.preset or PRESET, "masters": "host" if folder is None else "files",
+        "resting_where": "device" if arguments.resting_where is None else "files",
     }  # fmt: skip
     console.print(
         f"built in {facts['build_s']:.1f} s, attached in {facts['attach_s']:.1f} s; {method}", highlight=False
@@ -199,12 +208,13 @@ def _steps(
         row = _step(model, optimizer, arguments.tokens, {**facts, **at_start}, number)
         console.print(in_words(row), highlight=False, soft_wrap=True)
         rows.append(row)
-    rows = with_plans(rows, model.config, method)
+    rows = with_plans(rows, model.config, method, arguments.resting_where)
     measured, planned = rows[-1].peak_growth_bytes, rows[-1].planned_bytes or 0
     beside = ""
     if folder is not None:
+        read = f", {rows[-1].code_bytes_read / 1e9:.2f} GB of codes read" if arguments.resting_where else ""
         measured = rows[-1].peak_anonymous_growth_bytes or 0
-        beside = f", files apart; {rows[-1].master_bytes_written / 1e9:.2f} GB of masters were written"
+        beside = f", files apart; {rows[-1].master_bytes_written / 1e9:.2f} GB of masters were written{read}"
     console.print(
         f"the peak is {measured / 1e9:.3f} GB above what the process held before the model was built, by plan "
         f"{planned / 1e9:.3f} GB ({planned / max(1, measured) - 1:+.1%}){beside}",
@@ -216,12 +226,12 @@ def _steps(
     return rows
 
 
-def with_plans(rows: Sequence[Row], config: Any, method: Method) -> list[Row]:
+def with_plans(rows: Sequence[Row], config: Any, method: Method, where: Path | None = None) -> list[Row]:
     """Return the rows with the peak of a plan of their steps, in which the same layers are drawn."""
     first = rows[0]
     workload = Workload(
         config, method, 1, first.tokens, gradient_checkpointing=False, max_grad_norm=None, resting=first.resting,
-        masters=first.masters if first.resting else None,
+        masters=first.masters if first.resting else None, resting_where=None if where is None else str(where),
     )  # fmt: skip
     trace = rehearse(workload, [row.active_layers for row in rows])
     most, planned = 0, []
@@ -265,6 +275,7 @@ def _step(model: Any, optimizer: Any, tokens: int, facts: dict[str, Any], number
         peak_growth_bytes=status_bytes("VmHWM") - before,
         peak_anonymous_growth_bytes=peak.bytes - anonymous,
         master_bytes_written=optimizer.master_bytes_written,
+        code_bytes_read=optimizer.code_bytes_read,
     )
 
 

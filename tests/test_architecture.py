@@ -188,7 +188,7 @@ def test_outside_packages_are_imported_in_their_places(room: str) -> None:
         if top == "triton":
             assert file.name == "triton_kernel.py", (file, item)
         if top in ("ctypes", "cffi"):
-            assert file.name in ("native.py", "cpu_kernel.py", "managed.py", "devices.py"), (file, item)
+            assert file.name in ("native.py", "cpu_kernel.py", "managed.py", "devices.py", "freed.py"), (file, item)
         if top in ("transformers", "datasets", "tokenizers", "accelerate", "peft"):
             assert room in ("train", "plan", "flow", "layers", "evaluate", "difference"), (file, item)
             assert not item.at_module_level or relative(file) in TRAINERS, (file, item)

@@ -64,17 +64,20 @@ def test_rows_are_recorded_only_when_asked(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [row["ran_on"] for row in result_rows.read_rows("real_7b")] == ["cpu"]
 
 
+@pytest.mark.parametrize("codes", ["device", "files"])
 def test_masters_in_files_are_planned_and_measured_without_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    codes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Weights are mapped from files that are gone in the end."""
-    folder = tmp_path / "some"
-    assert main([*TINY, "--resting=nf4", f"--masters={folder}", "--steps=2", "--seed=1", "--json", "--debug"]) == 0
+    """Weights are mapped from files that are gone in the end; codes may be in one too, which the plan knows."""
+    folder, where = tmp_path / "some", [f"--resting-where={tmp_path}"] if codes == "files" else []
+    flags = ["--resting=nf4", f"--masters={folder}", *where, "--steps=2", "--seed=1", "--json", "--debug"]
+    assert main([*TINY, *flags]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     weights = sum(param.nbytes for param in build_model(3).parameters())
-    assert rows[-1]["masters"] == "files"
+    assert (rows[-1]["masters"], rows[-1]["resting_where"]) == ("files", codes)
+    assert (rows[-1]["code_bytes_read"] > 0) == (codes == "files")
     assert rows[-1]["master_bytes_written"] > 0
-    assert 0.25 * weights < rows[0]["planned_bytes"] < weights
+    assert 0.2 * weights < rows[0]["planned_bytes"] < weights
     assert rows[-1]["peak_anonymous_growth_bytes"] > 0
     assert not any(folder.iterdir())
 

@@ -12,7 +12,11 @@ from typing import BinaryIO, Protocol
 from torch import Tensor
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.paging.freed import give_back_freed_memory
 from lisa_kernels.paging.queues import Event
+
+# Bytes written between two looks at the memory that they were made in.
+BETWEEN_LOOKS = 1 << 26
 
 
 class Thread(Protocol):
@@ -37,6 +41,7 @@ class PageFile:
         self.folder = folder
         self.nbytes = self.bytes_read = self.bytes_written = 0
         self._file: BinaryIO | None = None
+        self._looked_at = 0
         self._thread = thread or ThreadPoolExecutor(1, "pages")
 
     def place(self, nbytes: int) -> int:
@@ -84,6 +89,9 @@ class PageFile:
         except OSError as error:
             raise self._failed("written to", error) from error
         self.bytes_written += content.numel()
+        if self.bytes_written - self._looked_at >= BETWEEN_LOOKS:
+            self._looked_at = self.bytes_written
+            give_back_freed_memory()
 
     def _made(self) -> BinaryIO:
         folder = checked_folder(self.folder)

@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import pickle
+import platform
 import random
 import signal
 import threading
@@ -138,6 +139,27 @@ def test_what_is_written_and_read_is_counted(tmp_path: Path) -> None:
         value(page)
     pages.close()
     assert pages.file.bytes_read == pages.nbytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of other C libraries nothing is known")
+def test_what_codes_were_made_in_goes_back_to_the_system(tmp_path: Path) -> None:
+    """A small piece that stays beside each of them would keep a hole as large as they in the C library's heap."""
+    file, stays, size = PageFile(str(tmp_path)), [], 16 << 20
+    begin = file.place(8 * size)
+    before = anonymous_bytes()
+    for number in range(8):
+        content = torch.ones(size, dtype=torch.uint8)
+        file.write(begin + number * size, content)
+        del content
+        stays.append(torch.ones(1 << 17, dtype=torch.uint8))
+    assert anonymous_bytes() - before < 3 * size + len(stays) * stays[0].numel()
+    file.close()
+
+
+def anonymous_bytes() -> int:
+    """Return what this process holds that is in no file."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 def test_the_next_page_is_read_while_one_is_worked_on(tmp_path: Path) -> None:
