@@ -20,7 +20,14 @@ METHODS: dict[str, Method] = {
     "galore": GaLore(rank=4, gap=2),
     "lora-fa": LoRAFA(rank=4),
 }
+# Some of them with weights at rest.
+RESTING: dict[str, tuple[str, str]] = {"owlore, nf4": ("owlore", "nf4"), "lora-fa, int8": ("lora-fa", "int8")}
 STEPS = 4
+
+
+def attached(model: Any, name: str, lr: float = LR) -> Any:
+    method, resting = RESTING.get(name, (name, None))
+    return attach(model, METHODS[method], lr=lr, resting=resting)
 
 
 def rows(count: int = 12) -> list[dict[str, Any]]:
@@ -45,10 +52,10 @@ def trainer(model: Any, folder: Path, given: dict[str, Any], **changes: Any) -> 
 
 
 @pytest.mark.parametrize("accumulate", [1, 2], ids=["", "accumulated"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *RESTING])
 def test_a_trainer_is_the_plain_loop(method: str, accumulate: int, tmp_path: Path) -> None:
     model, twin = llama(), llama()
-    optimizer, reference = (attach(each, METHODS[method], lr=LR) for each in (model, twin))
+    optimizer, reference = (attached(each, method) for each in (model, twin))
     made, recorder = trainer(
         model, tmp_path, {"optimizers": (optimizer, None)}, gradient_accumulation_steps=accumulate
     )  # fmt: skip
@@ -59,6 +66,10 @@ def test_a_trainer_is_the_plain_loop(method: str, accumulate: int, tmp_path: Pat
     assert logged[0]["learning_rate"] == pytest.approx(optimizer.param_groups[0]["initial_lr"])
     assert optimizer.history == reference.history
     assert_same_weights(model, twin, 0.0)
+    if method in RESTING:
+        optimizer.detach()
+        reference.detach()
+        assert_same_weights(model, twin, 0.0)
 
 
 def test_an_optimizer_by_class_is_the_plain_loop(tmp_path: Path) -> None:
@@ -79,13 +90,16 @@ def test_an_optimizer_by_class_is_the_plain_loop(tmp_path: Path) -> None:
     assert_same_weights(model, twin, 0.0)
 
 
-@pytest.mark.parametrize("method", ["owlore", "lora-fa"])
+@pytest.mark.parametrize("method", ["owlore", "lora-fa", *RESTING])
 def test_the_best_model_comes_back_after_early_stopping(method: str, tmp_path: Path) -> None:
-    """With a rate that ruins the model after the first evaluation: what is kept and saved is what was best then."""
+    """With a rate that ruins the model after the first evaluation: what is kept and saved is what was best then.
+
+    At rest that was masters and what their slots had learnt beside codes; what comes back are codes of the sum of both.
+    """
     from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
     model = llama()
-    optimizer = attach(model, METHODS[method], lr=0.5)
+    optimizer = attached(model, method, lr=0.5)
     made, _ = trainer(
         model, tmp_path, {"optimizers": (optimizer, None), "callbacks": [EarlyStoppingCallback(1)]},
         max_steps=12, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
@@ -93,12 +107,16 @@ def test_the_best_model_comes_back_after_early_stopping(method: str, tmp_path: P
     )  # fmt: skip
     made.train()
     assert made.state.global_step < 12
-    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric, rel=1e-5)
+    assert made.evaluate()["eval_loss"] == pytest.approx(
+        made.state.best_metric, rel=2e-2 if method in RESTING else 1e-5
+    )
     made.save_model(str(tmp_path / "final"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)
     assert_same_weights(model, again, 0.0)
     best = AutoModelForCausalLM.from_pretrained(made.state.best_model_checkpoint, dtype=torch.float32)
     assert_same_weights(best, again, 0.0)
+    optimizer.detach()
+    assert_same_weights(model, again, 0.0)
 
 
 @pytest.mark.slow
@@ -115,18 +133,19 @@ def test_a_compiled_trainer_is_the_plain_loop(tmp_path: Path) -> None:
     assert changed(model, before)
 
 
-def test_accelerates_state_continues_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["owlore", *RESTING])
+def test_accelerates_state_continues_the_run(method: str, tmp_path: Path) -> None:
     """Saved after two steps and loaded by other objects: the end is that of the plain loop, bit for bit."""
     from accelerate import Accelerator
 
     batches = [tokens(seed=seed) for seed in range(4)]
     twin = llama()
-    plain_loop_of(twin, attach(twin, METHODS["owlore"], lr=LR), batches)
+    plain_loop_of(twin, attached(twin, method), batches)
     for part, seed in ((batches[:2], 0), (batches[2:], 5)):
         torch.manual_seed(seed)
         inner = llama()
         accelerator = Accelerator(cpu=True)
-        model, optimizer = accelerator.prepare(inner, attach(inner, METHODS["owlore"], lr=LR))
+        model, optimizer = accelerator.prepare(inner, attached(inner, method))
         if part[0] is not batches[0]:
             accelerator.load_state(str(tmp_path))
         plain_loop_of(model, optimizer, part, accelerator)

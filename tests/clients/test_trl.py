@@ -23,6 +23,8 @@ METHODS: dict[str, Method] = {
     "owlore": OwLore(active_layers=1, period=2, rank=4, gap=2, scores="uniform"),
     "lora-fa": LoRAFA(rank=4),
 }
+# Some of them with weights at rest.
+RESTING: dict[str, tuple[str, str]] = {"owlore, nf4": ("owlore", "nf4"), "lora-fa, int8": ("lora-fa", "int8")}
 STEPS = 4
 TEXTS = [{"text": f"row {n} of twelve, {'x' * n}"} for n in range(12)]
 PAIRS = [{"prompt": f"q{n}", "completion": f" answer {n}"} for n in range(12)]
@@ -35,6 +37,11 @@ CHOICES = [{"prompt": f"q{n}", "chosen": f" yes {n}", "rejected": " no"} for n i
 def model_of(words: Any) -> Any:
     """Return a Llama for the tokenizer."""
     return llama(vocab_size=len(words), eos_token_id=0, pad_token_id=0, bos_token_id=None, max_position_embeddings=256)
+
+
+def attached(model: nn.Module, name: str) -> Any:
+    method, resting = RESTING.get(name, (name, None))
+    return attach(model, METHODS[method], lr=LR, resting=resting)
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -63,7 +70,13 @@ SUPERVISED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("method", "rows"),
-    [*[("owlore", rows) for rows in SUPERVISED], ("lisa", "accumulated"), ("lora-fa", "assistant only")],
+    [
+        *[("owlore", rows) for rows in SUPERVISED],
+        ("lisa", "accumulated"),
+        ("lora-fa", "assistant only"),
+        ("owlore, nf4", "accumulated"),
+        ("lora-fa, int8", "packed"),
+    ],
 )
 def test_sft_is_the_plain_loop(method: str, rows: str, tmp_path: Path) -> None:
     """Its loss reads the output layer's weight; head, blocks and embedding learn as from the model's own loss."""
@@ -74,13 +87,13 @@ def test_sft_is_the_plain_loop(method: str, rows: str, tmp_path: Path) -> None:
     words = tokenizer()
     model, twin = model_of(words), model_of(words)
     before = snapshot(twin)
-    optimizer = attach(model, METHODS[method], lr=LR)
+    optimizer = attached(model, method)
     trainer = SFTTrainer(
         model=model, args=SFTConfig(**settings(tmp_path, **changes)), train_dataset=Dataset.from_list(data),
         processing_class=words, optimizers=(optimizer, None),
     )  # fmt: skip
     batches = run(trainer)
-    reference = attach(twin, METHODS[method], lr=LR)
+    reference = attached(twin, method)
     accumulate = changes.get("gradient_accumulation_steps", 1)
     losses = plain_loop(twin, reference, batches, STEPS, mean_over_tokens, accumulate)
     logged = [row for row in trainer.state.log_history if "loss" in row]
@@ -91,7 +104,7 @@ def test_sft_is_the_plain_loop(method: str, rows: str, tmp_path: Path) -> None:
     reference.detach()
     optimizer.detach()
     head = model.lm_head.weight
-    assert method == "lora-fa" or (head - before["lm_head.weight"]).abs().max() > LR
+    assert method.startswith("lora-fa") or (head - before["lm_head.weight"]).abs().max() > LR
     assert changed(model, before)
 
 
@@ -114,7 +127,15 @@ def preference_loss(reference: nn.Module) -> Any:
 
 @pytest.mark.parametrize(
     ("method", "reference"),
-    [("owlore", "given"), ("owlore", "made"), ("lisa", "precomputed"), ("lora-fa", "given"), ("lora-fa", "made")],
+    [
+        ("owlore", "given"),
+        ("owlore", "made"),
+        ("lisa", "precomputed"),
+        ("lora-fa", "given"),
+        ("lora-fa", "made"),
+        ("owlore, nf4", "given"),
+        ("lora-fa, int8", "given"),
+    ],
 )
 def test_dpo_is_the_plain_loop(method: str, reference: str, tmp_path: Path) -> None:
     """The reference stays what it was: a copy from after attaching, one that TRL loads, or numbers noted before."""
@@ -126,7 +147,7 @@ def test_dpo_is_the_plain_loop(method: str, reference: str, tmp_path: Path) -> N
     model_of(words).save_pretrained(tmp_path / "base")
     model, twin, base = (AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32) for _ in range(3))
     before = snapshot(base)
-    optimizer = attach(model, METHODS[method], lr=LR)
+    optimizer = attached(model, method)
     trainer = DPOTrainer(
         model=model, ref_model=copy.deepcopy(model) if reference == "given" else None,
         args=DPOConfig(**settings(tmp_path, precompute_ref_log_probs=reference == "precomputed")),
@@ -135,7 +156,7 @@ def test_dpo_is_the_plain_loop(method: str, reference: str, tmp_path: Path) -> N
     batches = run(trainer)
     if trainer.ref_model is not None:
         assert_same_weights(trainer.ref_model, base, 0.0)
-    plain_loop(twin, attach(twin, METHODS[method], lr=LR), batches, STEPS, preference_loss(base.eval()))
+    plain_loop(twin, attached(twin, method), batches, STEPS, preference_loss(base.eval()))
     assert trainer.state.log_history[-2]["loss"] < 0.69
     assert_moved_alike(model, twin, before, ANOTHER_ORDER_OF_SUMS)
 
@@ -156,13 +177,13 @@ def test_a_reward_model_is_the_plain_loops(method: str, tmp_path: Path) -> None:
     sizes = common(vocab_size=len(words), num_labels=1, eos_token_id=0, max_position_embeddings=256)
     model, twin = (build("LlamaForSequenceClassification", "LlamaConfig", **sizes) for _ in range(2))
     before = snapshot(twin)
-    optimizer = attach(model, METHODS[method], lr=LR)
+    optimizer = attached(model, method)
     trainer = RewardTrainer(
         model=model, args=RewardConfig(**settings(tmp_path)), train_dataset=Dataset.from_list(CHOICES),
         processing_class=words, optimizers=(optimizer, None),
     )  # fmt: skip
     batches = run(trainer)
-    plain_loop(twin, attach(twin, METHODS[method], lr=LR), batches, STEPS, reward_loss)
+    plain_loop(twin, attached(twin, method), batches, STEPS, reward_loss)
     assert_moved_alike(model, twin, before, ANOTHER_ORDER_OF_SUMS)
     assert not torch.equal(model.state_dict()["score.weight"], before["score.weight"])
 
@@ -172,7 +193,7 @@ def long_answers(completions: list[str], **others: Any) -> list[float]:
     return [float(len(set(text))) for text in completions]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "owlore, nf4"])
 def test_grpo_generates_with_the_weights_so_far(method: str, tmp_path: Path) -> None:
     """What is generated between two steps comes from the weights of that moment, and the run learns from it."""
     from datasets import Dataset
@@ -181,7 +202,7 @@ def test_grpo_generates_with_the_weights_so_far(method: str, tmp_path: Path) -> 
     words = tokenizer()
     model = model_of(words)
     before = snapshot(model)
-    optimizer = attach(model, METHODS[method], lr=LR)
+    optimizer = attached(model, method)
     trainer = GRPOTrainer(
         model=model, reward_funcs=long_answers, train_dataset=Dataset.from_list([{"prompt": "q"}] * 8),
         args=GRPOConfig(**settings(tmp_path, num_generations=2, max_completion_length=8, beta=0.0, temperature=1.0)),
