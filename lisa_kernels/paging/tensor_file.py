@@ -91,14 +91,16 @@ def write_tensor_file(
 
 
 def mapped_whole(path: Path, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Return the tensor of a file with one, read from the disk when it is looked at.
+    """Return the tensor of a file with one, read from the disk when it is looked at; its storage is it and no more.
 
     What is written into it is seen by this process alone, and takes its memory.
     """
     nbytes = dtype.itemsize * torch.Size(shape).numel()
     total = path.stat().st_size
-    whole = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
-    return whole[total - nbytes :].view(dtype).view(tuple(shape))
+    whole = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8).untyped_storage()
+    # safetensors refuses to save and to load what is a part of a storage.
+    numbers: Any = whole[total - nbytes :]
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(numbers).view(dtype).view(tuple(shape))
 
 
 class MappedFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,20 @@ METHODS: dict[str, Method] = {
     "galore": GaLore(rank=4, gap=2),
     "lora-fa": LoRAFA(rank=4),
 }
-# Some of them with weights at rest.
-RESTING: dict[str, tuple[str, str]] = {"owlore, nf4": ("owlore", "nf4"), "lora-fa, int8": ("lora-fa", "int8")}
+# Some of them with weights at rest, their bits in memory or in files.
+RESTING: dict[str, tuple[str, str, bool]] = {
+    "owlore, nf4": ("owlore", "nf4", False),
+    "owlore, nf4 in files": ("owlore", "nf4", True),
+    "lora-fa, int8 in files": ("lora-fa", "int8", True),
+}
 STEPS = 4
 
 
-def attached(model: Any, name: str, lr: float = LR) -> Any:
-    method, resting = RESTING.get(name, (name, None))
-    return attach(model, METHODS[method], lr=lr, resting=resting)
+def attached(model: Any, name: str, folder: Path, lr: float = LR) -> Any:
+    """Return the optimizer of a model that is attached by a name of these; folder: for files, where it has some."""
+    method, resting, in_files = RESTING.get(name, (name, None, False))
+    where = {key: tempfile.mkdtemp(dir=folder) for key in ("masters", "resting_where") if in_files}
+    return attach(model, METHODS[method], lr=lr, resting=resting, **where)
 
 
 def rows(count: int = 12) -> list[dict[str, Any]]:
@@ -55,7 +62,7 @@ def trainer(model: Any, folder: Path, given: dict[str, Any], **changes: Any) -> 
 @pytest.mark.parametrize("method", [*METHODS, *RESTING])
 def test_a_trainer_is_the_plain_loop(method: str, accumulate: int, tmp_path: Path) -> None:
     model, twin = llama(), llama()
-    optimizer, reference = (attached(each, method) for each in (model, twin))
+    optimizer, reference = (attached(each, method, tmp_path) for each in (model, twin))
     made, recorder = trainer(
         model, tmp_path, {"optimizers": (optimizer, None)}, gradient_accumulation_steps=accumulate
     )  # fmt: skip
@@ -99,7 +106,7 @@ def test_the_best_model_comes_back_after_early_stopping(method: str, tmp_path: P
     from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
     model = llama()
-    optimizer = attached(model, method, lr=0.5)
+    optimizer = attached(model, method, tmp_path, lr=0.5)
     made, _ = trainer(
         model, tmp_path, {"optimizers": (optimizer, None), "callbacks": [EarlyStoppingCallback(1)]},
         max_steps=12, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
@@ -140,16 +147,16 @@ def test_accelerates_state_continues_the_run(method: str, tmp_path: Path) -> Non
 
     batches = [tokens(seed=seed) for seed in range(4)]
     twin = llama()
-    plain_loop_of(twin, attached(twin, method), batches)
+    plain_loop_of(twin, attached(twin, method, tmp_path), batches)
     for part, seed in ((batches[:2], 0), (batches[2:], 5)):
         torch.manual_seed(seed)
         inner = llama()
         accelerator = Accelerator(cpu=True)
-        model, optimizer = accelerator.prepare(inner, attached(inner, method))
+        model, optimizer = accelerator.prepare(inner, attached(inner, method, tmp_path))
         if part[0] is not batches[0]:
-            accelerator.load_state(str(tmp_path))
+            accelerator.load_state(str(tmp_path / "state"))
         plain_loop_of(model, optimizer, part, accelerator)
-        accelerator.save_state(str(tmp_path))
+        accelerator.save_state(str(tmp_path / "state"))
     assert_same_weights(inner, twin, 0.0)
 
 
