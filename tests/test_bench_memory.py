@@ -32,7 +32,9 @@ def workload(**changes: Any) -> Workload:
 @pytest.mark.parametrize(
     "checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["checkpointing", "plain"]
 )
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "badam" else name for name in PEERS]
+)
 def test_a_peer_takes_what_was_planned(name: str, checkpointing: bool) -> None:
     """The same tracker follows a peer's step with and without values to the same byte."""
     if name in PACKAGES and find_spec(PACKAGES[name]) is None:

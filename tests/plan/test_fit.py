@@ -138,7 +138,7 @@ def test_last_of_all_the_embeddings_freeze() -> None:
 
 
 def test_weights_rest_in_8_bits_before_anything_is_given_up_and_in_4_after_all_else() -> None:
-    """Then in 8 bits on the host, and in 4, before anything is given up beside them."""
+    """After 4 it is 8 on the host, and 4, before anything is given up beside them."""
     free = Run(resting=None)
     for wanted in (
         Run(resting="int8", **FRUGAL),
@@ -161,6 +161,20 @@ def test_weights_stay_where_someone_wants_them() -> None:
         assert found(Run(resting="int8"), need_mib(wanted)) == wanted
     wanted = Run(few, resting="int8", resting_where="device", **FRUGAL)
     assert found(Run(resting="int8", resting_where="device"), need_mib(wanted)) == wanted
+
+
+@pytest.mark.parametrize("lacking", [10, 30, 50])
+@pytest.mark.parametrize("method", [OwLore(), OwLore(rank=32), LISA()], ids=["ranks", "layers", "embeddings"])
+def test_a_tenth_of_what_8_bits_take_is_given_up_before_anything_else(method: Method, lacking: int) -> None:
+    """Of what is left then rows have theirs first, bits the rest; someone who wants 8 bits keeps them."""
+    least = Run(method, resting="int8", **FRUGAL)
+    run = found(Run(method, resting=None), need_mib(least) - lacking)
+    assert run.method == method
+    assert 0.9 * WEIGHTS["int8"] - 3 <= at_rest(run) // MIB < WEIGHTS["int8"]
+    assert -1 <= need_mib(least) - lacking - need_mib(run) <= 6
+    kept = found(Run(method, resting="int8", resting_where="device"), need_mib(least) - lacking)
+    assert kept.resting == "int8"
+    assert kept.method != method
 
 
 @pytest.mark.parametrize(("base", "mib"), [("nf4", 24), ("nf4", 60), ("mixed", 16), ("mixed", 36)])
