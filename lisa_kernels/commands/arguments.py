@@ -185,8 +185,8 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     add(
         "--resting",
         help="bits in which matrices are on the device, their masters and the token embedding in host memory: 16-bit, "
-        "int8, mixed (int8 where nf4 loses most), nf4, or a size such as 5.5GB that all codes may take, int8 where nf4 "
-        "loses most for the bytes (with any method but full; default: 16-bit)",
+        "int8, mixed (int8 where nf4 loses most, in the bytes of down_proj), nf4, or a size such as 5.5GB that all "
+        "codes may take, int8 where nf4 loses most for the bytes (with any method but full; default: 16-bit)",
     )
     add(
         "--active-on",

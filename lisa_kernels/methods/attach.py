@@ -31,7 +31,7 @@ from lisa_kernels.methods.agreement import agree
 from lisa_kernels.methods.code_losses import measure_code_losses
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.masters import Masters, check_masters
-from lisa_kernels.methods.precision import is_size
+from lisa_kernels.methods.precision import is_picked
 from lisa_kernels.methods.resting import Rest, check_device, check_resting, check_resting_where, raised_layers
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
@@ -52,7 +52,7 @@ def attach(
 ) -> SampledAdamW:  # fmt: skip
     """Prepare `model` for `method` and return its optimizer, whose `step()` also switches layers.
 
-    calibration: batches (input_ids, …) for scores that need data, see `layer_scores`, and for a size of `resting`.
+    calibration: batches (input_ids, …) for scores that need data, see `layer_scores`, and for what `resting` may pick.
     scores: one number per layer, where they were computed before. blocks: the path of the decoder blocks where they are
     not found by themselves.
     weight_decay leaves vectors (norms, biases) alone; max_grad_norm clips inside the step, and paging says where the
@@ -67,10 +67,11 @@ def attach(
 
     resting: "int8" or "nf4" keeps the matrices of the decoder blocks and of the output layer in 8 or 4 bits where the
     model computes, those of layers that train too, and their 16-bit masters in host memory, where the token embedding
-    is as well; "mixed" has those in 8 bits that lose most in 4; None or "16-bit" leaves them as they are. A size such
-    as "5.5GB" is what the codes and scales of all of them may take: those are in 8 bits whose errors in 4 cost most
-    loss for their bytes, by a forward and backward of the first batches of `calibration`; without any it is small ones
-    first, and what is at the ends of the model, as a plan has it. What is learnt is put into the masters when a layer
+    is as well; None or "16-bit" leaves them as they are. A size such as "5.5GB" is what the codes and scales of all of
+    them may take: those are in 8 bits whose errors in 4 cost most loss for their bytes, by a forward and backward of
+    the first batches of `calibration`; without any it is small ones first, and what is at the ends of the model, as a
+    plan has it. "mixed" does so in the bytes of 8 bits for the matrix with the most inputs of each block, which are
+    those in 8 bits without `calibration`. What is learnt is put into the masters when a layer
     leaves or gets a new basis, and it is they that are saved. Adapters learn beside the codes, and what is saved,
     merged or left by `detach()` are masters with the adapters in them. For methods whose layers train through slots or
     adapters (OwLore, GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one process; embeddings that train at full rank
@@ -121,7 +122,7 @@ def attach(
         if units_of(model):
             settle(model)
         losses = None
-        if resting is not None and is_size(resting) and calibration is not None:
+        if is_picked(resting) and calibration is not None:
             # It may be a stream, and is read twice.
             calibration = list(calibration)
             losses = measure_code_losses(model, raised_layers(survey), calibration)

@@ -10,7 +10,7 @@ import torch
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods.active_on import CODES, MASTER
-from lisa_kernels.methods.precision import AS_THEY_ARE, is_size
+from lisa_kernels.methods.precision import AS_THEY_ARE, is_picked
 from lisa_kernels.methods.slots import check_slots_state, slots_state
 from lisa_kernels.samplers import Sampler, sampler_from_state
 
@@ -65,7 +65,7 @@ def check_attachment(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> Sampl
 
 @torch.no_grad()
 def take_precisions(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> None:
-    """Have each matrix rest in the bits that it had when a state was saved, whatever would be found for a size now."""
+    """Have each matrix rest in the bits that it had when a state was saved, whatever would be found now."""
     for layer, kind in _rested_otherwise(optimizer, saved):
         layer.rest_in(kind)
 
@@ -78,8 +78,7 @@ def _rested_otherwise(optimizer: SampledAdamW, saved: Mapping[str, Any]) -> list
 
 
 def _precisions(optimizer: SampledAdamW) -> dict[str, str] | None:
-    """Return in what each matrix rests where that was found out for a size; None else."""
-    resting = optimizer.layout.resting
-    if resting is None or not is_size(resting):
+    """Return in what each matrix rests where that may have been found out; None else."""
+    if not is_picked(optimizer.layout.resting):
         return None
     return {path: layer.kind for path, layer in optimizer.model.named_modules() if isinstance(layer, RestingLinear)}

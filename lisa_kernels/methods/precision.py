@@ -1,4 +1,4 @@
-"""Which matrices rest in 8 bits, and which in 4, where what rests has a size: loss by loss for its bytes."""
+"""Which matrices rest in 8 bits, and which in 4, where some of each do: loss by loss for its bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lisa_kernels.layers import linear_shape
 from lisa_kernels.ops.resting import bytes_at_rest as bytes_of
 from lisa_kernels.sizes import gb, parse_size
 
-AS_THEY_ARE = "16-bit"
+AS_THEY_ARE, MIXED = "16-bit", "mixed"
 # Of the blocks at either end of a pretrained SmolLM2, where the matrix with the most inputs loses several times as much
 # in 4 bits as others do.
 FIRST, LAST, LOSES_MORE = 3, 2, 4.0
@@ -28,6 +28,11 @@ class CodeLoss(NamedTuple):
 def is_size(resting: str) -> bool:
     """Return whether a way to rest is said as a size, such as "5.5GB"."""
     return resting != AS_THEY_ARE and resting[:1].isdigit()
+
+
+def is_picked(resting: str | None) -> bool:
+    """Return whether some matrices of a model that rests so are in 8 bits and others in 4, by what they lose."""
+    return resting is not None and (resting == MIXED or is_size(resting))
 
 
 def bytes_at_rest(layer: nn.Module, kind: str) -> int:

@@ -17,11 +17,20 @@ from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.active_on import draws
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.outer_slots import find_still_outer
-from lisa_kernels.methods.precision import AS_THEY_ARE, CodeLoss, bytes_at_rest, is_size, losses_by_place, pick_kinds
+from lisa_kernels.methods.precision import (
+    AS_THEY_ARE,
+    MIXED,
+    CodeLoss,
+    bytes_at_rest,
+    is_picked,
+    is_size,
+    losses_by_place,
+    pick_kinds,
+)
 from lisa_kernels.methods.survey import Survey
 from lisa_kernels.sizes import parse_size
 
-WAYS = (AS_THEY_ARE, "int8", "mixed", "nf4")
+WAYS = (AS_THEY_ARE, "int8", MIXED, "nf4")
 ON_DEVICE, ON_HOST = "device", "host"
 
 
@@ -80,7 +89,7 @@ def check_resting_where(where: str | os.PathLike[str] | None, resting: str | Non
 class Rest:
     """How the matrices of a model are to rest, checked; see `attach`.
 
-    way: "int8", "nf4", "mixed" or a size; losses: by which a size is filled, None: by what is known without them.
+    way: "int8", "nf4", "mixed" or a size; losses: by which the last two are filled, None: by what is known without.
     where: codes are, see `check_resting_where`. on_masters: whether drawn layers are on the device in 16 bits while
     they train. device: where the model computes then, None: where it is.
     """
@@ -95,10 +104,11 @@ class Rest:
 class Kinds:
     """In what each matrix rests: "mixed" has those in 8 bits that lose most in 4.
 
-    In a block these are the ones with the most inputs, which lead its widest activations back: of what NF4 costs a
-    pretrained SmolLM2 before it trains they make nearly half. An output layer, whose errors reach the loss as they are,
-    rests in 8 bits always. A size is filled by what is lost, see `pick_kinds`; losses: measured, None: as far as they
-    are known without values. nbytes: of all codes and scales, which a size bounds.
+    Without values these are, in a block, the ones with the most inputs, which lead its widest activations back: of what
+    NF4 costs a pretrained SmolLM2 before it trains they make nearly half. An output layer, whose errors reach the loss
+    as they are, rests in 8 bits always. A size is filled by what is lost, see `pick_kinds`. losses: measured, by which
+    as many bytes are given to others then; None: as far as they are known without values, as a plan has it, which
+    nothing that is measured takes more than. nbytes: of all codes and scales, which a size bounds.
     """
 
     of_head = "int8"
@@ -112,13 +122,18 @@ class Kinds:
         beside = bytes_at_rest(head, self.of_head) if head is not None and rests else 0
         layers = raised_layers(survey, places)
         self._kinds: dict[nn.Module, str] = {}
-        if resting == "mixed":
+        if resting == MIXED:
             self._kinds = _by_width(survey.path, places)
         elif is_size(resting):
-            self._kinds = pick_kinds(layers, resting, beside, losses or losses_by_place(_by_block(survey.path, places)))
+            self._kinds = pick_kinds(layers, resting, beside, losses_by_place(_by_block(survey.path, places)))
+        if losses and is_picked(resting):
+            self._kinds = pick_kinds(layers, str(self._nbytes(layers, beside)), beside, losses)
         if head is not None:
             self._kinds[head] = self.of_head
-        self.nbytes = beside + sum(bytes_at_rest(layer, self.of(layer)) for layer in layers)
+        self.nbytes = self._nbytes(layers, beside)
+
+    def _nbytes(self, layers: Iterable[nn.Module], beside: int) -> int:
+        return beside + sum(bytes_at_rest(layer, self.of(layer)) for layer in layers)
 
     def of(self, layer: nn.Module) -> str:
         """Return "int8" or "nf4" for a linear layer."""

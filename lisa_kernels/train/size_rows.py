@@ -1,4 +1,4 @@
-"""A size for weights at rest: the training rows by which it is filled, and what was found."""
+"""Weights at rest in 8 bits and in 4: the training rows by which that is found, and what was found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods.code_losses import BATCHES
-from lisa_kernels.methods.precision import bytes_at_rest, is_size
+from lisa_kernels.methods.precision import MIXED, bytes_at_rest, is_picked
 from lisa_kernels.sizes import gb
 from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.packing import collate
@@ -17,8 +17,8 @@ from lisa_kernels.train.tokenize import TokenizedData
 def rows_for_size(
     options: FineTuneOptions, data: TokenizedData, pad: int, console: Console
 ) -> list[dict[str, Tensor]] | None:  # fmt: skip
-    """Return batches of the first training rows for `attach(calibration=...)`; None where nothing rests by size."""
-    if options.resting is None or not is_size(options.resting):
+    """Return batches of the first training rows for `attach(calibration=...)`; None where nothing is to be found."""
+    if not is_picked(options.resting):
         return None
     count = min(len(data), BATCHES)
     console.print(
@@ -30,13 +30,13 @@ def rows_for_size(
 
 
 def tell_picks(options: FineTuneOptions, model: nn.Module, console: Console) -> None:
-    """Say how many matrices of an attached model rest in 8 bits, where that was found for a size."""
-    if options.resting is None or not is_size(options.resting):
+    """Say how many matrices of an attached model rest in 8 bits, where that was found."""
+    if not is_picked(options.resting):
         return
     layers = [module for module in model.modules() if isinstance(module, RestingLinear)]
     in_8_bits = sum(layer.kind == "int8" for layer in layers)
     codes = gb(sum(bytes_at_rest(layer, layer.kind) for layer in layers))
+    bound = "" if options.resting == MIXED else f" of {options.resting}"
     console.print(
-        f"note: {in_8_bits} of {len(layers)} matrices rest in 8 bits, the others in 4: {codes} of {options.resting}",
-        highlight=False,
+        f"note: {in_8_bits} of {len(layers)} matrices rest in 8 bits, the others in 4: {codes}{bound}", highlight=False
     )

@@ -115,6 +115,21 @@ def test_what_will_rest_is_counted_before_it_does(name: str, make: Callable[[], 
         assert held(model) == expected
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_measured_takes_no_more_than_a_plan_has_it(seed: int) -> None:
+    """Other matrices have 8 bits, "mixed" or by size, in as many bytes but for less than one takes."""
+    largest = bytes_at_rest(made().model.layers[0].mlp.down_proj, "int8")
+    for way in ("mixed", *(str(LEAST + (MOST - LEAST) * share // 7) for share in (1, 2, 3, 5))):
+        planned = made()
+        attach(planned, METHODS["lora"], resting=way)
+        model = made()
+        # Without what they are told by, matrices as they are made lose alike.
+        model.model.layers[seed].mlp.up_proj.weight.data.mul_(8)
+        attach(model, METHODS["lora"], resting=way, calibration=[tokens(seed=seed)])
+        assert held(planned) - largest < held(model) <= held(planned)
+        assert kinds(model) != kinds(planned)
+
+
 def test_a_size_that_is_none_or_too_small_is_refused() -> None:
     for size, words in (
         ("5.5", "not a size|too little"), ("9 bits", "not a size"), ("5,5GB", "not a size"), ("all", "way to rest"),
@@ -231,15 +246,15 @@ def run(model: Any, optimizer: SampledAdamW, first: int, last: int) -> None:
         train(model, optimizer, tokens(1, 6, seed=step))
 
 
+@pytest.mark.parametrize("way", ["mixed", str((LEAST + MOST) // 2)], ids=["mixed", "size"])
 @pytest.mark.parametrize("name", ["owlore", "lora", "lisa"])
-def test_a_resumed_run_rests_as_it_did(name: str) -> None:
+def test_a_resumed_run_rests_as_it_did(name: str, way: str) -> None:
     """Though other matrices would be picked now; a state is refused where codes cannot change."""
-    size = str((LEAST + MOST) // 2)
 
     def start(seed: int | None, **settings: Any) -> tuple[Any, SampledAdamW]:
         model = made()
         batches = None if seed is None else [tokens(seed=seed)]
-        return model, attach(model, METHODS[name], lr=1e-2, seed=0, resting=size, calibration=batches, **settings)
+        return model, attach(model, METHODS[name], lr=1e-2, seed=0, resting=way, calibration=batches, **settings)
 
     model, optimizer = start(None)
     run(model, optimizer, 0, 3)

@@ -38,10 +38,11 @@ def test_the_first_rows_are_given_where_a_size_is_filled_by_them() -> None:
     for resting in (None, "nf4", "16-bit"):
         assert rows_for_size(options(resting), data, 0, console) is None
     assert text.getvalue() == ""
-    batches = rows_for_size(options("2MB"), data, 0, console)
-    assert batches is not None
-    assert [batch["input_ids"].tolist() for batch in batches] == [[[10 + n, 7, 8]] for n in range(BATCHES)]
-    assert f"a backward of {BATCHES} training rows" in text.getvalue()
+    for resting in ("2MB", "mixed"):
+        batches = rows_for_size(options(resting), data, 0, console)
+        assert batches is not None
+        assert [batch["input_ids"].tolist() for batch in batches] == [[[10 + n, 7, 8]] for n in range(BATCHES)]
+        assert f"a backward of {BATCHES} training rows" in text.getvalue()
 
 
 def test_what_was_found_is_said() -> None:
@@ -58,7 +59,8 @@ def test_what_was_found_is_said() -> None:
 
 
 @pytest.mark.usefixtures("plans_once")
-def test_a_run_fills_a_size_by_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("resting", ["3MB", pytest.param("mixed", marks=pytest.mark.slow)])
+def test_a_run_fills_a_size_by_its_rows(resting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Any] = []
     module = importlib.import_module("lisa_kernels.methods.attach")
     real = module.measure_code_losses
@@ -68,7 +70,7 @@ def test_a_run_fills_a_size_by_its_rows(tmp_path: Path, monkeypatch: pytest.Monk
         return real(model, layers, batches)
 
     monkeypatch.setattr(module, "measure_code_losses", measure)
-    assert main(arguments(write_text(tmp_path), tmp_path / "run", "--resting", "3MB", method="lora")) == 0
+    assert main(arguments(write_text(tmp_path), tmp_path / "run", "--resting", resting, method="lora")) == 0
     [batches] = measured
     assert len(batches) == BATCHES
     assert all(isinstance(batch["input_ids"], torch.Tensor) for batch in batches)
