@@ -71,13 +71,13 @@ def attach(
     them may take: those are in 8 bits whose errors in 4 cost most loss for their bytes, by a forward and backward of
     the first batches of `calibration`; without any it is small ones first, and what is at the ends of the model, as a
     plan has it. "mixed" does so in the bytes of 8 bits for the matrix with the most inputs of each block, which are
-    those in 8 bits without `calibration`. What is learnt is put into the masters when a layer
-    leaves or gets a new basis, and it is they that are saved. Adapters learn beside the codes, and what is saved,
-    merged or left by `detach()` are masters with the adapters in them. For methods whose layers train through slots or
-    adapters (OwLore, GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one process; embeddings that train at full rank
-    stay as they are. active_on="master" has drawn layers compute on their masters, which come to the device for the
-    period, and rest anew afterwards; "codes" on what they rest in, with slots beside it. Methods that train at full
-    rank need the one, for slots the other is the default.
+    those in 8 bits without `calibration`. What is learnt is put into the masters when a layer leaves or gets a new
+    basis, and it is they that are saved. Adapters learn beside the codes, and what is saved, merged or left by
+    `detach()` are masters with the adapters in them. For methods whose layers train through slots or adapters (OwLore,
+    GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one process; embeddings that train at full rank stay as they are.
+    active_on="master" has drawn layers compute on their masters, which come to the device for the period, and rest anew
+    afterwards; "codes" on what they rest in, with slots beside it. Methods that train at full rank need the one, for
+    slots the other is the default.
 
     resting_where: "host" has the codes of the blocks in host memory too, page-locked; the device holds two blocks of
     them, the one in use and the next one on its way, and computes the same bits. A folder has them in a file there,

@@ -22,7 +22,7 @@ FEW_LAYERS = 2  # what LISA was published with
 SMALL_RANK = 32
 NEIGHBOURS = 2  # sizes of micro-batches tried on either side
 FILLED = ("mixed", "nf4")  # ways to rest that a size with more bits in it takes the place of
-# Of the bytes of 8 bits, those with which a loss is as good within 0.003; with 80 % of them it loses 0.015.
+# Of the bytes of 8 bits, those with which a run learns as well: 0.001 less of SmolLM2's 0.48; with 80 % of them 0.008.
 NEARLY = 0.9
 
 
