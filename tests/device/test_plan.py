@@ -21,9 +21,10 @@ from device.triton_launches import unheard
 from lisa_kernels import LISA, OWS, BAdam, FullFineTune, GaLore, LoRA, LoRAFA, OwLore
 from lisa_kernels.basis.tracker import Heard
 from lisa_kernels.cli import _parser, main
-from lisa_kernels.layers import embedding, resting
+from lisa_kernels.layers import embedding
 from lisa_kernels.layers.loss import LossWithoutLogits
 from lisa_kernels.methods import Method, outer_slots
+from lisa_kernels.ops.resting import RestingWeight
 from lisa_kernels.plan import plan
 from lisa_kernels.plan.cards import CONTEXT_BYTES
 from lisa_kernels.plan.draws import GivenDraws
@@ -79,7 +80,7 @@ def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "lookup_factor", lambda layer: 1.0)
     for name in ("is_true", "wait"):
         monkeypatch.setattr(Heard, name, lambda self: True)
-    monkeypatch.setattr(resting, "is_finite", lambda tensor: True)
+    monkeypatch.setattr(RestingWeight, "is_finite", lambda self: True)
     driver.sim_set_poison(0)
     # What masks are decided by has values: positions, one more at the head of each row.
     values = SimulatedDevice(largest=BATCH * (SEQ_LEN + 1))
