@@ -45,6 +45,7 @@ def test_a_control_trains_every_group_on_all_times() -> None:
     assert {control.training_interval(group) for group in range(4)} == {(0.0, 1.0)}
 
 
+@pytest.mark.slow
 def test_one_run_gives_a_row_for_each_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the quality of the averages at that step; the same numbers again."""
     monkeypatch.setattr("bench.flow_measures.PER_CLASS", 2)

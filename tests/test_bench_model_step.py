@@ -221,6 +221,7 @@ def test_the_command_leaves_rows_to_be_sent(
     assert set(rows[0]["predicted"]) == {"this CPU"}
 
 
+@pytest.mark.slow
 def test_each_method_recomputes_as_few_blocks_as_a_size_takes(folder: Path) -> None:
     """By its own plan: none where there is room, all where there is too little, and between them what fits."""
     given = [f"--model={folder}", "--device=cpu", "--seq-len=64", "--rank=4", "--active-layers=2", "--galore-rank=4"]

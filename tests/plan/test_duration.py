@@ -67,6 +67,7 @@ def test_micro_batches_repeat_forward_and_backward_and_nothing_else() -> None:
     assert six.tokens == 3 * two.tokens
 
 
+@pytest.mark.slow
 def test_a_switch_is_spread_over_its_period() -> None:
     method = OwLore(2, rank=4, scores="uniform")
     often, seldom, never = (

@@ -23,6 +23,7 @@ def planned(device: torch.device = CPU, **changed: Any) -> int:
     return plan_flow_run(FlowOptions("digits", Path("run"), **sizes), IMAGES, device)
 
 
+@pytest.mark.slow
 def test_groups_in_turn_take_less_than_all_layers_at_once() -> None:
     """Less still where the weights of those that rest are away, and more with larger batches."""
     dense, experts, paged = planned(groups=1), planned(), planned(resting_weights="page")

@@ -92,6 +92,7 @@ def test_answers_change_nothing_of_the_run(finished: Path, text: Path, tmp_path:
     assert not read_run(tmp_path / "run").answers
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_history_of_one_that_never_stopped(
     finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
