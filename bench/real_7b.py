@@ -10,7 +10,7 @@
 The geometry is Llama-2-7B's unless --preset names another, the weights are random bfloat16. The last step trains other
 layers than those before it; the first step of a draw finds the bases of its layers. The peak is set beside that of a
 plan of the same steps; with masters in files what is resident of files does not count, for the system may drop it.
-With codes in a file the plan is of what a device holds, and the peak also has two blocks on the way there.
+With codes in a file two blocks of them are in memory, as they are on a device; its host would hold two more.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_kernels.errors import InputError
 from lisa_kernels.methods import Method
-from lisa_kernels.methods.precision import AS_THEY_ARE, is_size
+from lisa_kernels.methods.precision import AS_THEY_ARE, is_picked
 from lisa_kernels.methods.resting import check_resting
 from lisa_kernels.plan.filling import filled, resting_bytes, written
 from lisa_kernels.plan.result import Plan
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 FEW_LAYERS = 2  # what LISA was published with
 SMALL_RANK = 32
 NEIGHBOURS = 2  # sizes of micro-batches tried on either side
-FILLED = ("mixed", "nf4")  # ways to rest that a size with more bits in it takes the place of
 # Of the bytes of 8 bits, those with which a run learns as well: 0.001 less of SmolLM2's 0.48; with 80 % of them 0.008.
 NEARLY = 0.9
 
@@ -117,8 +116,7 @@ def _lighter(workload: Workload, search: _Search) -> Workload:
 
 def _may_be_filled(workload: Workload) -> bool:
     """Return whether what is left of the card can go to more bits of what rests on it."""
-    resting = workload.resting
-    return _rests_on_device(workload) and resting is not None and (resting in FILLED or is_size(resting))
+    return _rests_on_device(workload) and (workload.resting == "nf4" or is_picked(workload.resting))
 
 
 def _rests_on_device(workload: Workload) -> bool:

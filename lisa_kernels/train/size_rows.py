@@ -13,20 +13,25 @@ from lisa_kernels.train.options import FineTuneOptions
 from lisa_kernels.train.packing import collate
 from lisa_kernels.train.tokenize import TokenizedData
 
+# Of a row: each keeps 0.24 MB for a block of an 8B model in host memory, and takes two cores 16 ms there.
+ROW_TOKENS = 288
+
 
 def rows_for_size(
     options: FineTuneOptions, data: TokenizedData, pad: int, console: Console
 ) -> list[dict[str, Tensor]] | None:  # fmt: skip
-    """Return batches of the first training rows for `attach(calibration=...)`; None where nothing is to be found."""
+    """Return the beginnings of the first training rows for `attach(calibration=...)`; None where nothing is found."""
     if not is_picked(options.resting):
         return None
     count = min(len(data), BATCHES)
     console.print(
         f"note: which matrices rest in 8 bits and which in 4 is found on the host, by a forward and a backward of "
-        f"{count} training rows",
-        highlight=False,
-    )
-    return [collate([data[index]], pad) for index in range(count)]
+        f"{count} training rows (up to {ROW_TOKENS} tokens of each)",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return [
+        collate([{name: values[:ROW_TOKENS] for name, values in data[index].items()}], pad) for index in range(count)
+    ]
 
 
 def tell_picks(options: FineTuneOptions, model: nn.Module, console: Console) -> None:

@@ -18,7 +18,7 @@ from lisa_kernels.cli import main
 from lisa_kernels.layers import RestingLinear
 from lisa_kernels.methods.code_losses import BATCHES
 from lisa_kernels.train.options import FineTuneOptions
-from lisa_kernels.train.size_rows import rows_for_size, tell_picks
+from lisa_kernels.train.size_rows import ROW_TOKENS, rows_for_size, tell_picks
 from lisa_kernels.train.tokenize import TokenizedData
 
 
@@ -33,6 +33,7 @@ def quiet_console() -> tuple[Console, io.StringIO]:
 
 def test_the_first_rows_are_given_where_a_size_is_filled_by_them() -> None:
     ids = [torch.tensor([number, 7, 8]) for number in range(10, 20)]
+    ids[1] = torch.arange(ROW_TOKENS + 5)
     data = TokenizedData([{"input_ids": row, "labels": row} for row in ids])
     console, text = quiet_console()
     for resting in (None, "nf4", "16-bit"):
@@ -41,7 +42,10 @@ def test_the_first_rows_are_given_where_a_size_is_filled_by_them() -> None:
     for resting in ("2MB", "mixed"):
         batches = rows_for_size(options(resting), data, 0, console)
         assert batches is not None
-        assert [batch["input_ids"].tolist() for batch in batches] == [[[10 + n, 7, 8]] for n in range(BATCHES)]
+        assert [batch["input_ids"].tolist() for batch in batches] == [
+            [row[:ROW_TOKENS].tolist()] for row in ids[:BATCHES]
+        ]
+        assert all(batch["labels"].shape == batch["input_ids"].shape for batch in batches)
         assert f"a backward of {BATCHES} training rows" in text.getvalue()
 
 
