@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ def on_ranks(work: Callable[..., Any], *given: Any, count: int = 2, lost: int | 
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe(duplex=False) for _ in range(count)]
+        connected = context.Barrier(count)
+        store = Path(folder) / "store"
         processes = [
-            context.Process(target=_run, args=(rank, count, Path(folder) / "store", ends[rank][1], work, given))
+            context.Process(target=_run, args=(rank, connected, store, ends[rank][1], work, given))
             for rank in range(count)
         ]
         for process, (_, theirs) in zip(processes, ends):
@@ -62,15 +65,20 @@ def _answer(end: Connection, process: Any) -> tuple[str | None, Any]:
     return text, result
 
 
-def _run(rank: int, count: int, store: Path, end: Connection, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, connected: Barrier, store: Path, end: Connection, work: Callable[..., Any], given: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
+    count = connected.parties
     # As a launcher would tell it, for what asks.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=PATIENCE)
-    )
     try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=PATIENCE)
+        )
+        # A rank that has its connections, and whose work ends it at once, ends them while others still make theirs.
+        connected.wait(PATIENCE)
         end.send((None, work(rank, *given)))
     except BaseException:
         end.send((f"rank {rank}:\n{traceback.format_exc()}", None))
