@@ -5,6 +5,7 @@
     python -m bench.real_7b --resting nf4       # codes beside masters in 16 bits; needs 18 GB
     python -m bench.real_7b --resting nf4 --masters FOLDER   # masters in files of 13 GB, which are mapped; needs 5 GB
     python -m bench.real_7b --resting nf4 --masters FOLDER --resting-where FOLDER   # codes in a file too; needs 2 GB
+    python -m bench.real_7b --resting mixed --calibration-rows 4   # what each matrix loses is measured before it rests
     python -m bench.real_7b --layers 2          # a thinner stack, to try it
 
 The geometry is Llama-2-7B's unless --preset names another, the weights are random bfloat16. The last step trains other
@@ -37,8 +38,10 @@ from bench.timing import seconds_of_parts
 from lisa_kernels import LISA, OwLore, attach
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.methods import Method
+from lisa_kernels.methods.precision import is_picked
 from lisa_kernels.plan.rehearsal import Workload, rehearse
 from lisa_kernels.train.presets import preset_config
+from lisa_kernels.train.size_rows import ROW_TOKENS
 
 PRESET, LR = "llama-2-7b", 3e-4
 METHODS = ("owlore", "lisa")
@@ -80,6 +83,7 @@ class Row:
     master_bytes_written: int = 0
     resting_where: str = "device"
     code_bytes_read: int = 0
+    calibration_rows: int = 0
 
 
 def build_model(layers: int, folder: Path | None = None, preset: str | None = None) -> Any:
@@ -142,6 +146,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, default=128, help="of owlore's layers")
     add("--embeddings", help="embedding and head (default: owlore frozen, lisa always)")
     add("--resting", help="bits in which matrices compute: int8, mixed or nf4 (owlore; default: 16)")
+    add("--calibration-rows", type=int, default=0, help=f"of {ROW_TOKENS} tokens, by which mixed is measured first")
     add("--masters", type=Path, help="folder for weights and masters in files that are mapped (default: in memory)")
     add("--resting-where", type=Path, metavar="FOLDER", help="folder for a file of codes (default: in memory)")
     add("--preset", help=f"geometry (default: {PRESET}), such as llama-3.1-8b")
@@ -156,6 +161,12 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     """Build the model, train it for some steps and show what they took; returns a row for each step."""
     for name in ("layers", "tokens", "steps"):
         positive(name, getattr(arguments, name))
+    if arguments.calibration_rows:
+        positive("calibration rows", arguments.calibration_rows)
+        if not is_picked(arguments.resting):
+            raise InputError(
+                "--calibration-rows is for matrices in 4 and 8 bits; give --resting mixed, or leave it out."
+            )
     if not STATUS.exists():
         raise InputError("the most memory that a process held is read from /proc: run this on Linux.")
     method = method_of(arguments)
@@ -191,6 +202,7 @@ def _steps(
     optimizer = attach(
         model, method, lr=LR, seed=arguments.seed, resting=arguments.resting, masters=masters,
         resting_where=None if arguments.resting_where is None else str(arguments.resting_where),
+        calibration=_tokens(model, arguments.calibration_rows),
     )  # fmt: skip
     attached = time.perf_counter()
     facts = {
@@ -199,6 +211,7 @@ def _steps(
         "build_s": built - begin, "attach_s": attached - built, "resting": arguments.resting,
         "preset": arguments.preset or PRESET, "masters": "host" if folder is None else "files",
         "resting_where": "device" if arguments.resting_where is None else "files",
+        "calibration_rows": arguments.calibration_rows,
     }  # fmt: skip
     console.print(
         f"built in {facts['build_s']:.1f} s, attached in {facts['attach_s']:.1f} s; {method}", highlight=False
@@ -224,6 +237,14 @@ def _steps(
         for row in rows:
             append_row("real_7b", {**asdict(row), "steps": arguments.steps, "ran_on": "cpu"})
     return rows
+
+
+def _tokens(model: Any, rows: int) -> list[dict[str, torch.Tensor]] | None:
+    generator = torch.Generator().manual_seed(0)
+    size = (1, ROW_TOKENS)
+    return [
+        {"input_ids": torch.randint(model.config.vocab_size, size, generator=generator)} for _ in range(rows)
+    ] or None
 
 
 def with_plans(rows: Sequence[Row], config: Any, method: Method, where: Path | None = None) -> list[Row]:

@@ -297,6 +297,7 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
         "hooks": {
             name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
         },
+        "forwards": {name: vars(module).get("forward") for name, module in model.named_modules()},
         "training": {name: module.training for name, module in model.named_modules()},
     }
 

@@ -2,7 +2,7 @@
 
 from lisa_kernels.layers.accumulating import AccumulatingSlot, accumulates, hold_masters
 from lisa_kernels.layers.attachable import check_attachable, without_compiler
-from lisa_kernels.layers.blocks import ModelParts, find_blocks, no_ones, split_model
+from lisa_kernels.layers.blocks import ModelParts, find_blocks, no_ones, output_layer, split_model, token_embedding
 from lisa_kernels.layers.checkpointing import checkpoint_blocks
 from lisa_kernels.layers.compiling import compile_blocks
 from lisa_kernels.layers.dequantized import dequantize, quantised_by
@@ -31,6 +31,7 @@ from lisa_kernels.layers.plain_linears import PlainLinears
 from lisa_kernels.layers.resting import RestingLinear, RestingTrainedBasisLinear
 from lisa_kernels.layers.segments import attend_by_segments, attends_by_segments, borders_mask
 from lisa_kernels.layers.slot import SlotModule
+from lisa_kernels.layers.visits import Visits
 from lisa_kernels.layers.woken import WokenLinear
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "SlotModule",
     "TappedEmbedding",
     "TrainedBasisLinear",
+    "Visits",
     "WokenLinear",
     "accumulates",
     "attend_by_segments",
@@ -70,10 +72,12 @@ __all__ = [
     "lookup_factor",
     "no_ones",
     "offload_checkpoints",
+    "output_layer",
     "quantised_by",
     "split_model",
     "swap_linears",
     "tap_embedding",
+    "token_embedding",
     "untied",
     "without_compiler",
 ]

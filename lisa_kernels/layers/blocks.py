@@ -116,10 +116,8 @@ def split_model(model: nn.Module, path: str | None = None) -> ModelParts:
         (before if table else after).update({id(param): param for param in module.parameters()})
     for level in _language_levels(model, path):
         after.update({id(param): param for param in level.parameters(recurse=False)})
-    for name, group in (("get_input_embeddings", before), ("get_output_embeddings", after)):
-        get = getattr(model, name, None)
-        found = get() if callable(get) else None
-        if isinstance(found, nn.Module):
+    for found, group in ((token_embedding(model), before), (output_layer(model), after)):
+        if found is not None:
             group.update({id(param): param for param in found.parameters()})
     in_blocks = {id(param) for block in blocks for param in block.parameters()}
     return ModelParts(
@@ -128,6 +126,22 @@ def split_model(model: nn.Module, path: str | None = None) -> ModelParts:
         tuple(param for key, param in before.items() if key not in in_blocks),
         tuple(param for key, param in after.items() if key not in in_blocks and key not in before),
     )
+
+
+def token_embedding(model: nn.Module) -> nn.Module | None:
+    """Return what a model of transformers says looks its tokens up; None of a model that says nothing."""
+    return _said(model, "get_input_embeddings")
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """Return what a model of transformers says its logits come from; None of a model that has, or says, nothing."""
+    return _said(model, "get_output_embeddings")
+
+
+def _said(model: nn.Module, name: str) -> nn.Module | None:
+    get = getattr(model, name, None)
+    found = get() if callable(get) else None
+    return found if isinstance(found, nn.Module) else None
 
 
 def no_ones(model: nn.Module, path: str) -> list[nn.Parameter]:

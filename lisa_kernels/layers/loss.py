@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lisa_kernels.distributed import at_rest, is_sharded, is_unit
 from lisa_kernels.errors import InputError
+from lisa_kernels.layers.blocks import output_layer
 from lisa_kernels.layers.linears import is_linear, linear_shape
 from lisa_kernels.layers.logits_on_demand import can_form_on_demand, form_logits_on_demand
 from lisa_kernels.layers.loss_probe import IGNORED, MISFITS, PROBED_TOKENS, Probe, is_plain_loss
@@ -227,10 +228,9 @@ def leave_out_logits(model: nn.Module) -> LossWithoutLogits | None:
     It is for models of transformers with an output layer, whose loss is the cross entropy of what this layer returns,
     scaled or softly capped by numbers of their configuration. Warns of models with an output layer and another loss.
     """
-    get_output = getattr(model, "get_output_embeddings", None)
-    layer = get_output() if callable(get_output) else None
+    layer = output_layer(model)
     has_loss = isinstance(getattr(type(model), "loss_function", None), property)
-    if not has_loss or not isinstance(layer, nn.Module) or not (isinstance(layer, LowRankLinear) or is_linear(layer)):
+    if not has_loss or layer is None or not (isinstance(layer, LowRankLinear) or is_linear(layer)):
         return None
     if is_unit(layer):
         # Its weight is there in its own forward only.

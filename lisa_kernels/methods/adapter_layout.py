@@ -7,18 +7,12 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.layers import check_untied, find_blocks, find_linears
+from lisa_kernels.layers import check_untied, find_blocks, find_linears, output_layer
 from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.definitions import AdapterMethod
 
 # Of the weights of a decoder's blocks, what may be beyond adapters and is not spoken of.
 SMALL_SHARE = 0.05
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    get_output = getattr(model, "get_output_embeddings", None)
-    head = get_output() if callable(get_output) else None
-    return head if isinstance(head, nn.Module) else None
 
 
 def new_head(model: nn.Module) -> dict[str, nn.Module]:
@@ -27,7 +21,7 @@ def new_head(model: nn.Module) -> dict[str, nn.Module]:
     They are the model's direct children that are not its backbone, when it has no language-model head.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or not hasattr(model, prefix) or _output_layer(model) is not None:
+    if not prefix or not hasattr(model, prefix) or output_layer(model) is not None:
         return {}
     return {name: child for name, child in model.named_children() if name != prefix}
 
@@ -39,7 +33,7 @@ def adapter_places(model: nn.Module, method: AdapterMethod) -> list[Place]:
     """
     head = {module for part in new_head(model).values() for module in part.modules()}
     if method.targets == "all-linear":
-        output = _output_layer(model)
+        output = output_layer(model)
         places = find_linears({"": model}, method.rank, lambda path, layer: layer is not output and layer not in head)
         if not places:
             raise InputError(f"{type(model).__name__} has no linear layer that could carry an adapter.")
@@ -74,7 +68,7 @@ def beyond_adapters(model: nn.Module, places: Iterable[Place]) -> list[str]:
 
 def is_all_adaptable(model: nn.Module) -> bool:
     """Tell whether adapters on all linears reach a decoder's blocks, whole, and nothing beside them but the head."""
-    output = _output_layer(model)
+    output = output_layer(model)
     places = find_linears({"": model}, 1, lambda path, layer: layer is not output)
     path, _ = find_blocks(model)
     return all(place.path.startswith(f"{path}.") for place in places) and not beyond_adapters(model, places)

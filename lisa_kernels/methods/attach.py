@@ -32,7 +32,14 @@ from lisa_kernels.methods.code_losses import measure_code_losses
 from lisa_kernels.methods.definitions import Method
 from lisa_kernels.methods.masters import Masters, check_masters
 from lisa_kernels.methods.precision import is_picked
-from lisa_kernels.methods.resting import Rest, check_device, check_resting, check_resting_where, raised_layers
+from lisa_kernels.methods.resting import (
+    Rest,
+    blocks_at_rest,
+    check_device,
+    check_resting,
+    check_resting_where,
+    raised_layers,
+)
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
 from lisa_kernels.methods.survey import Survey, survey_model
 from lisa_kernels.methods.units import Layout, make_layout
@@ -69,12 +76,13 @@ def attach(
     model computes, those of layers that train too, and their 16-bit masters in host memory, where the token embedding
     is as well; None or "16-bit" leaves them as they are. A size such as "5.5GB" is what the codes and scales of all of
     them may take: those are in 8 bits whose errors in 4 cost most loss for their bytes, by a forward and backward of
-    the first batches of `calibration`; without any it is small ones first, and what is at the ends of the model, as a
-    plan has it. "mixed" does so in the bytes of 8 bits for the matrix with the most inputs of each block, which are
-    those in 8 bits without `calibration`. What is learnt is put into the masters when a layer leaves or gets a new
-    basis, and it is they that are saved. Adapters learn beside the codes, and what is saved, merged or left by
-    `detach()` are masters with the adapters in them. For methods whose layers train through slots or adapters (OwLore,
-    GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one process; embeddings that train at full rank stay as they are.
+    the first batches of `calibration`, on `device` and a block at a time; without any it is small ones first, and what
+    is at the ends of the model, as a plan has it. "mixed" does so in the bytes of 8 bits for the matrix with the most
+    inputs of each block, which are those in 8 bits without `calibration`. What is learnt is put into the masters when a
+    layer leaves or gets a new basis, and it is they that are saved. Adapters learn beside the codes, and what is saved,
+    merged or left by `detach()` are masters with the adapters in them. For methods whose layers train through slots or
+    adapters (OwLore, GaLore, LoRA) or are drawn (LISA, OWS, BAdam) and one process; embeddings that train at full rank
+    stay as they are.
     active_on="master" has drawn layers compute on their masters, which come to the device for the period, and rest anew
     afterwards; "codes" on what they rest in, with slots beside it. Methods that train at full rank need the one, for
     slots the other is the default.
@@ -125,7 +133,7 @@ def attach(
         if is_picked(resting) and calibration is not None:
             # It may be a stream, and is read twice.
             calibration = list(calibration)
-            losses = measure_code_losses(model, raised_layers(survey), calibration)
+            losses = measure_code_losses(model, raised_layers(survey), calibration, blocks_at_rest(survey), there)
         scores = _agreed_scores(sharing, survey, calibration, scores)
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER

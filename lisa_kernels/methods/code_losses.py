@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.layers import PlainLinears, is_conv1d
+from lisa_kernels.layers import PlainLinears, Visits, is_conv1d, output_layer
 from lisa_kernels.methods.precision import CodeLoss
 from lisa_kernels.ops.resting import RestingWeight, quantize_resting, rows_of_a_tile
 from lisa_kernels.scores.calibration import calibration_inputs, evaluation_mode
@@ -25,20 +25,26 @@ BATCHES = 4
 
 
 def measure_code_losses(
-    model: nn.Module, layers: Iterable[nn.Module], batches: Iterable[Mapping[str, Tensor]]
-) -> dict[nn.Module, CodeLoss] | None:
+    model: nn.Module, layers: Iterable[nn.Module], batches: Iterable[Mapping[str, Tensor]],
+    blocks: Iterable[nn.Module] = (), device: torch.device | None = None,
+) -> dict[nn.Module, CodeLoss] | None:  # fmt: skip
     """Return what each linear layer loses in 4 bits and in 8; None of a model that gives no logits, or no numbers.
 
-    batches: (input_ids, …) of text, of which the first few are read; of random tokens other matrices lose most. The
-    model is as it was when this returns or raises. Costs one forward and backward a batch, without weight gradients,
-    and the quantisation of every matrix in both ways.
+    batches: (input_ids, …) of text, of which the first few are read; of random tokens other matrices lose most. blocks:
+    the model's, of which each keeps its inputs and computes the rest again in the backward. device: where blocks and
+    output layer compute, and hold one of them at a time; None: where the model is. The model is as it was when this
+    returns or raises. Costs two forwards and a backward a batch, without weight gradients, and the quantisation of
+    every matrix in both ways.
     """
     layers = list(dict.fromkeys(layers))
     if not layers:
         return {}
-    energies = {layer: _Energies() for layer in layers}
+    here = next(model.parameters()).device
+    device = None if device == here else device
+    visits = Visits(blocks, output_layer(model), device)
+    energies = {layer: _Energies(visits) for layer in layers}
     generator = torch.Generator().manual_seed(0)
-    with _prepared(model, energies):
+    with _prepared(model, energies, visits, device is None):
         for inputs in calibration_inputs(model, islice(batches, BATCHES)):
             if not _go_back(model, inputs, generator):
                 return None
@@ -49,18 +55,22 @@ def measure_code_losses(
 class _Energies:
     """Sums of squares of a layer's inputs [n] and of its outputs' gradients [m], over its tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, visits: Visits) -> None:
+        self._visits = visits
         self.tokens, self.inputs, self.gradients = 0, torch.zeros(()), torch.zeros(())
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Take a forward in, as a forward hook is called; the graph begins at the first outputs."""
-        x = args[0].detach()
-        self.tokens += x.numel() // x.shape[-1]
-        self.inputs = self.inputs + _squares(x)
+        first = not self._visits.again
+        if first:
+            x = args[0].detach()
+            self.tokens += x.numel() // x.shape[-1]
+            self.inputs = self.inputs + _squares(x)
         if not y.requires_grad:
             # A copy, which may be changed in place.
             y = y.detach().requires_grad_().clone()
-        y.register_hook(self._take)
+        if first:
+            y.register_hook(self._take)
         return y
 
     def _take(self, gradient: Tensor) -> None:
@@ -75,15 +85,16 @@ class _Energies:
         assert isinstance(weight, Tensor)
         weight = weight.detach()
         matrix = weight.t().contiguous() if is_conv1d(layer) else weight
-        inputs, gradients = (each.to(weight.device) for each in (self.inputs, self.gradients))
+        # The matrix comes to them, in tiles.
+        gradients = self.gradients.to(self.inputs.device)
         sums = dict.fromkeys(("nf4", "int8"), 0.0)
         step = rows_of_a_tile(matrix.shape[1])
         for start in range(0, len(matrix), step):
-            part = matrix[start : start + step].contiguous()
+            part = matrix[start : start + step].to(self.inputs.device).contiguous()
             for kind in sums:
                 resting = RestingWeight(*quantize_resting(part, kind), kind, *part.shape)
                 errors = resting.woken(torch.float32).sub_(part).square_()
-                sums[kind] += float(gradients[start : start + step] @ (errors @ inputs))
+                sums[kind] += float(gradients[start : start + step] @ (errors @ self.inputs))
         return CodeLoss(*(0.5 * total / (self.tokens * tokens) for total in sums.values()))
 
 
@@ -92,18 +103,21 @@ def _squares(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _prepared(model: nn.Module, energies: Mapping[nn.Module, _Energies]) -> Iterator[None]:
-    """Have the layers' forwards heard, and no parameter get a gradient."""
+def _prepared(
+    model: nn.Module, energies: Mapping[nn.Module, _Energies], visits: Visits, here: bool
+) -> Iterator[None]:  # fmt: skip
+    """Have the layers' forwards heard, and no parameter get a gradient. here: whether layers compute where they are."""
     trained = [param for param in model.parameters() if param.requires_grad]
     handles = [layer.register_forward_hook(energy) for layer, energy in energies.items()]  # type: ignore[arg-type]
-    products = PlainLinears(model)
+    products = PlainLinears(model) if here else None
     try:
         for param in trained:
             param.requires_grad_(False)
-        with evaluation_mode(model):
+        with evaluation_mode(model), visits:
             yield
     finally:
-        products.remove()
+        if products is not None:
+            products.remove()
         for handle in handles:
             handle.remove()
         for param in trained:
@@ -122,13 +136,15 @@ def _go_back(model: nn.Module, inputs: Mapping[str, Any], generator: torch.Gener
     logits = getattr(said, "logits", None)
     if not isinstance(logits, Tensor):
         return False
-    rows = logits.reshape(-1, logits.shape[-1]).to(torch.float32)
+    rows = logits.detach().reshape(-1, logits.shape[-1])
     if not bool(rows.isfinite().all()):
         return False
-    drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator).to(rows.device)
-    known = rows.log_softmax(-1).gather(-1, drawn)[:, 0]
+    gradient = rows.softmax(-1, dtype=torch.float32)
+    drawn = torch.multinomial(gradient.cpu(), 1, generator=generator).to(rows.device)
+    # Of minus the log probability of what was drawn, in place: a graph of these would hold the logits many times.
+    gradient.scatter_add_(-1, drawn, gradient.new_tensor(-1.0).expand_as(drawn))
     mask = None if two else inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.numel() == len(known):
-        known = known[mask.reshape(-1).to(torch.bool)]
-    (-known.sum()).backward()
+    if isinstance(mask, Tensor) and mask.numel() == len(rows):
+        gradient *= mask.reshape(-1, 1).to(torch.bool)
+    logits.backward(gradient.to(logits.dtype).view_as(logits))
     return True

@@ -22,8 +22,10 @@ from lisa_kernels.layers import (
     is_trainable,
     linear_shape,
     lookup_factor,
+    output_layer,
     swap_linears,
     tap_embedding,
+    token_embedding,
 )
 from lisa_kernels.layers.linears import Place
 from lisa_kernels.layers.lowrank import Swap
@@ -56,7 +58,7 @@ def find_outer(model: nn.Module, parts: ModelParts) -> OuterPlaces | None:
 
     Raises InputError where they cannot carry one.
     """
-    embedding, output = _ends(model)
+    embedding, output = token_embedding(model), output_layer(model)
     weight = getattr(embedding, "weight", None)
     tied = weight is not None and getattr(output, "weight", None) is weight
     head = find_linears({"": model}, 0, lambda path, layer: layer is output and is_trainable(layer))
@@ -76,9 +78,9 @@ def find_outer(model: nn.Module, parts: ModelParts) -> OuterPlaces | None:
 
 def find_still_outer(model: nn.Module) -> OuterPlaces | None:
     """Return the places of embedding and head that never train, so that they can rest; None where neither can."""
-    embedding, output = _ends(model)
+    embedding, output = token_embedding(model), output_layer(model)
     head = find_linears({"": model}, 0, lambda path, layer: layer is output)
-    tied = embedding is not None and getattr(output, "weight", None) is embedding.weight
+    tied = embedding is not None and getattr(output, "weight", None) is _weight(embedding)
     read = {id(module) for module in model.modules() if _weight(module) is _weight(embedding)}
     alone = read <= {id(embedding), id(output)}
     if not isinstance(embedding, nn.Embedding) or (tied and not head) or not alone:
@@ -101,15 +103,6 @@ def _way_to(module: nn.Module, model: nn.Module) -> tuple[str, tuple[nn.Module, 
     path = next(path for path, found in model.named_modules() if found is module)
     names = path.split(".")
     return path, tuple(model.get_submodule(".".join(names[:depth])) for depth in range(len(names)))
-
-
-def _ends(model: nn.Module) -> tuple[Any, Any]:
-    """Return what transformers calls a model's input and output embeddings, None where there is none."""
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        get = getattr(model, name, None)
-        found.append(get() if callable(get) else None)
-    return found[0], found[1]
 
 
 def add_outer_slots(

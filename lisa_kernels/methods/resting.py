@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lisa_kernels.errors import InputError, unknown_name
-from lisa_kernels.layers import find_linears, linear_shape, untied
+from lisa_kernels.layers import find_linears, linear_shape, output_layer, untied
 from lisa_kernels.layers.linears import Place
 from lisa_kernels.methods.active_on import draws
 from lisa_kernels.methods.definitions import Method
@@ -117,7 +117,7 @@ class Kinds:
         self.resting = resting
         self.still = still_places(survey)
         places = [*survey.places(), *self.still]
-        head = _output_layer(survey.model)
+        head = output_layer(survey.model)
         rests = head is not None and (head in {place.layer for place in places} or _rests_outside(survey))
         beside = bytes_at_rest(head, self.of_head) if head is not None and rests else 0
         layers = raised_layers(survey, places)
@@ -143,14 +143,8 @@ class Kinds:
 def raised_layers(survey: Survey, places: Iterable[Place] | None = None) -> list[nn.Module]:
     """Return the linears that rest in as many bits as a size has room for: all that rest but the output layer."""
     places = [*survey.places(), *still_places(survey)] if places is None else places
-    head = _output_layer(survey.model)
+    head = output_layer(survey.model)
     return [layer for layer in dict.fromkeys(place.layer for place in places) if layer is not head]
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    get_output = getattr(model, "get_output_embeddings", None)
-    head = get_output() if callable(get_output) else None
-    return head if isinstance(head, nn.Module) else None
 
 
 def _rests_outside(survey: Survey) -> bool:
@@ -161,13 +155,16 @@ def _rests_outside(survey: Survey) -> bool:
     return outer is not None and bool(outer.head)
 
 
+def blocks_at_rest(survey: Survey) -> list[nn.Module]:
+    """Return the blocks whose linears rest, those of adapters too; none where none were found."""
+    found: Any = survey.model.get_submodule(survey.path) if survey.path else ()
+    return list(found)
+
+
 def still_places(survey: Survey) -> list[Place]:
     """Return the linears of the blocks that carry no slot and whose weight nobody else reads: they rest too."""
     taken = {place.layer for place in survey.places()}
-    if not survey.path:
-        return []
-    blocks: Any = survey.model.get_submodule(survey.path)
-    roots = {f"{survey.path}.{number}": block for number, block in enumerate(blocks)}
+    roots = {f"{survey.path}.{number}": block for number, block in enumerate(blocks_at_rest(survey))}
     return untied(survey.model, find_linears(roots, 0, lambda path, layer: layer not in taken))
 
 

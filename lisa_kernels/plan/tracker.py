@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from lisa_kernels.layers.blocks import output_layer
 from lisa_kernels.ops.linear_cross_entropy import LOSS_NODE
 from lisa_kernels.plan.stand_ins import tensors_in
 from lisa_kernels.plan.trace import Event, Trace
@@ -220,9 +221,8 @@ class StorageTracker(TorchDispatchMode):
             if path:
                 handles.append(module.register_forward_pre_hook(self._entering(path)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
-        get_output = getattr(model, "get_output_embeddings", None)
-        output = get_output() if callable(get_output) else None
-        if isinstance(output, nn.Module):
+        output = output_layer(model)
+        if output is not None:
             handles.append(output.register_forward_pre_hook(self._begin_loss))
         handles.append(model.register_forward_hook(self._end_loss, always_call=True))
         try:

@@ -15,12 +15,23 @@ from lisa_kernels.errors import InputError
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and, at the end, each of its modules back into its own."""
+    """Put the model into evaluation mode without KV caches and, at the end, each of its modules back into its own.
+
+    A cache is filled once more by a block that runs twice. Models around a language model take no `use_cache`.
+    """
     training = {module: module.training for module in model.modules()}
+    configs: dict[int, Any] = {
+        id(config): config for config in (getattr(module, "config", None) for module in training)
+    }
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     model.eval()
     try:
+        for config in caching:
+            config.use_cache = False
         yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for module, mode in training.items():
             module.training = mode
 

@@ -25,8 +25,8 @@ def rows_for_size(
         return None
     count = min(len(data), BATCHES)
     console.print(
-        f"note: which matrices rest in 8 bits and which in 4 is found on the host, by a forward and a backward of "
-        f"{count} training rows (up to {ROW_TOKENS} tokens of each)",
+        f"note: which matrices rest in 8 bits and which in 4 is found by a forward and a backward of {count} training "
+        f"rows (up to {ROW_TOKENS} tokens of each), a block at a time",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return [

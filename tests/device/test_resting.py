@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import llama
+from families import anatomy, llama
 
 from lisa_kernels import GaLore, LoRA, OwLore, attach
-from lisa_kernels.layers import RestingLinear
+from lisa_kernels.layers import RestingLinear, is_linear, visits
 from lisa_kernels.methods import Method
+from lisa_kernels.methods.code_losses import measure_code_losses
 from lisa_kernels.paging.locked import LOCKED_PIECE
 
 from .simulated import driver
@@ -78,9 +79,41 @@ def test_masters_lock_as_much_memory_as_they_take(first: str) -> None:
 def test_a_size_is_filled_on_the_device_as_on_the_host() -> None:
     """By what the same rows say, up to the order of sums."""
     found = []
-    for device in ("cpu", "cuda"):
-        model: Any = llama(hidden_size=64, intermediate_size=96).to(device)
-        attach(model, LoRA(rank=4), resting="80kB", calibration=[batch(device, seed) for seed in range(2)])
+    for first, there in (("cpu", None), ("cuda", None), ("cpu", "cuda")):
+        model: Any = llama(hidden_size=64, intermediate_size=96).to(first)
+        calibration = [batch(first, seed) for seed in range(2)]
+        attach(model, LoRA(rank=4), resting="80kB", calibration=calibration, device=there)
         found.append({path: part.kind for path, part in model.named_modules() if isinstance(part, RestingLinear)})
     assert {"int8", "nf4"} == set(found[0].values())
-    assert sum(found[0][path] != kind for path, kind in found[1].items()) <= 1
+    for other in found[1:]:
+        assert sum(found[0][path] != kind for path, kind in other.items()) <= 1
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_what_matrices_lose_is_measured_there_a_block_at_a_time(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on the host, which stays there, with what one block takes; an output layer comes in tiles."""
+    monkeypatch.setattr(visits, "TILE_BYTES", 300 << 10)
+    model: Any = llama(layers=8, hidden_size=256, intermediate_size=512, vocab_size=8000, tied=tied)
+    model.to(torch.bfloat16)
+    blocks = list(model.model.layers)
+    layers = [layer for block in blocks for layer in block.modules() if is_linear(layer)]
+    batches = [batch("cpu", seed) for seed in range(2)]
+    before = anatomy(model)
+    expected = measure_code_losses(model, layers, batches, blocks)
+    gc.collect()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = measure_code_losses(model, layers, batches, blocks, torch.device("cuda"))
+    assert expected is not None
+    assert found is not None
+    assert anatomy(model) == before
+    assert all(param.device.type == "cpu" and param.grad is None for param in model.parameters())
+    for layer in layers:
+        for kind in ("nf4", "int8"):
+            assert getattr(found[layer], kind) == pytest.approx(getattr(expected[layer], kind), rel=0.05)
+    of_a_block = sum(param.nbytes for param in blocks[0].parameters())
+    assert 2 * of_a_block < model.lm_head.weight.nbytes
+    assert of_a_block < torch.cuda.max_memory_allocated() - held < 2 * of_a_block
+    del expected, found
+    gc.collect()
+    assert torch.cuda.memory_allocated() == held

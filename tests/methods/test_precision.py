@@ -13,7 +13,7 @@ from families import anatomy, gpt2, llama, t5, tokens, train
 from torch import nn
 
 from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach, plan
-from lisa_kernels.layers import RestingLinear
+from lisa_kernels.layers import RestingLinear, find_blocks
 from lisa_kernels.methods import Method, SampledAdamW
 from lisa_kernels.methods.code_losses import measure_code_losses
 from lisa_kernels.methods.precision import CodeLoss, bytes_at_rest, losses_by_place, pick_kinds
@@ -148,8 +148,8 @@ def test_a_size_that_is_none_or_too_small_is_refused() -> None:
         attach(made(), METHODS["lora"], resting=str(MOST), calibration=["text"])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("make", [made, gpt2])
-def test_what_is_measured_is_what_it_is_defined_as(make: Any) -> None:
+@pytest.mark.parametrize(("make", "recomputed"), [(made, True), (made, False), (gpt2, True)])
+def test_what_is_measured_is_what_it_is_defined_as(make: Any, recomputed: bool) -> None:
     """Half of Σ Δ_ij² E[x_j²] E[g_i²] for each kind, of every linear, with nothing left behind."""
     model = make()
     batches = [tokens(seed=seed) for seed in range(2)]
@@ -160,10 +160,18 @@ def test_what_is_measured_is_what_it_is_defined_as(make: Any) -> None:
     names = [path for path, module in model.named_modules() if path.endswith(("proj", "c_attn", "c_fc", "c_proj"))]
     layers = [model.get_submodule(path) for path in names]
     model.get_submodule(names[0]).weight.requires_grad_(False)
+    blocks = find_blocks(model)[1] if recomputed else ()
+    runs: list[nn.Module] = []
+    heard = [block.register_forward_hook(lambda block, *_: runs.append(block)) for block in blocks]
+    inside = [layers[0].register_forward_hook(lambda layer, *_: runs.append(layer))]
     before = anatomy(model)
-    found = measure_code_losses(model, layers, batches)
+    found = measure_code_losses(model, layers, batches, blocks)
     assert found is not None
     assert anatomy(model) == before
+    assert runs.count(layers[0]) == (2 if recomputed else 1) * len(batches)
+    assert all(runs.count(block) == len(batches) for block in blocks)
+    for handle in heard + inside:
+        handle.remove()
     assert all(param.grad is None for param in model.parameters())
     inputs: dict[Any, list[Any]] = {layer: [] for layer in layers}
     outputs: dict[Any, list[Any]] = {layer: [] for layer in layers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import llava, tokens
 from torch import nn
 
 from lisa_kernels.errors import InputError
@@ -24,6 +25,14 @@ def test_each_module_returns_to_its_own_mode() -> None:
     with pytest.raises(RuntimeError):
         fail_while_evaluating()
     assert [module.training for module in model.modules()] == [True, True, False]
+
+
+def test_what_is_around_a_language_model_caches_nothing_either() -> None:
+    """Of whose forward `use_cache` is no argument."""
+    model = llava()
+    with evaluation_mode(model):
+        assert model(**tokens()).past_key_values is None
+    assert model.eval()(**tokens()).past_key_values is not None
 
 
 def test_a_model_with_a_cache_runs_without_it_and_a_batch_may_insist() -> None:

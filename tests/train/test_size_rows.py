@@ -69,9 +69,10 @@ def test_a_run_fills_a_size_by_its_rows(resting: str, tmp_path: Path, monkeypatc
     module = importlib.import_module("lisa_kernels.methods.attach")
     real = module.measure_code_losses
 
-    def measure(model: Any, layers: Any, batches: Any) -> Any:
+    def measure(model: Any, layers: Any, batches: Any, blocks: Any, device: Any) -> Any:
         measured.append(batches)
-        return real(model, layers, batches)
+        assert len(blocks) == len(model.model.layers)
+        return real(model, layers, batches, blocks, device)
 
     monkeypatch.setattr(module, "measure_code_losses", measure)
     assert main(arguments(write_text(tmp_path), tmp_path / "run", "--resting", resting, method="lora")) == 0
