@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lisa_kernels.layers import PlainLinears, Visits, is_conv1d, output_layer
 from lisa_kernels.methods.precision import CodeLoss
 from lisa_kernels.ops.resting import RestingWeight, quantize_resting, rows_of_a_tile
+from lisa_kernels.paging.freed import give_back_freed_memory
 from lisa_kernels.scores.calibration import calibration_inputs, evaluation_mode
 
 # More batches change few picks.
@@ -66,6 +67,7 @@ class _Energies:
             x = args[0].detach()
             self.tokens += x.numel() // x.shape[-1]
             self.inputs = self.inputs + _squares(x)
+            give_back_freed_memory()
         if not y.requires_grad:
             # A copy, which may be changed in place.
             y = y.detach().requires_grad_().clone()
@@ -75,6 +77,8 @@ class _Energies:
 
     def _take(self, gradient: Tensor) -> None:
         self.gradients = self.gradients + _squares(gradient)
+        # What blocks have let go of would come to as much as they hold at once, and more with each.
+        give_back_freed_memory()
 
     @torch.no_grad()
     def losses(self, layer: nn.Module, tokens: int) -> CodeLoss:
@@ -95,6 +99,7 @@ class _Energies:
                 resting = RestingWeight(*quantize_resting(part, kind), kind, *part.shape)
                 errors = resting.woken(torch.float32).sub_(part).square_()
                 sums[kind] += float(gradients[start : start + step] @ (errors @ self.inputs))
+        give_back_freed_memory()
         return CodeLoss(*(0.5 * total / (self.tokens * tokens) for total in sums.values()))
 
 
