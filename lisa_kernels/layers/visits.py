@@ -54,7 +54,7 @@ class Visits:
         elif type(module) is nn.Linear and not recomputed and "forward" not in vars(module):
             return partial(_product_in_tiles, module, self._device)
         else:
-            run = _Visitor(module, forward, self._device)
+            run = _Visitor(module, forward, self._device).visit
         if not recomputed:
             return run
 
@@ -82,14 +82,17 @@ class _Visitor(nn.Module):
         super().__init__()
         self.visitor, self._run, self._device = module, forward, device
 
-    def __call__(self, *args: Any, **named: Any) -> Any:
-        """Return what the forward does, where the module is."""
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Do what the module's forward does, with what is in the place of its weights."""
+        return self._run(*args, **named)
+
+    def visit(self, *args: Any, **named: Any) -> Any:
+        """Do it on the device; what it returns is where the module is."""
         held = dict(chain(self.named_parameters(), self.named_buffers()))
         home = next((tensor.device for tensor in held.values()), torch.device("cpu"))
         there = {name: tensor.to(self._device) for name, tensor in held.items()}
         args, named = tree_map_only(Tensor, lambda tensor: tensor.to(self._device), (args, named))
-        with torch.nn.utils.stateless._reparametrize_module(self, there, tie_weights=True):
-            found = self._run(*args, **named)
+        found = torch.func.functional_call(self, there, args, named)
         return tree_map_only(Tensor, lambda tensor: tensor.to(home), found)
 
 

@@ -12,7 +12,7 @@ from lisa_kernels.cli import main
 
 
 @pytest.mark.order("late")
-@pytest.mark.parametrize("more", [[], ["--resting", "nf4"]], ids=["16-bit", "nf4"])
+@pytest.mark.parametrize("more", [[], ["--resting", "mixed"]], ids=["16-bit", "mixed"])
 def test_a_run_that_was_stopped_and_goes_on_has_the_bytes_of_one_that_was_not(more: list[str], tmp_path: Path) -> None:
     """Two steps of four, as a kill after the second checkpoint leaves them, and the rest; in bfloat16."""
     save_small_model(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from families import anatomy, gpt2, llama, t5, tokens, train
 from torch import nn
 
+from bench.held_bytes import status_bytes
 from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach, plan
 from lisa_kernels.layers import RestingLinear, find_blocks
 from lisa_kernels.methods import Method, SampledAdamW
@@ -200,6 +202,25 @@ def test_what_is_measured_is_what_it_is_defined_as(make: Any, recomputed: bool) 
             error = dequantize_resting_(torch.empty_like(weight), codes, scales, kind) - weight
             wanted = 0.5 * torch.einsum("ij,j,i->", error.square(), x, g)
             assert getattr(found[layer], kind) == pytest.approx(float(wanted), rel=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
+def test_what_is_measured_takes_no_more_memory_of_a_deeper_model() -> None:
+    """But for what enters its blocks: the C library keeps nothing of what they let go of."""
+    model = llama(layers=16, hidden_size=256, intermediate_size=1024, max_position_embeddings=1024)
+    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
+    most, before = 0, status_bytes("RssAnon")
+
+    def note(*_: Any) -> None:
+        nonlocal most
+        most = max(most, status_bytes("RssAnon") - before)
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    measure_code_losses(model, layers, [tokens(1, 1024)], model.model.layers)
+    for handle in handles:
+        handle.remove()
+    of_mlp = 1024 * 1024 * 4
+    assert most < 40 * of_mlp
 
 
 def test_of_a_model_with_an_encoder_it_is_measured_too() -> None:
