@@ -21,17 +21,21 @@ RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": Fals
 class Visits:
     """Has a model's blocks keep their inputs alone, and compute on another device one by one, while it is entered.
 
-    blocks are computed again in the backward, whatever the model's own checkpointing is. head: the output layer, which
-    computes there too, an nn.Linear in tiles. device: where weights come to for each forward of theirs, with what they
-    are given; what they return goes back to where they are. None: they compute there. The parameters stay the tensors
-    that they are. For weights without gradients.
+    recomputed: whether blocks are computed again in the backward, whatever the model's own checkpointing is. head: the
+    output layer, if it is to compute there too, an nn.Linear in tiles. device: where weights come to for each forward
+    of theirs, with what they are given; what they return goes back to where they are. None, or where the model is: they
+    compute there. The parameters stay the tensors that they are. For weights without gradients.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], head: nn.Module | None, device: torch.device | None) -> None:
-        self._modules = dict.fromkeys(blocks, True)
-        if head is not None and device is not None:
+    def __init__(
+        self, model: nn.Module, blocks: Iterable[nn.Module], device: torch.device | None, *,
+        head: nn.Module | None = None, recomputed: bool = True,
+    ) -> None:  # fmt: skip
+        here = next((param.device for param in model.parameters()), None)
+        self.device = None if device == here else device
+        self._modules = dict.fromkeys(blocks if recomputed or self.device is not None else (), recomputed)
+        if head is not None and self.device is not None:
             self._modules[head] = False
-        self._device = device
         self._before: dict[nn.Module, Any] = {}
         # Whether what runs has run before: in a backward.
         self.again = False
@@ -49,12 +53,12 @@ class Visits:
         self._before = {}
 
     def _visiting(self, module: nn.Module, forward: Callable[..., Any], recomputed: bool) -> Callable[..., Any]:
-        if self._device is None:
+        if self.device is None:
             run = forward
-        elif type(module) is nn.Linear and not recomputed and "forward" not in vars(module):
-            return partial(_product_in_tiles, module, self._device)
+        elif type(module) is nn.Linear and "forward" not in vars(module):
+            return partial(_product_in_tiles, module, self.device)
         else:
-            run = _Visitor(module, forward, self._device).visit
+            run = _Visitor(module, forward, self.device).visit
         if not recomputed:
             return run
 

@@ -41,11 +41,11 @@ from lisa_kernels.methods.resting import (
     raised_layers,
 )
 from lisa_kernels.methods.sampled_adamw import SampledAdamW
+from lisa_kernels.methods.scoring import scores_of
 from lisa_kernels.methods.survey import Survey, survey_model
 from lisa_kernels.methods.units import Layout, make_layout
 from lisa_kernels.optim.settings import check_hyper, check_settings
 from lisa_kernels.samplers import Sampler
-from lisa_kernels.scores import compute_scores
 
 
 def attach(
@@ -134,7 +134,7 @@ def attach(
             # It may be a stream, and is read twice.
             calibration = list(calibration)
             losses = measure_code_losses(model, raised_layers(survey), calibration, blocks_at_rest(survey), there)
-        scores = _agreed_scores(sharing, survey, calibration, scores)
+        scores = _agreed_scores(sharing, survey, calibration, scores, there)
         reduction = None if sharing is None else GradientReduction(sharing, wire)
         kind = Sharing.BY_RANKS if sharing else Sharing.ALONE if ranks == "auto" else Sharing.BY_CALLER
         more = {**settings, **general, "keep_logits": keep_logits, "reduction": reduction, "sharing": kind}
@@ -225,23 +225,24 @@ def _tell_what_differs(survey: Survey) -> None:
 
 def _agreed_scores(
     sharing: Ranks | None, survey: Survey, calibration: Iterable[Mapping[str, Tensor]] | None,
-    given: Sequence[float] | None,
+    given: Sequence[float] | None, device: torch.device | None,
 ) -> Sequence[float] | None:  # fmt: skip
     """Return the scores, of ranks those of rank 0: each has calibration batches of its own, and one draw is wanted."""
     if sharing is None or not units_of(survey.model):
-        return on_first(sharing, lambda: _scores(survey, calibration, given))
+        return on_first(sharing, lambda: _scores(survey, calibration, given, device))
     # A forward of one rank alone would wait for the others' weights.
     batches = None if calibration is None else list(calibration)
     sharing.check_alike({"the number of calibration batches": None if batches is None else len(batches)})
     with sharing.together():
-        found = _scores(survey, batches, given)
+        found = _scores(survey, batches, given, device)
     at_rest(survey.model)
     agreed: Sequence[float] | None = sharing.tell(found)[0]
     return agreed
 
 
 def _scores(
-    survey: Survey, calibration: Iterable[Mapping[str, Tensor]] | None, given: Sequence[float] | None
+    survey: Survey, calibration: Iterable[Mapping[str, Tensor]] | None, given: Sequence[float] | None,
+    device: torch.device | None,
 ) -> Sequence[float] | None:  # fmt: skip
     """Return positive weights for the draw, as given to the method or to attach, or computed; None if none are used."""
     method, count = survey.method, len(survey.blocks)
@@ -251,7 +252,7 @@ def _scores(
     given = wanted if not isinstance(wanted, str) else given
     kind = method.score_kind()
     if given is None and kind is not None:
-        return _positive(compute_scores(kind, survey.model, survey.blocks, calibration), kind)
+        return _positive(scores_of(kind, survey.model, survey.blocks, calibration, device), kind)
     if given is None or len(given) != count:
         raise InputError(f"{len(given or ())} scores were given; {count} numbers are wanted, one per layer.")
     if not all(0 <= score < math.inf for score in given):

@@ -40,12 +40,10 @@ def measure_code_losses(
     layers = list(dict.fromkeys(layers))
     if not layers:
         return {}
-    here = next(model.parameters()).device
-    device = None if device == here else device
-    visits = Visits(blocks, output_layer(model), device)
+    visits = Visits(model, blocks, device, head=output_layer(model))
     energies = {layer: _Energies(visits) for layer in layers}
     generator = torch.Generator().manual_seed(0)
-    with _prepared(model, energies, visits, device is None):
+    with _prepared(model, energies, visits):
         for inputs in calibration_inputs(model, islice(batches, BATCHES)):
             if not _go_back(model, inputs, generator):
                 return None
@@ -108,13 +106,11 @@ def _squares(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _prepared(
-    model: nn.Module, energies: Mapping[nn.Module, _Energies], visits: Visits, here: bool
-) -> Iterator[None]:  # fmt: skip
-    """Have the layers' forwards heard, and no parameter get a gradient. here: whether layers compute where they are."""
+def _prepared(model: nn.Module, energies: Mapping[nn.Module, _Energies], visits: Visits) -> Iterator[None]:
+    """Have the layers' forwards heard, and no parameter get a gradient."""
     trained = [param for param in model.parameters() if param.requires_grad]
     handles = [layer.register_forward_hook(energy) for layer, energy in energies.items()]  # type: ignore[arg-type]
-    products = PlainLinears(model) if here else None
+    products = PlainLinears(model) if visits.device is None else None
     try:
         for param in trained:
             param.requires_grad_(False)

@@ -36,6 +36,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs of a model whose blocks alone are looked at: it forms as few logits as it can, and no loss."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return dict(inputs)
+    return {"logits_to_keep": 1, **{name: value for name, value in inputs.items() if name != "labels"}}
+
+
 def calibration_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Any]]:
     """Yield each batch as keyword arguments for the model, on its device and, where it has one, without a KV cache.
 

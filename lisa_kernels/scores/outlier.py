@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.scores.calibration import calibration_inputs, evaluation_mode
+from lisa_kernels.scores.calibration import calibration_inputs, evaluation_mode, without_logits
 from lisa_kernels.scores.matrices import block_linears, check_blocks, fp32_rows
 
 
@@ -75,7 +75,7 @@ def outlier_ratios(
             for inputs in calibration_inputs(model, batches):
                 mask = inputs.get("attention_mask")
                 energies.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-                model(**inputs)
+                model(**without_logits(model, inputs))
     finally:
         for hook in hooks:
             hook.remove()

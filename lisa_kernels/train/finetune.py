@@ -87,7 +87,9 @@ def build_method(options: FineTuneOptions, model: Any) -> Method:
     return options.build_method(None if smallest is None else max(1, smallest // 4), len(blocks))
 
 
-def _scores(model: Any, method: Method, data: TokenizedData, options: FineTuneOptions, pad: int) -> list[float] | None:
+def _scores(
+    model: Any, method: Method, data: TokenizedData, options: FineTuneOptions, pad: int, where: torch.device | None
+) -> list[float] | None:  # fmt: skip
     """Return the layer scores that the method draws by, measured on the first training rows."""
     kind = method.score_kind()
     if kind is None:
@@ -96,17 +98,18 @@ def _scores(model: Any, method: Method, data: TokenizedData, options: FineTuneOp
     batches = [rows[start : start + options.batch_size] for start in range(0, len(rows), options.batch_size)]
     device = next(model.parameters()).device
     calibration = [{name: value.to(device) for name, value in collate(batch, pad).items()} for batch in batches]
-    return layer_scores(model, kind, calibration)
+    return layer_scores(model, kind, calibration, device=where)
 
 
 def _agreed_scores(
-    model: Any, method: Method, data: TokenizedData, options: FineTuneOptions, pad: int, ranks: Ranks | None
+    model: Any, method: Method, data: TokenizedData, options: FineTuneOptions, pad: int, ranks: Ranks | None,
+    where: torch.device | None,
 ) -> list[float] | None:  # fmt: skip
     """Return what rank 0 measures; where ranks share the weights out, what all of them measure on the same rows."""
     if ranks is None or not options.shard:
-        return on_first(ranks, lambda: _scores(model, method, data, options, pad))
+        return on_first(ranks, lambda: _scores(model, method, data, options, pad, where))
     with ranks.together():
-        found = _scores(model, method, data, options, pad)
+        found = _scores(model, method, data, options, pad, where)
     at_rest(model)
     told: list[float] | None = ranks.tell(found)[0]
     return told
@@ -231,20 +234,24 @@ def _run(
             offload_checkpoints(model)
     # A resumed run has its scores from the first start: the weights have moved on since they were measured.
     resting = options.resting not in (None, AS_THEY_ARE)
-    if device.type != "cpu" and resting and method.score_kind() == "outlier":
-        console.print(
-            "note: outlier scores are measured on the host, where the weights are until they rest; --scores uniform or "
-            "weight-norm needs no forwards",
-            highlight=False,
-        )
-    scores = facts["scores"] if "scores" in facts else _agreed_scores(model, method, train, options, pad, ranks)
+    there = device if resting else None
+    if "scores" in facts:
+        scores = facts["scores"]
+    else:
+        if resting and device.type != "cpu" and method.score_kind() == "outlier":
+            console.print(
+                "note: outlier scores are measured in 16 bits, which come to the device a block at a time for each "
+                "batch; --scores uniform or weight-norm needs no forwards",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+        scores = _agreed_scores(model, method, train, options, pad, ranks, there)
     masters = master_folder(run.settled, model, method)
     optimizer = attach(
         model, method, lr=taken.lr, weight_decay=options.weight_decay, seed=options.seed, scores=scores,
         max_grad_norm=options.max_grad_norm or None, keep_logits=options.keep_logits, paging=options.paging,
         resting=options.resting, resting_where=options.resting_where, active_on=options.active_on, masters=masters,
         wire_dtype=options.wire_dtype, calibration=rows_for_size(options, train, pad, console),
-        device=device if resting else None,
+        device=there,
     )  # fmt: skip
     tell_picks(options, model, console)
     tokens_per_step = options.batch_size * options.accumulate * train.tokens / len(train)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import anatomy, llama
 
-from lisa_kernels import GaLore, LoRA, OwLore, attach
+from lisa_kernels import GaLore, LoRA, OwLore, attach, layer_scores
 from lisa_kernels.layers import RestingLinear, is_linear, visits
 from lisa_kernels.methods import Method
 from lisa_kernels.methods.code_losses import measure_code_losses
@@ -113,6 +113,12 @@ def test_what_matrices_lose_is_measured_there_a_block_at_a_time(tied: bool, monk
             assert getattr(found[layer], kind) == pytest.approx(getattr(expected[layer], kind), rel=0.05)
     of_a_block = sum(param.nbytes for param in blocks[0].parameters())
     assert 2 * of_a_block < model.lm_head.weight.nbytes
+    assert of_a_block < torch.cuda.max_memory_allocated() - held < 2 * of_a_block
+    torch.cuda.reset_peak_memory_stats()
+    # Outlier scores are the other thing that is measured before weights rest.
+    scores = [layer_scores(model, "outlier", batches, threshold=3, device=there) for there in (None, "cuda")]
+    assert scores[1] == pytest.approx(scores[0], rel=0.05)
+    assert anatomy(model) == before
     assert of_a_block < torch.cuda.max_memory_allocated() - held < 2 * of_a_block
     del expected, found
     gc.collect()

@@ -58,6 +58,19 @@ def test_ratios_equal_the_definition_on_concatenated_weights(name: str, threshol
     assert max(expected) > 0
 
 
+def test_logits_are_not_formed_where_they_need_not_be() -> None:
+    """Nor a loss: with labels in a batch the scores are the same, and the output layer sees one token of a row."""
+    model, blocks = llama()
+    batches = padded_batches()
+    expected = outlier_ratios(model, blocks, batches, 3.0)
+    seen: list[int] = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    found = outlier_ratios(model, blocks, [{**batch, "labels": batch["input_ids"]} for batch in batches], 3.0)
+    handle.remove()
+    assert found == expected
+    assert seen == [1] * len(batches)
+
+
 def test_padding_is_left_out() -> None:
     """Negative control: counting the padding gives other ratios."""
     model, blocks = llama()
