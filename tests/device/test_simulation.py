@@ -147,7 +147,8 @@ def test_memory_is_torchs_own() -> None:
     gc.collect()
     before = torch.cuda.memory_allocated()
     x = torch.empty(1 << 20, device="cuda")
-    assert torch.cuda.memory_allocated() == before + (4 << 20)
+    # A piece that an earlier test gave back is split where a MiB would be left.
+    assert 4 << 20 <= torch.cuda.memory_allocated() - before <= 5 << 20
     del x
     assert torch.cuda.memory_allocated() == before
 
