@@ -204,6 +204,7 @@ def test_what_is_measured_is_what_it_is_defined_as(make: Any, recomputed: bool) 
             assert getattr(found[layer], kind) == pytest.approx(float(wanted), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
 def test_what_is_measured_takes_no_more_memory_of_a_deeper_model() -> None:
     """But for what enters its blocks: the C library keeps nothing of what they let go of."""

@@ -299,6 +299,7 @@ class TestMachineCode:
             return True
         return False
 
+    @pytest.mark.slow
     def test_every_barrier_in_the_loop_is_needed(self) -> None:
         ptx = self.compiled().ptx
         found = [self.fails(r"bar\.sync\s+0;", "", k) for k in range(len(re.findall(r"bar\.sync\s+0;", ptx)))]

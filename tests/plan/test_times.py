@@ -54,6 +54,7 @@ def test_without_a_card_each_that_holds_the_run_has_a_line(config: str, capsys: 
     assert "rtx-3060" not in [entry["machine"] for entry in values["times"]]
 
 
+@pytest.mark.slow
 def test_rates_describe_any_other_card(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = "preset:small"
     slow, _ = told(capsys, "--model", model, "--bandwidth", "100", "--tflops", "10")
