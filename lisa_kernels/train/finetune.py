@@ -90,7 +90,10 @@ def build_method(options: FineTuneOptions, model: Any) -> Method:
 def _scores(
     model: Any, method: Method, data: TokenizedData, options: FineTuneOptions, pad: int, where: torch.device | None
 ) -> list[float] | None:  # fmt: skip
-    """Return the layer scores that the method draws by, measured on the first training rows."""
+    """Return the layer scores that the method draws by, measured on the first training rows.
+
+    where: blocks compute for it, of weights on the host that are to rest; None: where the model is.
+    """
     kind = method.score_kind()
     if kind is None:
         return None

@@ -89,6 +89,19 @@ def test_a_size_is_filled_on_the_device_as_on_the_host() -> None:
         assert sum(found[0][path] != kind for path, kind in other.items()) <= 1
 
 
+@pytest.mark.order("late")
+def test_what_is_measured_before_weights_rest_is_measured_there() -> None:
+    """What matrices lose and outlier scores: no forward computes a block on the host, where the weights are."""
+    model: Any = llama(hidden_size=64, intermediate_size=96)
+    layer, seen = model.model.layers[0].mlp.up_proj, []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].device.type))
+    batches = [batch("cpu", seed) for seed in range(2)]
+    method = OwLore(1, 2, rank=4, scores="outlier", embeddings="frozen")
+    attach(model, method, resting="80kB", calibration=batches, device="cuda", keep_logits=True)
+    # Each twice where there is a backward, and once for the scores.
+    assert seen == ["cuda"] * 3 * len(batches)
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_what_matrices_lose_is_measured_there_a_block_at_a_time(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model on the host, which stays there, with what one block takes; an output layer comes in tiles."""
