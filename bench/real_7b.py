@@ -162,7 +162,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     for name in ("layers", "tokens", "steps"):
         positive(name, getattr(arguments, name))
     if arguments.calibration_rows:
-        positive("calibration rows", arguments.calibration_rows)
+        positive("calibration-rows", arguments.calibration_rows)
         if not is_picked(arguments.resting):
             raise InputError(
                 "--calibration-rows is for matrices in 4 and 8 bits; give --resting mixed, or leave it out."
