@@ -201,6 +201,10 @@ def test_the_cpu_kernels_give_the_definitions_bits(kind: str, dtype: torch.dtype
         out = torch.full_like(values, 7.0)
         cpu_kernel.dequantize_(library, out, codes, scales, kind)
         assert torch.equal(out, dequantize(codes, scales, values.numel()).to(dtype))
+    for bad in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        values = even(3 * GROUP).to(dtype)
+        values[GROUP + 700] = bad
+        assert torch.equal(cpu_kernel.quantize(library, values, kind)[1], quantize(values)[1])
 
 
 @OF_KIND

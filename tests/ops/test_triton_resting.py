@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lisa_kernels.ops.resting import KINDS, code_count, quantize_resting, reference, scale_count
+from lisa_kernels.ops.resting import GROUP, KINDS, code_count, quantize_resting, reference, scale_count
 
 from .kernel_checks import BF16, EXTREMES, FP16, FP32, assert_equal_bits, elements_of, normal
 from .kernel_runs import MACHINES, Machine, Poisoned, edited_kernels
@@ -35,7 +36,8 @@ def defined(values: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scales, reference.dequantize_nf4(codes, scales, values.numel()).to(values.dtype)
 
 
-def check(machine: Machine, values: Tensor, kind: str, shift: int = 0) -> None:
+def check(machine: Machine, values: Tensor, kind: str, shift: int = 0, lost: slice = slice(0, 0)) -> None:
+    """Fail unless a machine gives what is defined; in the group `lost` this is NaN, whatever the codes."""
     memory, aligned, kernels = Poisoned(machine.device, shift), Poisoned(machine.device), machine.module("resting")
     expected = defined(values, kind)
     [there] = memory.place([values])
@@ -46,6 +48,10 @@ def check(machine: Machine, values: Tensor, kind: str, shift: int = 0) -> None:
             kernels.dequantize_launch(codes, scales, decoded, kind, machine.warp),
         ]
     )
+    of_codes = slice(code_count(lost.start, kind), code_count(lost.stop, kind))
+    for given in ((codes, decoded), (expected[0], expected[2])):
+        assert given[1][lost].isnan().all()
+        given[0][of_codes], given[1][lost] = 0, 0
     for ours, wanted, what in zip((codes, scales, decoded), expected, ("codes", "scales", "weights")):
         assert_equal_bits(ours, wanted, what)
     memory.assert_untouched()
@@ -68,6 +74,24 @@ def test_kernels_take_views_that_begin_anywhere(machine: Machine, kind: str) -> 
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_kernels_equal_the_definition_on_extreme_values(machine: Machine, extreme: str, kind: str) -> None:
     check(machine, EXTREMES[extreme], kind)
+
+
+def with_a(bad: float, dtype: torch.dtype = FP32) -> Tensor:
+    """Three groups, in the second of which a value is not finite."""
+    values = normal(3 * GROUP, 3, dtype)
+    values[GROUP + 700] = bad
+    return values
+
+
+SECOND_GROUP = slice(GROUP, 2 * GROUP)
+
+
+@OF_KIND
+@DTYPES
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf], ids=["nan", "-nan", "inf", "-inf"])
+def test_a_single_nan_or_infinity_is_seen(machine: Machine, bad: float, dtype: torch.dtype, kind: str) -> None:
+    """By the scales, which say so of a whole weight, and in its own group alone."""
+    check(machine, with_a(bad, dtype), kind, lost=SECOND_GROUP)
 
 
 @OF_KIND
@@ -141,3 +165,23 @@ def test_a_defect_in_a_kernel_is_found(
     ties = torch.tensor([*reference.MIDDLES, 1.0]).repeat(64)
     with pytest.raises(AssertionError, match="differ in their bits"):
         check(machine, torch.cat([normal(4096, 1), ties]), kind)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("tl.abs(x), propagate_nan=tl.PropagateNan.ALL", "tl.abs(x)"),
+        (
+            "tl.max(magnitude.to(tl.int32, bitcast=True), axis=2)",
+            "tl.max(magnitude, axis=2).to(tl.int32, bitcast=True)",
+        ),
+        ("tl.where(high < INFINITY, low | step, NAN)", "low | step"),
+    ],
+    ids=["dropped by the largest of two", "dropped among neighbours", "not said"],
+)
+def test_a_kernel_that_drops_a_nan_is_found(
+    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = edited_kernels("resting", old, new, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        check(machine, with_a(math.nan), "nf4", lost=SECOND_GROUP)
