@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "devices": {"errors"},
     "requirements": {"errors"},
     "uncompiled": set(),
+    "waiting": set(),
     "ops": {"errors", "native", "uncompiled", "ops"},
     "paging": {"errors", "native", "paging"},
     # It steps tensors of which each rank holds a part.
@@ -34,11 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     "basis": {*BOTTOM, "ops", "basis"},
     "samplers": {"errors", "samplers"},
     # What ranks share out is gathered to be looked at.
-    "scores": {"errors", "distributed", "scores"},
+    "scores": {"errors", "waiting", "distributed", "scores"},
     "distributed": {"errors", "files", "distributed"},
     # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
     "layers": {"errors", "uncompiled", "ops", "basis", "distributed", "layers"},
-    "methods": {"errors", "files", "sizes", "ops", "paging", *MIDDLE, "methods"},
+    "methods": {"errors", "files", "sizes", "waiting", "ops", "paging", *MIDDLE, "methods"},
     # Knows what methods are; no method knows of it. Its runs keep folders, checkpoints and pages as others do.
     "flow": {
         "errors",
@@ -46,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "requirements",
         "devices",
         "uncompiled",
+        "waiting",
         "report",
         "ops",
         "paging",
@@ -73,8 +75,8 @@ ALLOWED: dict[str, set[str]] = {
         "train",
     },
     # Reads rows and loads models as a run does.
-    "evaluate": {"errors", "requirements", "devices", "ops", "methods", "train", "evaluate"},
-    "difference": {"errors", "files", "layers", "methods", "train", "difference"},
+    "evaluate": {"errors", "requirements", "devices", "waiting", "ops", "methods", "train", "evaluate"},
+    "difference": {"errors", "files", "waiting", "layers", "methods", "train", "difference"},
     "trial": {"ops", "optim"},
     "info": {*BOTTOM, "devices", "ops", "trial"},
     "commands": {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lisa_kernels.difference.adapter import TOKENIZER_FILES, whole_bytes, write_difference
 from lisa_kernels.difference.changes import Changes, differences, find_changes, folder_of
@@ -17,6 +16,7 @@ from lisa_kernels.errors import InputError
 from lisa_kernels.layers import quantised_by
 from lisa_kernels.methods.peft_folder import check_replaceable
 from lisa_kernels.train.configs import load_config, locate, stored_config
+from lisa_kernels.waiting import waiting_bar
 
 DEFAULT_RANK = 64
 
@@ -81,12 +81,10 @@ def _factors(
     if options.share is not None:
         rank = max(1, 2 * _numbers(options, tuned, changes) // max(costs, 1))
     found = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("matrices", total=len(changes.linears))
+    with waiting_bar("matrices", changes.linears, console) as advance:
         for path, more in differences(base, tuned, changes):
             found[path] = factorize(more, rank) if options.keep is None else factorize_to(more, options.keep)
-            bar.advance(task)
+            advance()
     return found
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lisa_kernels.devices import choose_device, survey_machine
@@ -25,6 +23,7 @@ from lisa_kernels.train.models import check_token_ids, load_tokenizer, parse_dty
 from lisa_kernels.train.records import Records, load_records
 from lisa_kernels.train.sources.kinds import parse_columns
 from lisa_kernels.train.tokenize import pad_token_id, tokenize_records
+from lisa_kernels.waiting import waiting_bar
 
 # Of a text, which has no rows of its own, where the model reads more.
 TEXT_ROW = 1024
@@ -166,10 +165,8 @@ def _measure(model: Any, name: str, rows: _Rows, batch_tokens: int, console: Con
     pad = pad_token_id(rows.tokenizer)
     scored = [*rows.answers, *(choice for offered in rows.offered for choice in offered)]
     check_token_ids(model, max(max(row.ids) for row in scored))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=len(scored))
-        found = log_likelihoods(model, scored, pad, batch_tokens, partial(bar.advance, task))
+    with waiting_bar(name, scored, console) as advance:
+        found = log_likelihoods(model, scored, pad, batch_tokens, advance)
     return _ratios(rows, found[: len(rows.answers)], found[len(rows.answers) :])
 
 

@@ -15,9 +15,9 @@ from lisa_kernels.devices import choose_device, survey_machine
 from lisa_kernels.errors import InputError, unknown_name
 from lisa_kernels.flow.model_file import Classes, load_model
 from lisa_kernels.flow.pictures import GUIDANCE, check_picture, make_images, write_grid
-from lisa_kernels.flow.progress import sampling_bar
 from lisa_kernels.flow.sample import SOLVERS
 from lisa_kernels.flow.transformer import GroupedFlow
+from lisa_kernels.waiting import waiting_bar
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def draw_samples(options: SampleOptions, console: Console) -> dict[str, Any]:
     model.to(device)
     labels = torch.tensor(rows).repeat_interleave(options.count)
     begun = time.perf_counter()
-    with sampling_bar(console, options.steps) as bar:
+    with waiting_bar("sampling", options.steps, console) as advance:
         images = make_images(
             model, labels, steps=options.steps, solver=options.solver, guidance=options.guidance, seed=options.seed,
-            autoencoder=autoencoder, progress=lambda: bar.advance(bar.task_ids[0]),
+            autoencoder=autoencoder, progress=advance,
         )  # fmt: skip
     seconds = time.perf_counter() - begun
     write_grid(images, options.count, options.plot, names)

@@ -38,13 +38,3 @@ class FlowProgress:
         self._said, self._loss = self._said.replace(f"loss {self._loss:.3f}", f"loss {loss:.3f}"), loss
         if not self.console.is_terminal:
             self.console.print(f"step {step}/{self.steps} · {self._said} · lr {rate:.2e}", highlight=False)
-
-
-def sampling_bar(console: Console, steps: int) -> Progress:
-    """Return a bar of a solver's steps, its task added."""
-    bar = Progress(
-        TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
-        disable=not console.is_terminal, transient=True,
-    )  # fmt: skip
-    bar.add_task("sampling", total=steps)
-    return bar

@@ -7,7 +7,7 @@ Kronecker-factored Fisher matrix (K-FAC, arXiv 1503.05671). Targets are drawn fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ from lisa_kernels.methods.precision import CodeLoss
 from lisa_kernels.ops.resting import RestingWeight, quantize_resting, rows_of_a_tile
 from lisa_kernels.paging.freed import give_back_freed_memory
 from lisa_kernels.scores.calibration import calibration_inputs, evaluation_mode
+from lisa_kernels.waiting import waiting_bar
 
 # More batches change few picks.
 BATCHES = 4
@@ -41,21 +42,24 @@ def measure_code_losses(
     if not layers:
         return {}
     visits = Visits(model, blocks, device, head=output_layer(model))
-    energies = {layer: _Energies(visits) for layer in layers}
+    batches = list(islice(batches, BATCHES))
     generator = torch.Generator().manual_seed(0)
-    with _prepared(model, energies, visits):
-        for inputs in calibration_inputs(model, islice(batches, BATCHES)):
-            if not _go_back(model, inputs, generator):
-                return None
-    tokens = max((energy.tokens for energy in energies.values()), default=0)
-    return {layer: energy.losses(layer, tokens) for layer, energy in energies.items()}
+    # Each layer forwards and back again in each batch, and then its matrix.
+    with waiting_bar("what matrices lose in few bits", len(layers) * (2 * len(batches) + 1)) as advance:
+        energies = {layer: _Energies(visits, advance) for layer in layers}
+        with _prepared(model, energies, visits):
+            for inputs in calibration_inputs(model, batches):
+                if not _go_back(model, inputs, generator):
+                    return None
+        tokens = max((energy.tokens for energy in energies.values()), default=0)
+        return {layer: energy.losses(layer, tokens) for layer, energy in energies.items()}
 
 
 class _Energies:
     """Sums of squares of a layer's inputs [n] and of its outputs' gradients [m], over its tokens."""
 
-    def __init__(self, visits: Visits) -> None:
-        self._visits = visits
+    def __init__(self, visits: Visits, advance: Callable[[], None]) -> None:
+        self._visits, self._advance = visits, advance
         self.tokens, self.inputs, self.gradients = 0, torch.zeros(()), torch.zeros(())
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
@@ -65,6 +69,7 @@ class _Energies:
             x = args[0].detach()
             self.tokens += x.numel() // x.shape[-1]
             self.inputs = self.inputs + _squares(x)
+            self._advance()
             give_back_freed_memory()
         if not y.requires_grad:
             # A copy, which may be changed in place.
@@ -75,12 +80,14 @@ class _Energies:
 
     def _take(self, gradient: Tensor) -> None:
         self.gradients = self.gradients + _squares(gradient)
+        self._advance()
         # What blocks have let go of would come to as much as they hold at once, and more with each.
         give_back_freed_memory()
 
     @torch.no_grad()
     def losses(self, layer: nn.Module, tokens: int) -> CodeLoss:
         """Return what a token loses on average."""
+        self._advance()
         if not self.tokens or not self.inputs.dim() or not self.gradients.dim():
             return CodeLoss(0.0, 0.0)
         weight = layer.weight

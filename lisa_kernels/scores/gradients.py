@@ -14,6 +14,7 @@ from lisa_kernels.distributed import units_of
 from lisa_kernels.errors import InputError
 from lisa_kernels.scores.calibration import calibration_inputs
 from lisa_kernels.scores.matrices import check_blocks
+from lisa_kernels.waiting import waiting_bar
 
 
 def gradient_norms(
@@ -46,11 +47,13 @@ def gradient_norms(
 
     by_id = {id(parameter): parameter for parameter in parameters}
     count = 0
-    with _only_these_train(model, parameters), torch.enable_grad():
+    bar = waiting_bar("layer scores", batches)
+    with _only_these_train(model, parameters), torch.enable_grad(), bar as advance:
         hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in parameters]
         try:
             for count, inputs in enumerate(calibration_inputs(model, batches), start=1):
                 _calibration_loss(model, inputs, count - 1).backward()
+                advance()
         finally:
             for hook in hooks:
                 hook.remove()
