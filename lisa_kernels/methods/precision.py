@@ -47,15 +47,15 @@ def pick_kinds(
     """Return "int8" or "nf4" for each layer, so that all of them take no more than a size.
 
     From all in 4 bits on, those are raised to 8 that save most loss for a byte, as long as there is room. beside_bytes:
-    of what rests in 8 bits whatever the size. Raises InputError for a size that is too small for 4 bits.
+    of the output layer. Raises InputError for a size that is too small for 4 bits.
     """
     layers = list(dict.fromkeys(layers))
     least = beside_bytes + sum(bytes_at_rest(layer, "nf4") for layer in layers)
     left = parse_size(resting) - least
     if left < 0:
         raise InputError(
-            f"resting={resting!r} is too little: what rests takes {least} bytes ({gb(least)}) with the matrices of all "
-            "blocks in 4 bits; give as much, or resting='nf4'."
+            f"resting={resting!r} is too little: what rests takes {least} bytes ({gb(least)}) with all matrices in 4 "
+            "bits; give as much."
         )
     more = {layer: bytes_at_rest(layer, "int8") - bytes_at_rest(layer, "nf4") for layer in layers}
     gained = {layer: losses[layer].nf4 - losses[layer].int8 for layer in layers}

@@ -106,12 +106,11 @@ class Kinds:
 
     Without values these are, in a block, the ones with the most inputs, which lead its widest activations back: of what
     NF4 costs a pretrained SmolLM2 before it trains they make nearly half. An output layer, whose errors reach the loss
-    as they are, rests in 8 bits always. A size is filled by what is lost, see `pick_kinds`. losses: measured, by which
-    as many bytes are given to others then; None: as far as they are known without values, as a plan has it, which
-    nothing that is measured takes more than. nbytes: of all codes and scales, which a size bounds.
+    as they are, rests in 8 bits, but by a size that has not so many. A size is filled by what is lost, see
+    `pick_kinds`. losses: measured, by which as many bytes are given to others then; None: as far as they are known
+    without values, as a plan has it, which nothing that is measured takes more than. of_head: "int8" or "nf4", of the
+    output layer. nbytes: of all codes and scales, which a size bounds.
     """
-
-    of_head = "int8"
 
     def __init__(self, resting: str, survey: Survey, losses: Mapping[nn.Module, CodeLoss] | None = None) -> None:
         self.resting = resting
@@ -119,8 +118,13 @@ class Kinds:
         places = [*survey.places(), *self.still]
         head = output_layer(survey.model)
         rests = head is not None and (head in {place.layer for place in places} or _rests_outside(survey))
-        beside = bytes_at_rest(head, self.of_head) if head is not None and rests else 0
         layers = raised_layers(survey, places)
+        self.of_head, beside = "int8", 0
+        if head is not None and rests:
+            least = sum(bytes_at_rest(layer, "nf4") for layer in layers)
+            if is_size(resting) and parse_size(resting) < least + bytes_at_rest(head, "int8"):
+                self.of_head = "nf4"
+            beside = bytes_at_rest(head, self.of_head)
         self._kinds: dict[nn.Module, str] = {}
         if resting == MIXED:
             self._kinds = _by_width(survey.path, places)

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 from families import anatomy, gpt2, llama, t5, tokens, train
+from rich.console import Console
 from torch import nn
 
 from bench.held_bytes import status_bytes
 from lisa_kernels import LISA, GaLore, InputError, LoRA, OwLore, attach, plan
 from lisa_kernels.layers import RestingLinear, find_blocks
-from lisa_kernels.methods import Method, SampledAdamW
+from lisa_kernels.methods import Method, SampledAdamW, code_losses
 from lisa_kernels.methods.code_losses import measure_code_losses
 from lisa_kernels.methods.precision import CodeLoss, bytes_at_rest, losses_by_place, pick_kinds
 from lisa_kernels.methods.resting import Kinds
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.ops.resting import KINDS, dequantize_resting_, quantize_resting
+from lisa_kernels.waiting import waiting_bar
 
 METHODS: dict[str, Method] = {
     "owlore": OwLore(1, 2, rank=4, scores="uniform", embeddings="frozen"),
@@ -49,17 +51,18 @@ def kinds(model: nn.Module) -> dict[str, str]:
     return {path: layer.kind for path, layer in resting(model).items()}
 
 
-def sizes() -> tuple[int, int]:
-    """Return what rests of the model in 4 bits, and in 8."""
+def sizes() -> tuple[int, int, int]:
+    """Return what rests of the model in 4 bits, in 4 but for the head in 8, and in 8."""
     ends = []
     for kind in ("nf4", "int8"):
         model = made()
         attach(model, METHODS["lora"], resting=kind)
         ends.append(held(model))
-    return ends[0], ends[1]
+    more = bytes_at_rest(made().lm_head, "int8") - bytes_at_rest(made().lm_head, "nf4")
+    return ends[0] - more, *ends
 
 
-LEAST, MOST = sizes()
+LEAST, NF4, MOST = sizes()
 
 
 def test_bytes_go_where_they_save_most() -> None:
@@ -84,17 +87,20 @@ def test_bytes_go_where_they_save_most() -> None:
 
 @pytest.mark.parametrize("name", ["owlore", "galore", "lora", "lora-targets"])
 def test_what_rests_fills_a_size(name: str) -> None:
-    """But for less than another matrix would take; the head and those without a slot are counted."""
+    """But for less than another matrix would take; the head and those without a slot are counted.
+
+    The head has 8 bits where there is room for them, before any other.
+    """
     smallest = 32 * 64 // 2
-    for size in (LEAST, LEAST + smallest - 1, (LEAST + MOST) // 2, MOST, 10 * MOST):
+    for size in (LEAST, NF4 - 1, NF4, NF4 + smallest - 1, (NF4 + MOST) // 2, MOST, 10 * MOST):
         model = made()
         before = anatomy(model)
         optimizer = attach(model, METHODS[name], resting=str(size))
         assert held(model) <= size
         in_8_bits = sum(kind == "int8" for path, kind in kinds(model).items() if path != "lm_head")
-        assert kinds(model)["lm_head"] == "int8"
+        assert kinds(model)["lm_head"] == ("int8" if size >= NF4 else "nf4")
         assert len(kinds(model)) == 3 * 7 + 1
-        if size < LEAST + smallest:
+        if size == LEAST or NF4 <= size < NF4 + smallest:
             assert in_8_bits == 0
         elif size >= MOST:
             assert in_8_bits == 3 * 7
@@ -110,7 +116,7 @@ def test_what_rests_fills_a_size(name: str) -> None:
 @pytest.mark.parametrize("make", [made, partial(made, tied=True)], ids=["apart", "tied"])
 def test_what_will_rest_is_counted_before_it_does(name: str, make: Callable[[], nn.Module]) -> None:
     """In every way, of a model that nobody has changed: all that rests, the output layer where it does too."""
-    for way in ("nf4", "mixed", "int8", str((LEAST + MOST) // 2)):
+    for way in ("nf4", "mixed", "int8", str(LEAST), str((NF4 + MOST) // 2)):
         expected = Kinds(way, survey_model(make(), METHODS[name])).nbytes
         model = make()
         attach(model, METHODS[name], resting=way)
@@ -121,7 +127,7 @@ def test_what_will_rest_is_counted_before_it_does(name: str, make: Callable[[], 
 def test_what_is_measured_takes_no_more_than_a_plan_has_it(seed: int) -> None:
     """Other matrices have 8 bits, "mixed" or by size, in as many bytes but for less than one takes."""
     largest = bytes_at_rest(made().model.layers[0].mlp.down_proj, "int8")
-    for way in ("mixed", *(str(LEAST + (MOST - LEAST) * share // 7) for share in (1, 2, 3, 5))):
+    for way in ("mixed", str(NF4 - 1), *(str(NF4 + (MOST - NF4) * share // 7) for share in (1, 2, 3, 5))):
         planned = made()
         attach(planned, METHODS["lora"], resting=way)
         model = made()
@@ -222,6 +228,17 @@ def test_what_is_measured_takes_no_more_memory_of_a_deeper_model() -> None:
         handle.remove()
     of_mlp = 1024 * 1024 * 4
     assert most < 40 * of_mlp
+
+
+def test_how_far_it_is_is_told_and_comes_to_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.StringIO()
+    terminal = Console(file=told, force_terminal=True, width=100)
+    monkeypatch.setattr(code_losses, "waiting_bar", lambda *given: waiting_bar(*given, terminal))
+    model = made()
+    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
+    measure_code_losses(model, layers, [tokens(seed=seed) for seed in range(2)], model.model.layers)
+    parts = len(layers) * (2 * 2 + 1)
+    assert f"{parts}/{parts}" in told.getvalue()
 
 
 def test_of_a_model_with_an_encoder_it_is_measured_too() -> None:
