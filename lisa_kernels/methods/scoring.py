@@ -19,8 +19,9 @@ def layer_scores(
 
     kind: "outlier" (share of entries with ‖X_j‖₂·|W_ij| above `threshold` times their mean, arXiv 2405.18380), "hill"
     (tail exponent of the spectrum), "weight-norm", "gradient-norm" or "uniform". calibration: batches that
-    `model(**batch)` takes, needed for "outlier" and "gradient-norm". device: where the forwards for "outlier" compute,
-    one block's weights at a time, of a model in host memory; None: where the model is. Raises InputError.
+    `model(**batch)` takes, needed for "outlier" and "gradient-norm". device: where, of a model in host memory, the
+    forwards for "outlier" compute, one block's weights at a time, and the spectra for "hill", one matrix; None: where
+    the model is. Raises InputError.
     """
     _, found = find_blocks(model, blocks)
     return scores_of(kind, model, found, calibration, None if device is None else torch.device(device), threshold)
@@ -32,4 +33,4 @@ def scores_of(
 ) -> list[float]:  # fmt: skip
     """Return the scores of these blocks, see `layer_scores`."""
     with Visits(model, blocks, device if kind == "outlier" else None, recomputed=False):
-        return compute_scores(kind, model, blocks, calibration, threshold)
+        return compute_scores(kind, model, blocks, calibration, threshold, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lisa_kernels.errors import InputError, unknown_name
@@ -25,8 +26,12 @@ def compute_scores(
     blocks: Sequence[nn.Module],
     batches: Iterable[Mapping[str, Tensor]] | None = None,
     threshold: float = 13.0,
+    device: torch.device | None = None,
 ) -> list[float]:
-    """Return one finite score per block; `batches` serves the `CALIBRATED_KINDS`, `threshold` the outlier ratio."""
+    """Return one finite score per block.
+
+    batches: for the `CALIBRATED_KINDS`. threshold: of the outlier ratio. device: of the spectra, see `hill_alphas`.
+    """
     if kind not in SCORE_KINDS:
         raise unknown_name("kind of score", kind, SCORE_KINDS)
     if kind in CALIBRATED_KINDS:
@@ -37,7 +42,7 @@ def compute_scores(
         else:
             scores = gradient_norms(model, blocks, batches)
     elif kind == "hill":
-        scores = hill_alphas(blocks)
+        scores = hill_alphas(blocks, device)
     elif kind == "weight-norm":
         scores = weight_norms(blocks)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,30 +12,37 @@ from torch import Tensor, nn
 from lisa_kernels.distributed import whole
 from lisa_kernels.errors import InputError
 from lisa_kernels.scores.matrices import block_matrices, check_blocks, fp32_rows
+from lisa_kernels.waiting import waiting_bar
 
 
 @torch.no_grad()
-def hill_alphas(blocks: Sequence[nn.Module]) -> list[float]:
+def hill_alphas(blocks: Sequence[nn.Module], device: torch.device | None = None) -> list[float]:
     """Return, per block, the mean Hill alpha of its matrices: the smaller, the heavier the tail of the spectra.
 
     With the n eigenvalues of WᵀW that can differ from zero ascending and k = n // 2, a matrix has
     alpha = 1 + k / (sum of ln λ_i over the k largest - k ln λ_(n-k)); infinite for a flat spectrum. Matrices of one
-    row or column and matrices of zeros have no tail and are left out.
+    row or column and matrices of zeros have no tail and are left out. device: where each matrix comes to for it, one at
+    a time, in float32; None: where it is.
     """
     check_blocks(blocks)
     alphas: list[float] = []
-    for index, block in enumerate(blocks):
-        found = [alpha for matrix in block_matrices(block).values() if (alpha := _hill_alpha(matrix)) is not None]
-        if not found:
-            raise InputError(f"block {index} ({type(block).__name__}) has no weight matrix with a spectrum to score.")
-        alphas.append(math.fsum(found) / len(found))
+    with waiting_bar("layer scores", blocks) as advance:
+        for index, block in enumerate(blocks):
+            alpha_of = partial(_hill_alpha, device=device)
+            found = [alpha for alpha in map(alpha_of, block_matrices(block).values()) if alpha is not None]
+            if not found:
+                raise InputError(
+                    f"block {index} ({type(block).__name__}) has no weight matrix with a spectrum to score."
+                )
+            alphas.append(math.fsum(found) / len(found))
+            advance()
     return alphas
 
 
-def _hill_alpha(matrix: Tensor) -> float | None:
+def _hill_alpha(matrix: Tensor, device: torch.device | None) -> float | None:
     """Return the Hill alpha of one matrix, or None where it has none."""
     tail = min(matrix.shape) // 2
-    weight = whole(matrix).float()
+    weight = whole(matrix).to(device).float()
     if not tail or not bool(weight.any()):
         return None
     if not bool(weight.isfinite().all()):

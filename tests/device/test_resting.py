@@ -102,6 +102,20 @@ def test_what_is_measured_before_weights_rest_is_measured_there() -> None:
     assert seen == ["cuda"] * 3 * len(batches)
 
 
+@pytest.mark.order("late")
+def test_spectra_are_computed_there_a_matrix_at_a_time() -> None:
+    model: Any = llama(hidden_size=256, intermediate_size=512).to(torch.bfloat16)
+    expected = layer_scores(model, "hill")
+    gc.collect()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert layer_scores(model, "hill", device="cuda") == pytest.approx(expected, rel=1e-3)
+    assert all(param.device.type == "cpu" for param in model.parameters())
+    largest = 4 * 256 * 512
+    assert largest < torch.cuda.max_memory_allocated() - held < 4 * largest
+    torch.cuda.reset_peak_memory_stats()
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_what_matrices_lose_is_measured_there_a_block_at_a_time(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model on the host, which stays there, with what one block takes; an output layer comes in tiles."""
