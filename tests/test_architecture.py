@@ -75,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "train",
     },
     # Reads rows and loads models as a run does.
-    "evaluate": {"errors", "requirements", "devices", "waiting", "ops", "methods", "train", "evaluate"},
+    "evaluate": {"errors", "requirements", "devices", "waiting", "ops", "layers", "methods", "train", "evaluate"},
     "difference": {"errors", "files", "waiting", "layers", "methods", "train", "difference"},
     "trial": {"ops", "optim"},
     "info": {*BOTTOM, "devices", "ops", "trial"},

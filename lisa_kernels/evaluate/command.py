@@ -17,6 +17,7 @@ from lisa_kernels.evaluate.choices import Choices, find_choices
 from lisa_kernels.evaluate.encoding import scored_choices, scored_rows
 from lisa_kernels.evaluate.intervals import Ratio, difference_interval, interval
 from lisa_kernels.evaluate.likelihood import Scored, log_likelihoods
+from lisa_kernels.layers import PlainLinears
 from lisa_kernels.ops.capability import check_dtype
 from lisa_kernels.train.configs import load_config
 from lisa_kernels.train.models import check_token_ids, load_tokenizer, parse_dtype
@@ -165,6 +166,7 @@ def _measure(model: Any, name: str, rows: _Rows, batch_tokens: int, console: Con
     pad = pad_token_id(rows.tokenizer)
     scored = [*rows.answers, *(choice for offered in rows.offered for choice in offered)]
     check_token_ids(model, max(max(row.ids) for row in scored))
+    PlainLinears(model)
     with waiting_bar(name, scored, console) as advance:
         found = log_likelihoods(model, scored, pad, batch_tokens, advance)
     return _ratios(rows, found[: len(rows.answers)], found[len(rows.answers) :])

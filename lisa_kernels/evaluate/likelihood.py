@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lisa_kernels.layers import output_layer
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,8 @@ def _logits_at(model: Any, ids: Tensor, mask: Tensor, asked: Tensor) -> Tensor:
 @contextmanager
 def _only(model: Any, asked: Tensor) -> Iterator[None]:
     """Have the model's output layer see the positions that are asked for and no others."""
-    get = getattr(model, "get_output_embeddings", None)
-    layer = get() if callable(get) else None
-    if not isinstance(layer, nn.Module):
+    layer = output_layer(model)
+    if layer is None:
         yield
         return
     handle = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0][asked].unsqueeze(0), *inputs[1:]))

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from lisa_kernels.layers.plain_linears import PlainLinears
+
 # Of an output layer's weight on the device at a time.
 TILE_BYTES = 64 << 20
 RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -24,7 +26,8 @@ class Visits:
     recomputed: whether blocks are computed again in the backward, whatever the model's own checkpointing is. head: the
     output layer, if it is to compute there too, an nn.Linear in tiles. device: where weights come to for each forward
     of theirs, with what they are given; what they return goes back to where they are. None, or where the model is: they
-    compute there. The parameters stay the tensors that they are. For weights without gradients.
+    compute there, with products that a CPU can bear. The parameters stay the tensors that they are. For weights without
+    gradients, where they go anywhere.
     """
 
     def __init__(
@@ -32,6 +35,8 @@ class Visits:
         head: nn.Module | None = None, recomputed: bool = True,
     ) -> None:  # fmt: skip
         here = next((param.device for param in model.parameters()), None)
+        self._model = model
+        self._products: PlainLinears | None = None
         self.device = None if device == here else device
         self._modules = dict.fromkeys(blocks if recomputed or self.device is not None else (), recomputed)
         if head is not None and self.device is not None:
@@ -41,11 +46,15 @@ class Visits:
         self.again = False
 
     def __enter__(self) -> None:
+        if self.device is None:
+            self._products = PlainLinears(self._model)
         for module, recomputed in self._modules.items():
             self._before[module] = vars(module).get("forward")
             module.forward = self._visiting(module, module.forward, recomputed)
 
     def __exit__(self, *_: object) -> None:
+        if self._products is not None:
+            self._products.remove()
         for module, forward in self._before.items():
             del module.forward
             if forward is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisa_kernels.layers import PlainLinears, Visits, is_conv1d, output_layer
+from lisa_kernels.layers import Visits, is_conv1d, output_layer
 from lisa_kernels.methods.precision import CodeLoss
 from lisa_kernels.ops.resting import RestingWeight, quantize_resting, rows_of_a_tile
 from lisa_kernels.paging.freed import give_back_freed_memory
@@ -117,15 +117,12 @@ def _prepared(model: nn.Module, energies: Mapping[nn.Module, _Energies], visits:
     """Have the layers' forwards heard, and no parameter get a gradient."""
     trained = [param for param in model.parameters() if param.requires_grad]
     handles = [layer.register_forward_hook(energy) for layer, energy in energies.items()]  # type: ignore[arg-type]
-    products = PlainLinears(model) if visits.device is None else None
     try:
         for param in trained:
             param.requires_grad_(False)
         with evaluation_mode(model), visits:
             yield
     finally:
-        if products is not None:
-            products.remove()
         for handle in handles:
             handle.remove()
         for param in trained:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from slow_products import HalfProducts, have_no_matrix_units
 
 from lisa_kernels.cli import main
 from lisa_kernels.errors import InputError
@@ -105,6 +106,17 @@ def test_the_loss_is_what_training_holds_out(saved: Path, tmp_path: Path) -> Non
     figures = measured(saved, data, batch_tokens=90)
     assert figures["answer_loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert (figures["tokens"], figures["accuracy"]) == (tokens, None)
+
+
+def test_16_bits_take_none_of_torchs_slow_products(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_no_matrix_units(monkeypatch)
+    with HalfProducts() as slow:
+        found = measured(saved, written(tmp_path, ROWS), dtype="bf16", batch_tokens=256)
+    assert slow.count == 0
+    whole = measured(saved, written(tmp_path, ROWS), dtype="fp32")
+    assert found["answer_loss"] == pytest.approx(whole["answer_loss"], rel=0.01)
 
 
 def test_models_are_compared_in_pairs(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

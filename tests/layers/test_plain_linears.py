@@ -8,31 +8,17 @@ from typing import Any
 import pytest
 import torch
 from families import gpt2, llama, tokens
-from torch.utils._python_dispatch import TorchDispatchMode
+from slow_products import HalfProducts, have_no_matrix_units
 
-from lisa_kernels import LISA, OwLore, attach
-from lisa_kernels.layers import PlainLinears
+from lisa_kernels import LISA, OwLore, attach, layer_scores
+from lisa_kernels.layers import PlainLinears, find_blocks
 from lisa_kernels.methods import Method
+from lisa_kernels.scores import compute_scores
 
 
 @pytest.fixture(autouse=True)
 def slow_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the tiled path on every CPU."""
-    for module in ("lisa_kernels.ops.lowrank_linear.products", "lisa_kernels.layers.plain_linears"):
-        monkeypatch.setattr(f"{module}.has_matrix_units", lambda dtype: False)
-
-
-class HalfProducts(TorchDispatchMode):
-    """Counts torch's own matrix products of 16-bit operands: the slow ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear):
-            self.count += any(isinstance(each, torch.Tensor) and each.dtype == torch.bfloat16 for each in args)
-        return func(*args, **(kwargs or {}))
+    have_no_matrix_units(monkeypatch)
 
 
 def products_of_a_step(model: Any) -> int:
@@ -69,6 +55,20 @@ def test_autocast_takes_none_of_torchs_slow_products_either() -> None:
     attach(model, METHODS["lisa"])
     with torch.autocast("cpu", torch.bfloat16):
         assert products_of_a_step(model) == 0
+
+
+@pytest.mark.parametrize("kind", ["outlier", "gradient-norm"])
+@pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
+def test_scores_take_none_of_torchs_slow_products_either(build: Any, kind: str) -> None:
+    """But for the logits of one token; they are what torch's own give, to rounding."""
+    model = build().bfloat16()
+    _, blocks = find_blocks(model)
+    expected = compute_scores(kind, model, blocks, [tokens()], threshold=3.0)
+    with HalfProducts() as slow:
+        found = layer_scores(model, kind, [tokens()], threshold=3.0)
+    assert slow.count <= (kind == "outlier")
+    assert found == pytest.approx(expected, rel=0.05)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
