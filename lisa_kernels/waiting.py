@@ -19,9 +19,8 @@ def waiting_bar(description: str, total: object, console: Console | None = None)
     """
     console = console or Console(stderr=True)
     parts = total if isinstance(total, int) else len(total) if isinstance(total, Sized) else None
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(description, total=parts)
         yield partial(bar.advance, task)

@@ -13,10 +13,10 @@ from lisa_kernels.waiting import waiting_bar
 @pytest.mark.parametrize("total", [3, ["a", "b", "c"], iter("abc")], ids=["a number", "a list", "a stream"])
 def test_a_terminal_is_told_how_far_it_is(total: object) -> None:
     told = io.StringIO()
-    with waiting_bar("layer scores", total, Console(file=told, force_terminal=True, width=100)) as advance:
+    with waiting_bar("scores [of] layers", total, Console(file=told, force_terminal=True, width=100)) as advance:
         advance()
         advance(2)
-    assert "layer scores" in told.getvalue()
+    assert "scores [of] layers" in told.getvalue()
     assert ("3/3" if not hasattr(total, "__next__") else "3/?") in told.getvalue()
 
 

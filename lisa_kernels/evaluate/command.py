@@ -166,6 +166,7 @@ def _measure(model: Any, name: str, rows: _Rows, batch_tokens: int, console: Con
     pad = pad_token_id(rows.tokenizer)
     scored = [*rows.answers, *(choice for offered in rows.offered for choice in offered)]
     check_token_ids(model, max(max(row.ids) for row in scored))
+    # For good: nothing else is done with it.
     PlainLinears(model)
     with waiting_bar(name, scored, console) as advance:
         found = log_likelihoods(model, scored, pad, batch_tokens, advance)

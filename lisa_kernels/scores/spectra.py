@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ def hill_alphas(blocks: Sequence[nn.Module], device: torch.device | None = None)
     alphas: list[float] = []
     with waiting_bar("layer scores", blocks) as advance:
         for index, block in enumerate(blocks):
-            alpha_of = partial(_hill_alpha, device=device)
-            found = [alpha for alpha in map(alpha_of, block_matrices(block).values()) if alpha is not None]
+            each = (_hill_alpha(matrix, device) for matrix in block_matrices(block).values())
+            found = [alpha for alpha in each if alpha is not None]
             if not found:
                 raise InputError(
                     f"block {index} ({type(block).__name__}) has no weight matrix with a spectrum to score."
