@@ -1,4 +1,4 @@
-"""Live progress of a flow's training and sampling."""
+"""Live progress of a flow's training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live progress of training and sampling."""
+"""Live progress of training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lisa_kernels.flow.progress import FlowProgress, sampling_bar
+from lisa_kernels.flow.progress import FlowProgress
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -26,10 +26,3 @@ def test_a_run_shows_loss_speed_and_group(terminal: bool) -> None:
         assert "loss 0.500" in text
     else:
         assert text == "step 11/20 · loss 0.500 · 1,234 images/s · group 3 · lr 1.00e-03\n"
-
-
-def test_sampling_says_nothing_where_there_is_no_terminal() -> None:
-    out = io.StringIO()
-    with sampling_bar(Console(file=out), 3) as bar:
-        bar.advance(bar.task_ids[0])
-    assert not out.getvalue().strip()
