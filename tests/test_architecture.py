@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "devices": {"errors"},
     "requirements": {"errors"},
     "uncompiled": set(),
-    "waiting": set(),
+    "progress": set(),
     "ops": {"errors", "native", "uncompiled", "ops"},
     "paging": {"errors", "native", "paging"},
     # It steps tensors of which each rank holds a part.
@@ -35,11 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     "basis": {*BOTTOM, "ops", "basis"},
     "samplers": {"errors", "samplers"},
     # What ranks share out is gathered to be looked at.
-    "scores": {"errors", "waiting", "distributed", "scores"},
+    "scores": {"errors", "progress", "distributed", "scores"},
     "distributed": {"errors", "files", "distributed"},
     # The bridge holds a basis for each layer; it knows no optimizer and no sampler.
     "layers": {"errors", "uncompiled", "ops", "basis", "distributed", "layers"},
-    "methods": {"errors", "files", "sizes", "waiting", "ops", "paging", *MIDDLE, "methods"},
+    "methods": {"errors", "files", "sizes", "progress", "ops", "paging", *MIDDLE, "methods"},
     # Knows what methods are; no method knows of it. Its runs keep folders, checkpoints and pages as others do.
     "flow": {
         "errors",
@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "requirements",
         "devices",
         "uncompiled",
-        "waiting",
+        "progress",
         "report",
         "ops",
         "paging",
@@ -75,8 +75,8 @@ ALLOWED: dict[str, set[str]] = {
         "train",
     },
     # Reads rows and loads models as a run does.
-    "evaluate": {"errors", "requirements", "devices", "waiting", "ops", "layers", "methods", "train", "evaluate"},
-    "difference": {"errors", "files", "waiting", "layers", "methods", "train", "difference"},
+    "evaluate": {"errors", "requirements", "devices", "progress", "ops", "layers", "methods", "train", "evaluate"},
+    "difference": {"errors", "files", "progress", "layers", "methods", "train", "difference"},
     "trial": {"ops", "optim"},
     "info": {*BOTTOM, "devices", "ops", "trial"},
     "commands": {

@@ -15,8 +15,8 @@ from lisa_kernels.difference.factors import Factors, factorize, factorize_to, sh
 from lisa_kernels.errors import InputError
 from lisa_kernels.layers import quantised_by
 from lisa_kernels.methods.peft_folder import check_replaceable
+from lisa_kernels.progress import progress_bar
 from lisa_kernels.train.configs import load_config, locate, stored_config
-from lisa_kernels.waiting import waiting_bar
 
 DEFAULT_RANK = 64
 
@@ -81,7 +81,7 @@ def _factors(
     if options.share is not None:
         rank = max(1, 2 * _numbers(options, tuned, changes) // max(costs, 1))
     found = {}
-    with waiting_bar("matrices", changes.linears, console) as advance:
+    with progress_bar("matrices", changes.linears, console) as advance:
         for path, more in differences(base, tuned, changes):
             found[path] = factorize(more, rank) if options.keep is None else factorize_to(more, options.keep)
             advance()

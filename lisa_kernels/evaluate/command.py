@@ -19,12 +19,12 @@ from lisa_kernels.evaluate.intervals import Ratio, difference_interval, interval
 from lisa_kernels.evaluate.likelihood import Scored, log_likelihoods
 from lisa_kernels.layers import PlainLinears
 from lisa_kernels.ops.capability import check_dtype
+from lisa_kernels.progress import progress_bar
 from lisa_kernels.train.configs import load_config
 from lisa_kernels.train.models import check_token_ids, load_tokenizer, parse_dtype
 from lisa_kernels.train.records import Records, load_records
 from lisa_kernels.train.sources.kinds import parse_columns
 from lisa_kernels.train.tokenize import pad_token_id, tokenize_records
-from lisa_kernels.waiting import waiting_bar
 
 # Of a text, which has no rows of its own, where the model reads more.
 TEXT_ROW = 1024
@@ -168,7 +168,7 @@ def _measure(model: Any, name: str, rows: _Rows, batch_tokens: int, console: Con
     check_token_ids(model, max(max(row.ids) for row in scored))
     # For good: nothing else is done with it.
     PlainLinears(model)
-    with waiting_bar(name, scored, console) as advance:
+    with progress_bar(name, scored, console) as advance:
         found = log_likelihoods(model, scored, pad, batch_tokens, advance)
     return _ratios(rows, found[: len(rows.answers)], found[len(rows.answers) :])
 

@@ -17,7 +17,7 @@ from lisa_kernels.flow.model_file import Classes, load_model
 from lisa_kernels.flow.pictures import GUIDANCE, check_picture, make_images, write_grid
 from lisa_kernels.flow.sample import SOLVERS
 from lisa_kernels.flow.transformer import GroupedFlow
-from lisa_kernels.waiting import waiting_bar
+from lisa_kernels.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def draw_samples(options: SampleOptions, console: Console) -> dict[str, Any]:
     model.to(device)
     labels = torch.tensor(rows).repeat_interleave(options.count)
     begun = time.perf_counter()
-    with waiting_bar("sampling", options.steps, console) as advance:
+    with progress_bar("sampling", options.steps, console) as advance:
         images = make_images(
             model, labels, steps=options.steps, solver=options.solver, guidance=options.guidance, seed=options.seed,
             autoencoder=autoencoder, progress=advance,

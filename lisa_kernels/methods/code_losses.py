@@ -19,8 +19,8 @@ from lisa_kernels.layers import Visits, is_conv1d, output_layer
 from lisa_kernels.methods.precision import CodeLoss
 from lisa_kernels.ops.resting import RestingWeight, quantize_resting, rows_of_a_tile
 from lisa_kernels.paging.freed import give_back_freed_memory
+from lisa_kernels.progress import progress_bar
 from lisa_kernels.scores.calibration import calibration_inputs, evaluation_mode
-from lisa_kernels.waiting import waiting_bar
 
 # More batches change few picks.
 BATCHES = 4
@@ -45,7 +45,7 @@ def measure_code_losses(
     batches = list(islice(batches, BATCHES))
     generator = torch.Generator().manual_seed(0)
     # Each layer forwards and back again in each batch, and then its matrix.
-    with waiting_bar("what matrices lose in few bits", len(layers) * (2 * len(batches) + 1)) as advance:
+    with progress_bar("what matrices lose in few bits", len(layers) * (2 * len(batches) + 1)) as advance:
         energies = {layer: _Energies(visits, advance) for layer in layers}
         with _prepared(model, energies, visits):
             for inputs in calibration_inputs(model, batches):

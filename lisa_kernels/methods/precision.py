@@ -41,6 +41,11 @@ def bytes_at_rest(layer: nn.Module, kind: str) -> int:
     return bytes_of(rows * columns, kind)
 
 
+def least_bytes(layers: Iterable[nn.Module]) -> int:
+    """Return the bytes of the matrices of some linear layers where all of them are in 4 bits."""
+    return sum(bytes_at_rest(layer, "nf4") for layer in layers)
+
+
 def pick_kinds(
     layers: Iterable[nn.Module], resting: str, beside_bytes: int, losses: Mapping[nn.Module, CodeLoss]
 ) -> dict[nn.Module, str]:  # fmt: skip
@@ -50,7 +55,7 @@ def pick_kinds(
     of the output layer. Raises InputError for a size that is too small for 4 bits.
     """
     layers = list(dict.fromkeys(layers))
-    least = beside_bytes + sum(bytes_at_rest(layer, "nf4") for layer in layers)
+    least = beside_bytes + least_bytes(layers)
     left = parse_size(resting) - least
     if left < 0:
         raise InputError(

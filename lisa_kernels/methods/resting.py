@@ -24,6 +24,7 @@ from lisa_kernels.methods.precision import (
     bytes_at_rest,
     is_picked,
     is_size,
+    least_bytes,
     losses_by_place,
     pick_kinds,
 )
@@ -121,8 +122,7 @@ class Kinds:
         layers = raised_layers(survey, places)
         self.of_head, beside = "int8", 0
         if head is not None and rests:
-            least = sum(bytes_at_rest(layer, "nf4") for layer in layers)
-            if is_size(resting) and parse_size(resting) < least + bytes_at_rest(head, "int8"):
+            if is_size(resting) and parse_size(resting) < least_bytes(layers) + bytes_at_rest(head, "int8"):
                 self.of_head = "nf4"
             beside = bytes_at_rest(head, self.of_head)
         self._kinds: dict[nn.Module, str] = {}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lisa_kernels.distributed import units_of
 from lisa_kernels.errors import InputError
+from lisa_kernels.progress import progress_bar
 from lisa_kernels.scores.calibration import calibration_inputs
 from lisa_kernels.scores.matrices import check_blocks
-from lisa_kernels.waiting import waiting_bar
 
 
 def gradient_norms(
@@ -47,7 +47,7 @@ def gradient_norms(
 
     by_id = {id(parameter): parameter for parameter in parameters}
     count = 0
-    bar = waiting_bar("layer scores", batches)
+    bar = progress_bar("layer scores", batches)
     with _only_these_train(model, parameters), torch.enable_grad(), bar as advance:
         hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in parameters]
         try:

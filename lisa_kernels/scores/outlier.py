@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lisa_kernels.errors import InputError
+from lisa_kernels.progress import progress_bar
 from lisa_kernels.scores.calibration import calibration_inputs, evaluation_mode, without_logits
 from lisa_kernels.scores.matrices import block_linears, check_blocks, fp32_rows
-from lisa_kernels.waiting import waiting_bar
 
 
 class _InputEnergies:
@@ -72,7 +72,7 @@ def outlier_ratios(
     modules = {module for found in linears for module in found}
     hooks = [module.register_forward_pre_hook(energies, with_kwargs=True) for module in modules]
     try:
-        with evaluation_mode(model), waiting_bar("layer scores", batches) as advance:
+        with evaluation_mode(model), progress_bar("layer scores", batches) as advance:
             for inputs in calibration_inputs(model, batches):
                 mask = inputs.get("attention_mask")
                 energies.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lisa_kernels.distributed import whole
 from lisa_kernels.errors import InputError
+from lisa_kernels.progress import progress_bar
 from lisa_kernels.scores.matrices import block_matrices, check_blocks, fp32_rows
-from lisa_kernels.waiting import waiting_bar
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def hill_alphas(blocks: Sequence[nn.Module], device: torch.device | None = None)
     """
     check_blocks(blocks)
     alphas: list[float] = []
-    with waiting_bar("layer scores", blocks) as advance:
+    with progress_bar("layer scores", blocks) as advance:
         for index, block in enumerate(blocks):
             each = (_hill_alpha(matrix, device) for matrix in block_matrices(block).values())
             found = [alpha for alpha in each if alpha is not None]

@@ -23,7 +23,7 @@ from lisa_kernels.methods.precision import CodeLoss, bytes_at_rest, losses_by_pl
 from lisa_kernels.methods.resting import Kinds
 from lisa_kernels.methods.survey import survey_model
 from lisa_kernels.ops.resting import KINDS, dequantize_resting_, quantize_resting
-from lisa_kernels.waiting import waiting_bar
+from lisa_kernels.progress import progress_bar
 
 METHODS: dict[str, Method] = {
     "owlore": OwLore(1, 2, rank=4, scores="uniform", embeddings="frozen"),
@@ -233,7 +233,7 @@ def test_what_is_measured_takes_no_more_memory_of_a_deeper_model() -> None:
 def test_how_far_it_is_is_told_and_comes_to_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     told = io.StringIO()
     terminal = Console(file=told, force_terminal=True, width=100)
-    monkeypatch.setattr(code_losses, "waiting_bar", lambda *given: waiting_bar(*given, terminal))
+    monkeypatch.setattr(code_losses, "progress_bar", lambda *given: progress_bar(*given, terminal))
     model = made()
     layers = [layer for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
     measure_code_losses(model, layers, [tokens(seed=seed) for seed in range(2)], model.model.layers)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from lisa_kernels.errors import InputError
-from lisa_kernels.scores import CALIBRATED_KINDS, SCORE_KINDS, compute_scores
+from lisa_kernels.progress import progress_bar
+from lisa_kernels.scores import CALIBRATED_KINDS, SCORE_KINDS, compute_scores, gradients, outlier, spectra
 from lisa_kernels.scores.gradients import gradient_norms
 from lisa_kernels.scores.outlier import outlier_ratios
 from lisa_kernels.scores.spectra import hill_alphas, weight_norms
@@ -29,6 +32,20 @@ def test_each_kind_gives_its_own_scores(kind: str) -> None:
         "uniform": lambda: [1.0] * 3,
     }[kind]()
     assert compute_scores(kind, model, blocks, iter(batches), threshold=3.0) == expected
+
+
+@pytest.mark.parametrize("kind", ["outlier", "gradient-norm", "hill"])
+def test_how_far_it_is_is_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of batches, and of blocks where there are no batches; on a terminal."""
+    told = io.StringIO()
+    terminal = Console(file=told, force_terminal=True, width=100)
+    for module in (gradients, outlier, spectra):
+        monkeypatch.setattr(module, "progress_bar", lambda *given: progress_bar(*given, terminal))
+    model, blocks = llama()
+    batches = padded_batches()
+    compute_scores(kind, model, blocks, batches)
+    parts = len(blocks) if kind == "hill" else len(batches)
+    assert f"{parts}/{parts}" in told.getvalue()
 
 
 @pytest.mark.parametrize("kind", CALIBRATED_KINDS)

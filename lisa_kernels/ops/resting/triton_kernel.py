@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -54,7 +52,7 @@ ALL_STEPS = tl.constexpr(STEPS * STEP_UNIT)
 INFINITY = tl.constexpr(INFINITY_BITS)
 NAN = tl.constexpr(NAN_BITS)
 LARGEST_INT = tl.constexpr(2**31 - 1)
-SMALLEST_BITS = tl.constexpr(2**23 * (127 + int(math.log2(SMALLEST_ABSMAX))))
+SMALLEST = tl.constexpr(SMALLEST_ABSMAX)
 
 
 @triton.jit
@@ -64,17 +62,23 @@ def scale_of(word, place):
 
 
 @triton.jit
-def absmax_bits(magnitude):
-    """The bits of the largest of each row of a tile [rows, lanes, vector], as [rows, 1, 1]; a NaN's are above all."""
-    bits = tl.max(tl.max(magnitude.to(tl.int32, bitcast=True), axis=2), axis=1)
-    return tl.maximum(bits, SMALLEST_BITS)[:, None, None]
+def larger(one, other):
+    """The larger of two numbers, a NaN if either is: a plain maximum is the one that is a number."""
+    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def encode_scales(scales, bits, left, LANES: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Store the record of a group, the bits of whose absmax are [rows, 1, 1], and return its scales."""
-    ROWS: tl.constexpr = bits.shape[0]
-    row = tl.arange(0, ROWS)[:, None, None]
+def block_absmax(magnitude):
+    """The largest of each row of a tile [rows, lanes, vector], as [rows, 1, 1]."""
+    largest = tl.reduce(tl.reduce(magnitude, 2, larger), 1, larger)
+    return larger(largest, SMALLEST)[:, None, None]
+
+
+@triton.jit
+def encode_scales(scales, absmax, left, LANES: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the record of a group, whose absmax are [rows, 1, 1], and return its scales."""
+    ROWS: tl.constexpr = absmax.shape[0]
+    bits, row = absmax.to(tl.int32, bitcast=True), tl.arange(0, ROWS)[:, None, None]
     high = tl.max(tl.max(tl.max(tl.where(row * BLOCK < left, bits, 0), axis=2), axis=1), axis=0)
     low = tl.min(tl.min(tl.min(tl.where(row * BLOCK < left, bits, LARGEST_INT), axis=2), axis=1), axis=0) & -65536
     step = (high - low + (ALL_STEPS - 1)) // ALL_STEPS
@@ -207,9 +211,9 @@ def quantize_resting_kernel(
     for step in tl.static_range(STEPS):
         mask = tile_mask(offsets, step * LANES * VECTOR, left, VECTOR, ACCESS)
         x = load_floats(values, offsets, step * LANES * VECTOR, mask, VECTOR, ACCESS)
-        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+        largest = larger(largest, tl.abs(x))
     scales += tl.program_id(0).to(tl.int64) * RECORD_BYTES
-    scale = reciprocal(encode_scales(scales, absmax_bits(largest), left, LANES, VECTOR, BLOCK))
+    scale = reciprocal(encode_scales(scales, block_absmax(largest), left, LANES, VECTOR, BLOCK))
     if not FOUR_BITS:
         scale = scale * 127.0
     for step in tl.static_range(STEPS):

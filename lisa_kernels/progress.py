@@ -1,4 +1,4 @@
-"""A bar on a terminal for what takes long and says nothing else."""
+"""A progress bar for what takes long and says nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def waiting_bar(description: str, total: object, console: Console | None = None) -> Iterator[Callable[..., None]]:
+def progress_bar(description: str, total: object, console: Console | None = None) -> Iterator[Callable[..., None]]:
     """Show how far something is while it runs; yields what is to be called after each part, or with how many.
 
     total: how many parts there are, or what has a length; of anything else the number is not known. console: where;
